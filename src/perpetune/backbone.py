@@ -1,0 +1,284 @@
+"""A pre-trained encoder seen as one thing: rows in, pooled features out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+Pooling = Literal["mean", "cls", "last", "pooler"]
+Examples = list[dict[str, Any]]
+
+
+class Backbone(nn.Module):
+    """A transformers encoder (`model`), its tokenizer or image processor, and how its features are pooled.
+
+    `forward(**inputs)` gives features f in R^{N x width}. Tuners replace or wrap `model` in place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        modality: Literal["text", "image"],
+        pooling: Pooling,
+        max_length: int,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.modality = modality
+        self.pooling: Pooling = pooling
+        self.max_length = max_length
+        self.name = name
+        self.width: int = model.config.hidden_size
+        self.fingerprint = fingerprint(model)
+        self.version = 0  # counted up by whoever changes weights, so that features can be cached
+
+    def prepare(self, rows: datasets.Dataset) -> Examples:
+        """Rows of a task (see `Task`) to model inputs, once: tokenised text without padding, or pixel values."""
+        if self.modality == "text":
+            columns = [c for c in ("text", "text_pair") if c in rows.column_names]
+            if not columns:
+                raise ModelError(f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}")
+            encoded = self.processor(*(list(rows[c]) for c in columns), truncation=True, max_length=self.max_length)
+            inputs = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+        else:
+            if "image" not in rows.column_names:
+                raise ModelError(f"`{self.name}` reads images, but the task has the columns {', '.join(rows.column_names)}")
+            inputs = [{"pixel_values": pixels} for pixels in self._pixels(rows["image"])]
+        return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"], rows["id"], strict=True)]
+
+    def _pixels(self, images: Sequence[Any]) -> Tensor:
+        channels = getattr(self.model.config, "num_channels", 3)
+        mode = {1: "L", 3: "RGB"}[channels]
+        pictures = [image.convert(mode) for image in images]
+        if channels == 1:  # processors expect a channel axis that PIL's mode L does not have
+            import numpy as np
+
+            pictures = [np.asarray(p)[None] for p in pictures]
+            return self.processor(images=pictures, input_data_format="channels_first", return_tensors="pt").pixel_values
+        return self.processor(images=pictures, return_tensors="pt").pixel_values
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch: model inputs, padded to the longest, and `labels` (N,)."""
+        labels = torch.tensor([e["label"] for e in examples])
+        inputs = [{k: v for k, v in e.items() if k not in ("label", "id")} for e in examples]
+        if self.modality == "text":
+            return {**self.processor.pad(inputs, return_tensors="pt"), "labels": labels}
+        return {"pixel_values": torch.stack([e["pixel_values"] for e in inputs]), "labels": labels}
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return pool(self.model(**inputs), inputs.get("attention_mask"), self.pooling)
+
+    @torch.inference_mode()
+    def features(
+        self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None
+    ) -> Tensor:
+        """Features of all examples in their order (N x width, fp32, CPU), in eval mode, batched by length."""
+        training, device = self.training, next(self.model.parameters()).device
+        self.eval()
+        out = torch.empty(len(examples), self.width)
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].get("input_ids", ())))
+        try:
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = self.collate([examples[i] for i in chosen])
+                batch.pop("labels")
+                out[chosen] = self(**{k: v.to(device) for k, v in batch.items()}).float().cpu()
+                advance(len(chosen))
+        finally:
+            self.train(training)
+        return out
+
+    def label_embeddings(self, labels: Sequence[str], template: str = "{}", batch_size: int = 64) -> Tensor:
+        """Features of label texts (C x width) under the model as it is now.
+
+        Raises:
+            ModelError: the model reads no text.
+        """
+        if self.modality != "text":
+            raise ModelError(
+                f"label texts need a text encoder, `{self.name}` reads images: use another head (linear, ncm, ridge)"
+            )
+        rows = datasets.Dataset.from_dict(
+            {"text": [template.format(x) for x in labels], "label": [0] * len(labels), "id": [""] * len(labels)}
+        )
+        return self.features(self.prepare(rows), batch_size)
+
+
+def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """(N x tokens x width) to (N x width)."""
+    if pooling == "pooler":
+        return output.pooler_output
+    hidden = output.last_hidden_state
+    if pooling == "cls":
+        return hidden[:, 0]
+    if attention_mask is None:
+        return hidden.mean(1) if pooling == "mean" else hidden[:, -1]
+    if pooling == "mean":
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (attention_mask * positions).argmax(1)  # right with padding on either side
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def choose_pooling(folder: Path | None, config: Any, modality: str) -> Pooling:
+    """What the model was trained with, where it says so; else what its architecture suggests."""
+    if folder is not None and (folder / "1_Pooling" / "config.json").is_file():
+        saved = json.loads((folder / "1_Pooling" / "config.json").read_text())
+        return "cls" if saved.get("pooling_mode_cls_token") else "mean"
+    if modality == "image":
+        return "cls"
+    causal = any("CausalLM" in a for a in getattr(config, "architectures", None) or [])
+    return "last" if causal or getattr(config, "is_decoder", False) else "mean"
+
+
+def load_backbone(
+    name: str | Path,
+    modality: Literal["text", "image"],
+    *,
+    pooling: Pooling | None = None,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """Load any transformers encoder by hub id or local folder.
+
+    Args:
+        name: hub id or folder that `AutoModel` loads.
+        modality: what the stream holds; decides between tokenizer and image processor.
+        pooling: "mean" over tokens that are not padding, "cls", "last" or "pooler"; None chooses from the architecture.
+        max_length: longest text in tokens; None takes the model's own limit, at most 256.
+
+    Raises:
+        ModelError: it cannot be loaded, or does not read this modality.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    folder = Path(name) if Path(name).is_dir() else None
+    source, trust = str(name), trust_remote_code
+    auto = AutoTokenizer if modality == "text" else AutoImageProcessor
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            model = _load_model(AutoModel, source, config, pooling, trust)
+            processor = auto.from_pretrained(source, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = "tokenizer" if modality == "text" else "image processor"
+        raise ModelError(
+            f"cannot load `{name}` as a transformers model with a {kind} ({reason}): give a hub id or a folder with "
+            "config.json, weights and the processor's files"
+        ) from error
+    if not hasattr(config, "hidden_size"):
+        raise ModelError(f"`{name}` ({config.model_type}) has no single hidden size: it is not a plain encoder")
+    if modality == "text":
+        limit = min(getattr(processor, "model_max_length", 256), getattr(config, "max_position_embeddings", 256))
+        max_length = min(max_length or 256, limit)
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
+    return Backbone(
+        model,
+        processor,
+        modality=modality,
+        pooling=pooling or choose_pooling(folder, config, modality),
+        max_length=max_length or 0,
+        name=str(name),
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: perpetune has a display of its own."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load_model(auto: Any, source: str, config: Any, pooling: Pooling | None, trust: bool) -> nn.Module:
+    kwargs: dict[str, Any] = {"config": config, "trust_remote_code": trust, "dtype": torch.float32}
+    if pooling != "pooler":
+        # an unused pooler is often randomly initialised, gets no gradient, and is hit by `all-linear`
+        try:
+            return auto.from_pretrained(source, add_pooling_layer=False, **kwargs)
+        except TypeError:
+            pass  # this architecture has no such switch, so it is loaded as it is
+    return auto.from_pretrained(source, **kwargs)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all parameters and persistent buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+class FixedFeatures(Backbone):
+    """Features without a network, for the controls `tfidf_ridge` and `pixels_ridge`.
+
+    Hashed words: sublinear term counts in `width` buckets, length-normalised (scikit-learn's `HashingVectorizer`);
+    inverse document frequencies come from the first task seen and stay fixed, so no later text is needed.
+    Pixels: grey values of the picture resized to side x side.
+    """
+
+    def __init__(self, modality: Literal["text", "image"], *, words: int = 4096, side: int = 28) -> None:
+        nn.Module.__init__(self)
+        self.modality = modality
+        self.name = "tfidf" if modality == "text" else "pixels"
+        self.width = words if modality == "text" else side * side
+        self.side = side
+        self.model = nn.Module()
+        self.register_buffer("idf", torch.zeros(0))
+        self.pooling, self.max_length, self.version, self.processor = "mean", 0, 0, None
+        self.fingerprint = f"{self.name}-{self.width}"
+
+    def prepare(self, rows: datasets.Dataset) -> Examples:
+        values = self._words(rows) if self.modality == "text" else self._grey(rows["image"])
+        return [{"x": x, "label": y, "id": i} for x, y, i in zip(values, rows["label"], rows["id"], strict=True)]
+
+    def _words(self, rows: datasets.Dataset) -> list[Tensor]:
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        texts = [" ".join(r) for r in zip(*(rows[c] for c in ("text", "text_pair") if c in rows.column_names), strict=True)]
+        counts = HashingVectorizer(n_features=self.width, alternate_sign=False, norm=None).transform(texts)
+        counts.data = 1 + torch.from_numpy(counts.data).log().numpy()
+        return [torch.from_numpy(row.toarray()[0]).float() for row in counts]
+
+    def _grey(self, images: Sequence[Any]) -> list[Tensor]:
+        import numpy as np
+
+        size = (self.side, self.side)
+        return [torch.from_numpy(np.asarray(i.convert("L").resize(size), "float32").ravel() / 255) for i in images]
+
+    def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        x = torch.stack([e["x"] for e in examples])
+        if self.modality == "text":
+            if not len(self.idf):
+                seen = (x > 0).sum(0)
+                self.idf = (1 + len(x)) / (1 + seen)
+                self.idf = self.idf.log() + 1
+            x = nn.functional.normalize(x * self.idf, dim=1)
+        advance(len(examples))
+        return x

@@ -1,0 +1,80 @@
+"""What there is to choose from, read from the pieces themselves."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .results import Result
+
+
+def catalogue(what: str) -> list[tuple[str, str, str]]:
+    """(name, first paragraph of the docstring, settings with defaults) of every recipe, head, rule, consolidation or
+    stream.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+    from .consolidation import CONSOLIDATIONS
+    from .heads import HEADS
+    from .recipes import RECIPES
+    from .rules import RULES
+    from .streams import BUILTINS
+
+    kinds: dict[str, Any] = {
+        "recipes": RECIPES,
+        "heads": HEADS,
+        "rules": RULES,
+        "consolidations": CONSOLIDATIONS,
+        "streams": BUILTINS,
+    }
+    if what not in kinds:
+        raise ConfigError(f"there is no list of `{what}`: {nearest(what, kinds)}")
+    rows = []
+    for name, piece in kinds[what].items():
+        if isinstance(piece, str):
+            rows.append((name, piece, ""))
+            continue
+        settings = [
+            f"{p.name}={p.default!r}" if p.default is not p.empty else p.name
+            for p in inspect.signature(piece).parameters.values()
+        ]
+        text = inspect.getdoc(piece if inspect.isroutine(piece) else type(piece) if not inspect.isclass(piece) else piece)
+        rows.append((name, " ".join((text or "").split("\n\n")[0].split()), ", ".join(settings)))
+    return rows
+
+
+def log_table(result: Result) -> Table:
+    """The history of a run: one line a task."""
+    from rich.table import Table
+
+    table = Table(title=str(result.path), box=None)
+    for column in ("#", "task", "steps", "seconds", "disk", "then", "now", "promises"):
+        table.add_column(column)
+    times = {t["task"]: t for t in result.per_task}
+    reading = result.readings[0] if result.readings else None
+    matrix = result.matrix(*reading).values if reading else None
+    for index, commit in enumerate(result.commits[1:]):
+        task = commit.manifest["task"]
+        facts = times.get(task, {})
+        held = [g["holds"] for g in commit.manifest["guarantees"] if g["holds"] is not None]
+        then = now = "–"
+        if matrix is not None and task in result.tasks:
+            j = result.tasks.index(task)
+            then, now = (f"{100 * x:.1f}" if x == x else "–" for x in (matrix[j, j], matrix[len(matrix) - 1, j]))
+        table.add_row(
+            str(index + 1),
+            task,
+            str(facts.get("steps", "")),
+            f"{(facts.get('train_seconds') or 0) + (facts.get('evaluate_seconds') or 0):.1f}",
+            f"{(facts.get('disk_bytes') or 0) / 1e6:.1f} MB",
+            then,
+            now,
+            "–" if not held else "kept" if all(held) else "BROKEN",
+        )
+    return table

@@ -1,0 +1,353 @@
+"""The command line: parses, calls, prints. Heavy imports only inside the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .results import Result
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Fine-tune a pre-trained model on one task after another, and keep what it knew.
+
+Start with `perpetune demo`. Then give it your own model and a folder of tasks:
+
+`perpetune run --model sentence-transformers/all-MiniLM-L6-v2 --stream my_tasks/ --recipe olora --out runs/olora`
+""",
+)
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file with the settings below; options win over it.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder of a transformers encoder.")]
+StreamOption = Annotated[
+    str | None,
+    typer.Option("--stream", help="Folder of tasks, a built-in (digits, digits-transposed, digits-drift), or a dataset."),
+]
+Tasks = Annotated[str | None, typer.Option(help="Tasks to take, in this order: agnews,amazon,yelp.")]
+Scenario = Annotated[str | None, typer.Option(help="class, domain or task; default from the labels.")]
+TrainLimit = Annotated[int | None, typer.Option(help="At most this many training examples a task (stratified).")]
+TestLimit = Annotated[int | None, typer.Option(help="At most this many test examples a task (stratified).")]
+Heads = Annotated[
+    str | None, typer.Option(help="Heads to read: linear, linear_seen, ncm, ridge, label_text; the first trains.")
+]
+Out = Annotated[Path | None, typer.Option(help="Run directory; started again with the same one, the run resumes.")]
+Epochs = Annotated[float | None, typer.Option(help="Epochs a task.")]
+BatchSize = Annotated[int | None, typer.Option(help="Training examples a step.")]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the tuner; each recipe has its default.")]
+Training = Annotated[
+    list[str] | None, typer.Option("--set", help="Any transformers.TrainingArguments setting: --set warmup_steps=10.")
+]
+MaxLength = Annotated[int | None, typer.Option(help="Longest text, in tokens.")]
+Validation = Annotated[
+    float | None, typer.Option("--validation", help="Measure on this share of the training data instead of the test data.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON records.")]
+
+
+def _training(epochs: float | None, batch: int | None, rate: float | None, extra: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    from .errors import ConfigError
+
+    named = {"num_train_epochs": epochs, "per_device_train_batch_size": batch, "learning_rate": rate}
+    training = {k: v for k, v in named.items() if v is not None}
+    for item in extra or ():
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"--set takes name=value, not `{item}`")
+        number = yaml.safe_load(value)
+        try:  # YAML 1.1 reads 1e-3 as text
+            number = float(number) if isinstance(number, str) else number
+        except ValueError:
+            pass
+        training[key.strip()] = number
+    return training
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
+def _stream(**options: Any) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if v is not None}
+
+
+def _report(results: list[Result], records: list[Any], path: Path, kind: str) -> Path:
+    from .reporting import report_data
+    from .report import write_report
+
+    return write_report(path, report_data(results, records, kind))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the runs, results.json and the report go.")] = Path("runs/demo"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 2,
+    seeds: Annotated[str, typer.Option(help="Seeds, 0,1,2.")] = "0",
+) -> None:
+    """See a pre-trained model forget, and not forget: embedded data and model, no download, about a minute."""
+    from .demo import run_demo
+    from .progress import RichProgress
+
+    run_demo(out, jobs=jobs, seeds=_seeds(seeds), progress=RichProgress())
+
+
+@app.command()
+def run(
+    config: ConfigFile = None,
+    model: Model = None,
+    stream: StreamOption = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe; `perpetune list recipes` shows all.")] = None,
+    heads: Heads = None,
+    out: Out = None,
+    tasks: Tasks = None,
+    scenario: Scenario = None,
+    train_limit: TrainLimit = None,
+    test_limit: TestLimit = None,
+    validation: Validation = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    training: Training = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the run will take: time, memory, disk.")] = False,
+    json: JsonFile = None,
+) -> None:
+    """Learn a stream of tasks with one recipe; started again with the same --out, it resumes after the last whole task.
+
+    `perpetune run --model M --stream tasks/ --recipe nlora --out runs/nlora`
+    """
+    from .config import RunConfig, load_config
+
+    settings = load_config(
+        config,
+        RunConfig,
+        {
+            "model": model,
+            "recipe": recipe,
+            "heads": _names(heads),
+            "out": str(out) if out else None,
+            "seed": seed,
+            "max_length": max_length,
+            "stream": _stream(
+                source=stream,
+                tasks=_names(tasks),
+                scenario=scenario,
+                train_limit=train_limit,
+                test_limit=test_limit,
+                validation_share=validation,
+            ),
+            "training": _training(epochs, batch_size, learning_rate, training),
+        },
+    )
+    from .learner import Learner
+    from .progress import RichProgress
+    from .streams import load_stream
+
+    loaded = load_stream(**settings.stream.model_dump())
+    if settings.stream.validation_share:
+        loaded = loaded.on_validation()
+    learner = Learner(
+        settings.model,
+        settings.recipe,
+        settings.out or Path("runs") / _recipe_name(settings.recipe),
+        heads=settings.heads,
+        training=settings.training,
+        seed=settings.seed,
+        pooling=settings.pooling,
+        max_length=settings.max_length,
+        trust_remote_code=settings.trust_remote_code,
+        device=settings.device,
+        progress=RichProgress(),
+    )
+    if plan:
+        from .plan import make_plan
+
+        typer.echo(make_plan(learner, loaded).text())
+        return
+    result = learner.learn(loaded)
+    records = result.records()
+    typer.echo(result.summary())
+    _write_json(json, records)
+    typer.echo(f"report: {_report([result], records, result.path / 'report' / 'index.html', 'run')}")
+
+
+@app.command()
+def compare(
+    config: ConfigFile = None,
+    recipes: Annotated[str | None, typer.Option(help="Recipes: olora,nlora,lora; the controls are added.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds: 0,1,2.")] = None,
+    controls: Annotated[
+        bool | None, typer.Option("--controls/--no-controls", help="Add sequential, joint, frozen_ridge and no network.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time, each in its own process.")] = None,
+    model: Model = None,
+    stream: StreamOption = None,
+    heads: Heads = None,
+    out: Out = None,
+    tasks: Tasks = None,
+    scenario: Scenario = None,
+    train_limit: TrainLimit = None,
+    test_limit: TestLimit = None,
+    validation: Validation = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    training: Training = None,
+    max_length: MaxLength = None,
+    json: JsonFile = None,
+) -> None:
+    """Several recipes and seeds on the same data and step budget; prints mean, spread and forgetting.
+
+    `perpetune compare --model M --stream tasks/ --recipes olora,nlora --seeds 0,1,2 --out runs/compare`
+    """
+    from .config import CompareConfig, load_config
+
+    settings = load_config(
+        config,
+        CompareConfig,
+        {
+            "model": model,
+            "recipes": _names(recipes),
+            "seeds": _seeds(seeds) if seeds else None,
+            "controls": controls,
+            "jobs": jobs,
+            "heads": _names(heads),
+            "out": str(out) if out else None,
+            "max_length": max_length,
+            "stream": _stream(
+                source=stream,
+                tasks=_names(tasks),
+                scenario=scenario,
+                train_limit=train_limit,
+                test_limit=test_limit,
+                validation_share=validation,
+            ),
+            "training": _training(epochs, batch_size, learning_rate, training),
+        },
+    )
+    from .compare import compare as run_comparison
+    from .metrics.records import aggregate, write_records
+    from .progress import RichProgress
+    from .streams import load_stream
+
+    folder = Path(settings.out or "runs/compare")
+    modality = load_stream(**settings.stream.model_dump()).modality
+    records, failed = run_comparison(settings, folder, modality, RichProgress())
+    write_records(folder / "results.json", records)
+    _write_json(json, records)
+    print_tables(records)
+    if records:
+        typer.echo(f"report: {_report([], records, folder / 'report' / 'index.html', 'compare')}")
+    aggregate(records)
+    if failed:
+        for label, reason in failed:
+            typer.echo(f"failed: {label}: {reason}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A run directory, or a folder with results.json of a comparison.")],
+    convention: Annotated[
+        str | None, typer.Option(help="Print the figures as other code computes them: pilot, mammoth, avalanche, gem, trace.")
+    ] = None,
+) -> None:
+    """Write the report of a run or a comparison again, from what its directory holds."""
+    from .metrics.records import read_records
+    from .results import Result
+
+    if (path / "results.json").is_file():
+        records = read_records(path / "results.json")
+        print_tables(records)
+        typer.echo(f"report: {_report([], records, path / 'report' / 'index.html', 'compare')}")
+        return
+    result = Result(path)
+    typer.echo(result.summary())
+    if convention:
+        from .metrics.conventions import in_convention
+
+        for head, kind in result.readings:
+            figures = in_convention(result.matrix(head, kind), convention)
+            typer.echo(f"{convention} · head {head} · {kind}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+    typer.echo(f"report: {_report([result], result.records(), path / 'report' / 'index.html', 'run')}")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="recipes, heads, rules, consolidations or streams.")] = "recipes",
+) -> None:
+    """What can be chosen from, each with what it does and where it comes from."""
+    from .catalogue import catalogue
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "what it is", "settings", show_lines=False, box=None)
+    for name, summary, settings in catalogue(what):
+        table.add_row(name, summary, settings)
+    Console().print(table)
+
+
+@app.command()
+def log(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """The tasks that a run has learned, newest last: when, how long, how well right after, how well now."""
+    from rich.console import Console
+
+    from .catalogue import log_table
+    from .results import Result
+
+    Console().print(log_table(Result(path)))
+
+
+def print_tables(records: list[Any]) -> None:
+    """One table for each scenario: recipes down, heads across, final accuracy with spread and forgetting."""
+    from rich.console import Console
+
+    from .metrics.records import aggregate, table
+
+    aggregated = aggregate(records)
+    for kind in dict.fromkeys(r.scenario for r in records):
+        Console().print(table(aggregated, kind))
+
+
+def _write_json(path: Path | None, records: list[Any]) -> None:
+    from .metrics.records import write_records
+
+    if path is not None:
+        write_records(path, records)
+
+
+def _recipe_name(recipe: Any) -> str:
+    return recipe if isinstance(recipe, str) else str(recipe.get("name", "custom"))
+
+
+def _seeds(text: str) -> list[int]:
+    from .errors import ConfigError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds takes whole numbers, 0,1,2, not `{text}`") from None
+
+
+def main() -> None:
+    """Run the command line; an error that a user can mend is one line on stderr and exit code 2."""
+    from .errors import PerpetuneError
+
+    try:
+        app()
+    except PerpetuneError as error:
+        typer.echo(f"perpetune: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped: every finished task is safe; start again with the same --out to go on", err=True)
+        sys.exit(130)

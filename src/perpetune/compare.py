@@ -1,0 +1,170 @@
+"""Several recipes and seeds on the same data and step budget, with the controls that make the comparison honest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from .config import CompareConfig
+from .errors import ConfigError, PerpetuneError
+from .heads import make_head
+from .metrics.records import ResultRecord
+from .progress import Progress
+from .recipe import Recipe
+from .recipes import make_recipe
+
+CONTROLS = ("sequential", "joint", "frozen_ridge")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    recipe: str | dict[str, Any]
+    name: str
+    seed: int
+    heads: tuple[str, ...] | None
+    path: Path
+
+
+def head_groups(heads: Sequence[str]) -> list[tuple[str, ...]]:
+    """Heads that can be read off one and the same training run: each head that trains, and with the first of them (or
+    alone) those that only gather statistics."""
+    trains = [h for h in heads if make_head(h).trains]
+    reads = [h for h in heads if not make_head(h).trains]
+    linear = "linear" if "linear" in trains else None
+    groups = [(h, *(reads if h == linear else ())) for h in trains]
+    return groups if linear or not reads else [*groups, tuple(reads)]
+
+
+def with_controls(recipes: Sequence[str | dict[str, Any]], modality: str, heads: Sequence[str]) -> list[Any]:
+    """The recipes, and the controls that are missing among them."""
+    wanted = [*CONTROLS, "tfidf_ridge" if modality == "text" else "pixels_ridge"]
+    if "label_text" in heads and modality == "text":
+        wanted.append("frozen_label_text")
+    return [*recipes, *(c for c in wanted if c not in recipes)]
+
+
+def jobs(config: CompareConfig, modality: str, out: Path) -> Iterator[Job]:
+    recipes = with_controls(config.recipes, modality, config.heads or ()) if config.controls else config.recipes
+    seen: set[str] = set()
+    for spec in recipes:
+        recipe = make_recipe(spec)
+        name = _unique(recipe, seen)
+        groups: Sequence[tuple[str, ...] | None] = head_groups(config.heads or ()) or [None]
+        if not recipe.tuner.trains:
+            groups = [None]  # nothing is trained, so the recipe's own head says all there is to say
+        for seed in config.seeds:
+            for group in groups:
+                yield Job(spec, name, seed, group, out / name / f"seed-{seed}" / (group[0] if group else "own"))
+
+
+def _unique(recipe: Recipe, seen: set[str]) -> str:
+    name, count = recipe.name, 2
+    while name in seen:
+        name, count = f"{recipe.name}-{count}", count + 1
+    seen.add(name)
+    return name
+
+
+def run_job(config: CompareConfig, job: Job, threads: int | None = None, progress: Progress | None = None) -> list[dict]:
+    """Learn the stream with one recipe, or take up where an earlier try stopped."""
+    import torch
+
+    from .learner import Learner
+    from .streams import load_stream
+
+    if threads:
+        torch.set_num_threads(threads)
+    stream = load_stream(**config.stream.model_dump())
+    if config.stream.validation_share:
+        stream = stream.on_validation()
+    recipe = make_recipe(job.recipe)
+    recipe.name = job.name
+    learner = Learner(
+        config.model,
+        recipe,
+        job.path,
+        heads=job.heads,
+        training=config.training,
+        seed=job.seed,
+        pooling=config.pooling,
+        max_length=config.max_length,
+        trust_remote_code=config.trust_remote_code,
+        device=config.device,
+        progress=progress,
+    )
+    result = learner.learn(stream)
+    own = None if job.heads is None else set(job.heads)
+    return [r.model_dump() for r in result.records() if own is None or r.head in own]
+
+
+def compare(
+    config: CompareConfig, out: Path, modality: str, progress: Progress | None = None
+) -> tuple[list[ResultRecord], list[tuple[str, str]]]:
+    """Run every recipe with every seed.
+
+    Returns:
+        All records, and (run, error) for the runs that failed: one recipe that cannot run does not take the others with
+        it.
+
+    Raises:
+        ConfigError: there is nothing to compare.
+    """
+    progress = progress or Progress()
+    todo = list(jobs(config, modality, out))
+    if not todo:
+        raise ConfigError("nothing to compare: give --recipes, for instance sequential,lora,olora")
+    found: dict[Path, list[dict]] = {}
+    failed: list[tuple[str, str]] = []
+    with progress, progress.bar(f"{len(todo)} runs", len(todo)) as advance:
+        for job, outcome in _outcomes(config, todo, progress):
+            label = f"{job.name} seed {job.seed}"
+            if isinstance(outcome, PerpetuneError):
+                failed.append((label, str(outcome)))
+                progress.say(f"{label}: {outcome}")
+            else:
+                found[job.path] = outcome
+                progress.say(f"{label} ({job.path.name}): done")
+            advance(1)
+    return with_intransigence([r for job in todo for r in found.get(job.path, ())]), failed
+
+
+def with_intransigence(records: Sequence[dict[str, Any]]) -> list[ResultRecord]:
+    """Records with their intransigence: how much worse a task is learned than by joint training, where that was run."""
+    joint = {
+        (r["seed"], r["scenario"], r["head"]): dict(zip(r["tasks"], r["matrix"][-1], strict=True))
+        for r in records
+        if r["recipe"] == "joint"
+    }
+    out = []
+    for r in records:
+        reference = joint.get((r["seed"], r["scenario"], r["head"]))
+        if reference is not None and r["recipe"] != "joint":
+            gaps = [reference[t] - r["matrix"][j][j] for j, t in enumerate(r["tasks"]) if r["matrix"][j][j] is not None]
+            r = {**r, "intransigence": sum(gaps) / len(gaps) if gaps else None}
+        out.append(ResultRecord(**r))
+    return out
+
+
+def _outcomes(config: CompareConfig, todo: list[Job], progress: Progress) -> Iterator[tuple[Job, Any]]:
+    if config.jobs == 1:
+        for job in todo:
+            try:
+                yield job, run_job(config, job)
+            except PerpetuneError as error:
+                yield job, error
+        return
+    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    with ProcessPoolExecutor(config.jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run_job, config, job, threads): job for job in todo}
+        for future in as_completed(futures):
+            error = future.exception()
+            if error is not None and not isinstance(error, PerpetuneError):
+                raise error
+            yield futures[future], error or future.result()

@@ -1,0 +1,97 @@
+"""Configuration files: validated once, here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from .errors import ConfigError, nearest
+
+
+class StreamConfig(pydantic.BaseModel):
+    """The arguments of `load_stream`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    source: str
+    scenario: Literal["class", "domain", "task"] | None = None
+    tasks: list[str] | None = None
+    name: str | None = None
+    split_by: str | None = None
+    classes_per_task: int | None = None
+    test_share: float = 0.2
+    train_limit: int | None = pydantic.Field(default=None, gt=0)
+    test_limit: int | None = pydantic.Field(default=None, gt=0)
+    validation_share: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    seed: int = 0
+    order_seed: int | None = None
+    columns: dict[str, str] | None = None
+    trust_remote_code: bool = False
+
+
+class RunConfig(pydantic.BaseModel):
+    """One run: `perpetune run config.yaml`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    model: str | None = None
+    stream: StreamConfig
+    recipe: str | dict[str, Any] = "lora"
+    heads: list[str] | None = None
+    out: str | None = None
+    seed: int = 0
+    training: dict[str, Any] = {}
+    pooling: Literal["mean", "cls", "last", "pooler"] | None = None
+    max_length: int | None = pydantic.Field(default=None, gt=0)
+    device: str | None = None
+    trust_remote_code: bool = False
+
+
+class CompareConfig(RunConfig):
+    """Several recipes and seeds on the same data: `perpetune compare config.yaml`."""
+
+    recipes: list[str | dict[str, Any]] = []
+    seeds: list[int] = [0]
+    controls: bool = True
+    jobs: int = pydantic.Field(default=1, ge=1)
+
+
+def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, Any]) -> Any:
+    """A configuration from a YAML file and the command line; the command line wins.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is unknown or of the wrong type.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(f"there is no file {path}") from error
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} must hold settings (model:, stream:, recipe:, …)")
+    if isinstance(data.get("stream"), str):
+        data["stream"] = {"source": data["stream"]}
+    stream = {**data.get("stream", {}), **overrides.pop("stream", {})}
+    training = {**(data.get("training") or {}), **overrides.pop("training", {})}
+    merged = {**data, **{k: v for k, v in overrides.items() if v is not None}, "stream": stream, "training": training}
+    if "source" not in stream:
+        raise ConfigError("no stream is given: --stream FOLDER, a built-in name, or `stream:` in the configuration")
+    try:
+        return kind.model_validate(merged)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error, kind)) from error
+
+
+def _explain(error: pydantic.ValidationError, kind: type[pydantic.BaseModel]) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        fields = StreamConfig.model_fields if first["loc"][0] == "stream" else kind.model_fields
+        return f"there is no setting `{where}`: {nearest(str(first['loc'][-1]), fields)}"
+    return f"setting `{where}`: {first['msg']} (it was {first.get('input')!r})"

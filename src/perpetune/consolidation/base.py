@@ -1,0 +1,111 @@
+"""The consolidation slot: what a finished task leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import datasets
+from torch import Tensor
+
+from ..backbone import Backbone
+from ..errors import ConfigError
+from ..measurement import Measurement
+from ..streams.task import Stream, Task
+from ..tuners import Tuner
+
+Files = dict[str, Any]  # file name -> dict of tensors (.safetensors), JSON-able (.json) or Dataset (.parquet)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One bout of training: usually one task; all at once for joint training.
+
+    Attributes:
+        index: 0-based; tasks: what is learned in it; first: position of its first task in the stream.
+    """
+
+    index: int
+    name: str
+    tasks: tuple[Task, ...]
+    first: int
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(c for task in self.tasks for c in task.classes))
+
+    @property
+    def learned(self) -> int:
+        """How many tasks of the stream are learned once this step is done."""
+        return self.first + len(self.tasks)
+
+
+class StoredFiles(Protocol):
+    """A commit, as far as a consolidation needs it."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]: ...
+    def rows(self, name: str) -> datasets.Dataset: ...
+    def has(self, name: str) -> bool: ...
+
+
+@dataclass
+class Consolidation:
+    """Owns the backbone's weights between tasks. The order of calls per task: `begin_task`, training, `end_task`, `files`.
+
+    A resumed run calls `open` on a fresh backbone, then `restore` with all commits so far: from then on every bit is as
+    if it had never stopped.
+    """
+
+    backbone: Backbone = field(init=False, repr=False, compare=False)
+    tuner: Tuner = field(init=False, repr=False, compare=False)
+
+    def open(self, backbone: Backbone, tuner: Tuner) -> None:
+        """Take over an untouched backbone."""
+        self.backbone, self.tuner = backbone, tuner
+
+    def schedule(self, stream: Stream) -> list[Step]:
+        return [Step(i, task.name, (task,), i) for i, task in enumerate(stream)]
+
+    def rows(self, step: Step) -> datasets.Dataset:
+        """The training rows of a step."""
+        return step.tasks[0].train
+
+    def classes(self, step: Step) -> tuple[int, ...]:
+        """The classes of the training rows of a step."""
+        return step.classes
+
+    def reads(self, learned_in: int, now: int) -> int:
+        """Which step's own head reads a task in the task-incremental reading: the one that learned it."""
+        return learned_in
+
+    def begin_task(self, step: Step) -> None:
+        """Make the backbone trainable for this step."""
+        raise NotImplementedError
+
+    def end_task(self, step: Step) -> None:
+        """Consolidate what was trained; the backbone is now as it predicts."""
+        raise NotImplementedError
+
+    def files(self) -> Files:
+        """What the commit of the step just ended must hold."""
+        raise NotImplementedError
+
+    def restore(self, commits: Sequence[StoredFiles]) -> None:
+        """Put the backbone into the state after these commits."""
+        raise NotImplementedError
+
+    def guarantee(self) -> list[Measurement]:
+        return []
+
+
+def stored_adapter(commit: StoredFiles) -> dict[str, Tensor]:
+    for name in ("adapter_model.safetensors", "weights.safetensors"):
+        if commit.has(name):
+            return commit.tensors(name)
+    return {}
+
+
+def positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name} must be above 0, not {value}")

@@ -1,0 +1,76 @@
+"""A fresh tuner for every task, merged into the base afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..measurement import Measurement
+from ..tuners.base import relative_change
+from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
+
+
+@dataclass
+class Merge(Consolidation):
+    """W_t = W_0 + sum_{i <= t} dW_i, with dW_i = s B_i A_i for LoRA.
+
+    The sum is kept in fp32 and added to the untouched base once: merged weights are rebuilt from the base, never
+    un-merged by subtraction. A commit holds the adapter of its task alone, loadable in plain peft on top of the weights
+    merged before it.
+    """
+
+    _base: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _sum: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
+    _merge_error: float = field(default=0.0, init=False, repr=False, compare=False)
+
+    def begin_task(self, step: Step) -> None:
+        self.backbone.model = self.tuner.attach(self.backbone.model)
+
+    def end_task(self, step: Step) -> None:
+        self._files = self.tuner.files(self.backbone.model)
+        probe = self._probe(step)
+        unmerged = self.backbone.features(probe, len(probe))
+        self._absorb()
+        merged = self.backbone.features(probe, len(probe))
+        self._merge_error = relative_change(merged, unmerged)
+
+    def _probe(self, step: Step) -> list:
+        return self.backbone.prepare(step.tasks[0].test.select(range(min(16, len(step.tasks[0].test)))))
+
+    @torch.no_grad()
+    def _absorb(self) -> None:
+        deltas = self.tuner.deltas(self.backbone.model)
+        self.backbone.model = self.tuner.detach(self.backbone.model)
+        parameters = dict(self.backbone.model.named_parameters())
+        for name, delta in deltas.items():
+            weight = parameters[name]
+            base = self._base.setdefault(name, weight.detach().clone())
+            total = self._sum.setdefault(name, torch.zeros_like(base, dtype=torch.float32))
+            total += delta
+            weight.copy_(base.float() + total)
+        self.backbone.version += 1
+
+    def files(self) -> Files:
+        return self._files
+
+    def restore(self, commits: Sequence[StoredFiles]) -> None:
+        for commit in commits:
+            self.backbone.model = self.tuner.attach(self.backbone.model)
+            self.tuner.load(self.backbone.model, stored_adapter(commit))
+            self._absorb()
+
+    def guarantee(self) -> list[Measurement]:
+        return [
+            Measurement(
+                "merged against unmerged outputs",
+                self._merge_error,
+                1e-5,
+                "relative",
+                "Merge",
+                "merging the task's adapter into the weights must not change what the model computes",
+            )
+        ]

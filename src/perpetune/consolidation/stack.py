@@ -1,0 +1,73 @@
+"""Past adapters stay beside the base, concatenated, as the released O-LoRA code keeps them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..tuners import PeftTuner
+from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
+
+PAST = "past"
+
+
+@dataclass
+class Stack(Consolidation):
+    """y = W x + s B_past A_past x + s B_t A_t x: A_past in R^{r(t-1) x d_in} stacks the rows of all past A, B_past the
+    columns of all past B; both are frozen. Its cost and memory grow with the number of tasks; `Merge` computes the same
+    function at constant cost. LoRA only."""
+
+    _past: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
+    _attached: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def begin_task(self, step: Step | None) -> None:
+        if not isinstance(self.tuner, PeftTuner) or getattr(self.tuner.config, "peft_type", None) != "LORA":
+            raise ConfigError("Stack concatenates LoRA adapters: use it with a LoraConfig, or use Merge")
+        if self._attached:
+            self.backbone.model = self.tuner.detach(self.backbone.model)
+        self.backbone.model = self.tuner.attach(self.backbone.model)
+        self._attached = True
+        if self._past:
+            self._add_past()
+
+    def _add_past(self) -> None:
+        model = self.backbone.model
+        config = copy.deepcopy(model.peft_config["default"])  # type: ignore[index]
+        scaling = config.lora_alpha / config.r
+        config.r *= len(self._past)
+        config.lora_alpha = scaling * config.r  # the scale of every task stays s
+        model.add_adapter(PAST, config)  # type: ignore[operator]
+        stacked = {
+            name: torch.cat([p[name] for p in self._past], dim=0 if "lora_A" in name else 1) for name in self._past[0]
+        }
+        import peft
+
+        peft.set_peft_model_state_dict(model, stacked, adapter_name=PAST)
+        model.base_model.set_adapter(["default", PAST])  # type: ignore[union-attr, operator]
+        for name, parameter in model.named_parameters():
+            if f".{PAST}." in name:
+                parameter.requires_grad_(False)
+
+    def end_task(self, step: Step) -> None:
+        self._files = self.tuner.files(self.backbone.model)
+        self._past.append({k: v.detach().clone() for k, v in self._files["adapter_model.safetensors"].items()})
+        self.backbone.version += 1
+
+    def files(self) -> Files:
+        return self._files
+
+    def restore(self, commits: Sequence[StoredFiles]) -> None:
+        adapters = [stored_adapter(commit) for commit in commits]
+        if not adapters:
+            return
+        self._past = adapters[:-1]
+        self.begin_task(None)
+        self.tuner.load(self.backbone.model, adapters[-1])
+        self._past.append(adapters[-1])
+        self.backbone.version = len(adapters)

@@ -1,0 +1,49 @@
+"""Heads: how a prediction is read off the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from .base import Head
+from .label_text import LabelTextHead
+from .linear import LinearHead
+from .prototype import PrototypeHead
+from .ridge import RidgeHead
+
+HEADS: dict[str, Callable[..., Head]] = {
+    "linear": LinearHead,
+    "linear_seen": partial(LinearHead, loss="seen"),
+    "label_text": LabelTextHead,
+    "ncm": PrototypeHead,
+    "ridge": RidgeHead,
+}
+
+
+def make_head(name: str, **settings: Any) -> Head:
+    """The head of this name, unopened: `make_head(head.name, **head.config())` is the same head.
+
+    Raises:
+        ConfigError: an unknown name or setting, or a setting out of range.
+    """
+    if name not in HEADS:
+        raise ConfigError(f"no head is called `{name}`: {nearest(name, HEADS)}")
+    known = HEADS[name]().config()
+    for setting in settings:
+        if setting not in known:
+            advice = nearest(setting, known) if known else "it has no settings"
+            raise ConfigError(f"head `{name}` has no setting `{setting}`: {advice}")
+    return HEADS[name](**settings)
+
+
+__all__ = [
+    "HEADS",
+    "Head",
+    "LabelTextHead",
+    "LinearHead",
+    "PrototypeHead",
+    "RidgeHead",
+    "make_head",
+]

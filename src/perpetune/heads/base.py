@@ -1,0 +1,82 @@
+"""The head slot: how a prediction is read off the features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..measurement import Measurement
+
+
+class Head(nn.Module):
+    """How a prediction is read off pooled features f in R^{N x L}.
+
+    A head that *trains* shapes the features through its `loss`. A head that does not (`trains = False`) only gathers
+    statistics with `observe`; where such a head stands first in a recipe, the features are shaped by `trainer()`.
+    Classes are global indices, rows of `Stream.labels`; scores have one column per class of the stream.
+
+    Life of a head: `open(...)` once per run, then per task `begin_task`, (training through `loss`), `end_task`,
+    `observe` over the training samples in eval mode, then any number of `scores`. A finished task is saved with
+    `state()`; a resumed run calls `open` and `load_state`.
+    """
+
+    name: str = ""
+    trains: bool = False
+    needs_label_embeddings: bool = False
+
+    def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
+        """Start from nothing: features have `width` columns, `labels` are the label texts of all classes, C of them.
+
+        `label_embeddings` (C x width): features of the label texts under the untouched model; given only to a head that
+        asks for them with `needs_label_embeddings`.
+        """
+        raise NotImplementedError
+
+    def trainer(self) -> Head:
+        """The head whose loss shapes the features when this head comes first: itself if it trains."""
+        raise NotImplementedError
+
+    def begin_task(self, classes: Sequence[int]) -> None:
+        """Classes of the coming task. Trainable parameters, if any, exist from here on until `end_task`."""
+        raise NotImplementedError
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Scalar training loss; features (N x width), labels (N,) global class indices."""
+        raise NotImplementedError
+
+    def end_task(self) -> None:
+        """Training of the current task is over: parameters become plain state."""
+
+    def observe(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
+        """Add samples to the statistics: order and batching do not matter. `ids` are the samples' content hashes."""
+
+    def scores(self, features: Tensor, task: int | None = None) -> Tensor:
+        """(N x C) scores, -inf for classes not seen yet. `task`: 0-based index of the task where it is given, for heads
+        that keep something of their own for every task; the caller still restricts the columns to the task's classes."""
+        raise NotImplementedError
+
+    def knows(self, classes: Sequence[int]) -> bool:
+        """Whether the head could name all of these classes now (a label-text head knows all from the start)."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, as tensors."""
+        raise NotImplementedError
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`, after `open`.
+
+        Raises:
+            HeadError: the state is not one of this head (names, shapes), with what was expected and what was found.
+        """
+        raise NotImplementedError
+
+    def guarantee(self) -> list[Measurement]:
+        return []
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """fp64 where the device has it: products of fixed-point numbers are exact there."""
+    return torch.float32 if device.type == "mps" else torch.float64

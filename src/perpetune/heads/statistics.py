@@ -1,0 +1,151 @@
+"""Heads that do not train: sums over samples, exact in any order, which can be added, subtracted and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import HeadError
+from .base import Head
+from .linear import LinearHead
+from .moments import WIDEST
+from .opened import OpenedHead
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+class StatisticsHead(OpenedHead):
+    """A head made of sums over samples, `self.statistics`, in fixed point (see `moments`), on the CPU.
+
+    Subclasses say what the sums are (`shapes`), which axis runs over classes (`class_axis`), and which are symmetric
+    matrices (`symmetric`: only the upper triangle is saved).
+    """
+
+    trains = False
+    class_axis: ClassVar[dict[str, int]] = {}
+    symmetric: ClassVar[frozenset[str]] = frozenset()
+
+    def shapes(self, classes: int) -> dict[str, Shape]:
+        raise NotImplementedError
+
+    def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
+        super().open(width, labels, seed=seed)
+        if width > WIDEST:
+            raise HeadError(f"head `{self.name}`: features of width {width}; exact sums allow {WIDEST}")
+        shapes = self.shapes(len(labels))
+        self.statistics = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+        self.changed()
+
+    def changed(self) -> None:
+        """Forget whatever was computed from the statistics."""
+
+    def trainer(self) -> Head:
+        return LinearHead(loss="current")
+
+    def begin_task(self, classes: Sequence[int]) -> None:
+        self.checked_classes(classes)
+
+    def end_task(self) -> None:
+        self._check_open()
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        raise HeadError(f"head `{self.name}` has no loss: train with the head that its `trainer()` gives")
+
+    def class_counts(self) -> Tensor:
+        """n_c, (C,) int64."""
+        self._check_open()
+        return self.statistics["counts"].reshape(-1, len(self.labels)).sum(0)
+
+    def knows(self, classes: Sequence[int]) -> bool:
+        return bool((self.class_counts()[self.checked_classes(classes)] > 0).all())
+
+    def checked_samples(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features (N x width, fp64) and labels (N,) on the CPU.
+
+        Raises:
+            HeadError: shapes that do not match, features that are not finite, a label that is no class.
+        """
+        features, labels = self.checked_queries(features), labels.detach().cpu().long()
+        if not len(features) == labels.numel() == len(ids):
+            raise HeadError(
+                f"head `{self.name}`: {len(features)} features, {labels.numel()} labels and {len(ids)} ids; "
+                "each sample needs one of each"
+            )
+        self.checked_classes(labels.unique().tolist() or [0])
+        return features, labels.reshape(-1)
+
+    def checked_queries(self, features: Tensor) -> Tensor:
+        self.check_features(features)
+        features = features.detach().cpu().to(torch.float64)
+        if not torch.isfinite(features).all():
+            raise HeadError(f"head `{self.name}`: features are not finite; the model gives NaN or infinity")
+        return features
+
+    def clipped_share(self) -> float:
+        clipped, entries = self.statistics["clipped"].tolist()
+        return clipped / max(entries, 1)
+
+    # Saving, and arithmetic of whole heads
+
+    def state(self) -> dict[str, Tensor]:
+        state = self.header()
+        for name, tensor in self.statistics.items():
+            state[name] = tensor[..., _upper(tensor.shape[-1])] if name in self.symmetric else tensor.clone()
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.statistics = self._read(state)
+        self.changed()
+
+    def add(self, state: dict[str, Tensor]) -> None:
+        """Add what another head of the same kind has seen (a shard, another run), exactly.
+
+        Raises:
+            HeadError: the state is not one of this head, or the sums would no longer be exact.
+        """
+        other = self._read(state)
+        self.check_samples(int(self.class_counts().sum() + other["counts"].sum()))
+        self.statistics = {name: tensor + other[name] for name, tensor in self.statistics.items()}
+        self.changed()
+
+    def subtract(self, state: dict[str, Tensor]) -> None:
+        """Take samples out: afterwards the head is, to the bit, one that never saw them.
+
+        `state` is that of a head which saw nothing but these samples.
+
+        Raises:
+            HeadError: the state is not one of this head, or holds samples that this head has not seen.
+        """
+        other = self._read(state)
+        if (self.statistics["counts"] < other["counts"]).any():
+            raise HeadError(f"head `{self.name}`: cannot subtract samples that it has not seen")
+        self.statistics = {name: tensor - other[name] for name, tensor in self.statistics.items()}
+        self.changed()
+
+    def check_samples(self, samples: int) -> None:
+        """Raise HeadError where sums over so many samples could not be exact."""
+        raise NotImplementedError
+
+    def _read(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The statistics of a state, laid out for our classes: those that the state lacks have seen nothing."""
+        columns = self.columns(state)
+        read = {}
+        for name, (dtype, shape) in self.shapes(len(columns)).items():
+            if name in self.symmetric:
+                m = shape[-1]
+                upper = torch.zeros(shape, dtype=dtype)
+                upper[..., _upper(m)] = self.take(state, name, (*shape[:-2], m * (m + 1) // 2)).to(dtype)
+                read[name] = upper + upper.triu(1).mT
+            elif name in self.class_axis:
+                ours = torch.zeros(self.shapes(len(self.labels))[name][1], dtype=dtype)
+                read[name] = ours.index_copy(self.class_axis[name], columns, self.take(state, name, shape).to(dtype))
+            else:
+                read[name] = self.take(state, name, shape).to(dtype).clone()
+        return read
+
+
+def _upper(m: int) -> Tensor:
+    return torch.ones(m, m, dtype=torch.bool).triu()

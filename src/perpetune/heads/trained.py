@@ -1,0 +1,102 @@
+"""Heads with a loss: which classes it runs over, and which classes were seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, HeadError, nearest
+from .base import Head
+from .opened import OpenedHead
+
+Classes = Literal["current", "seen"]
+
+
+class TrainedHead(OpenedHead):
+    """A head whose cross entropy runs over the current task's classes ("current") or over all seen so far ("seen").
+
+    `loss_over` holds the constructor's `loss`, as `loss` is the method. Between `begin_task` and `end_task`, `in_loss`
+    lists the classes of the loss; outside of a task it is empty.
+    """
+
+    trains = True
+
+    def __init__(self, loss: Classes) -> None:
+        super().__init__()
+        if loss not in ("current", "seen"):
+            raise ConfigError(f"{type(self).__name__}: loss={loss!r}; {nearest(str(loss), ('current', 'seen'))}")
+        self.loss_over: Classes = loss
+        self.in_loss: list[int] = []
+        self.task_classes: list[int] = []
+
+    def config(self) -> dict[str, Any]:
+        return {name: self.loss_over if name == "loss" else value for name, value in super().config().items()}
+
+    def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
+        super().open(width, labels, seed=seed)
+        self.seen = torch.zeros(len(labels), dtype=torch.bool)
+        self.in_loss, self.task_classes = [], []
+
+    def trainer(self) -> Head:
+        return self
+
+    def begin_task(self, classes: Sequence[int]) -> None:
+        """See `Head.begin_task`.
+
+        Raises:
+            HeadError: the last task has not ended, a class is unknown, or the loss would run over one class alone.
+        """
+        classes = self.checked_classes(classes)
+        if self.in_loss:
+            raise HeadError(f"head `{self.name}`: a task has begun already; call `end_task` first")
+        if self.loss_over == "current" and len(classes) == 1:
+            raise HeadError(
+                f"head `{self.name}`: a task of one class, `{self.labels[classes[0]]}`: the loss over the current "
+                'classes is always 0; use loss="seen", or a head that does not train'
+            )
+        self.seen[classes] = True
+        self.task_classes = classes
+        self.in_loss = classes if self.loss_over == "current" else self.seen.nonzero().flatten().tolist()
+        self._position = torch.full((len(self.labels),), -1, dtype=torch.long)
+        self._position[self.in_loss] = torch.arange(len(self.in_loss))
+
+    def end_task(self) -> None:
+        self._check_begun()
+        self.in_loss, self.task_classes = [], []
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Global class indices (N,) as positions in `in_loss`.
+
+        Raises:
+            HeadError: no task has begun, or a label is not in the loss.
+        """
+        self._check_begun()
+        if self._position.device != labels.device:
+            self._position = self._position.to(labels.device)
+        targets = self._position[labels]
+        if (targets < 0).any():
+            label = self.labels[int(labels[targets < 0][0])]
+            raise HeadError(f"head `{self.name}`: class `{label}` is not a class of the current loss")
+        return targets
+
+    def state(self) -> dict[str, Tensor]:
+        self._check_rest("saved")
+        return {**self.header(), "seen": self.seen.clone()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._check_rest("loaded")
+        columns = self.columns(state)
+        seen = torch.zeros_like(self.seen)
+        seen[columns] = self.take(state, "seen", (len(columns),)).bool()
+        self.seen = seen
+
+    def _check_begun(self) -> None:
+        if not self.in_loss:
+            raise HeadError(f"head `{self.name}`: no task has begun; call `begin_task(classes)` first")
+
+    def _check_rest(self, what: str) -> None:
+        if self.in_loss:
+            raise HeadError(f"head `{self.name}` cannot be {what} in the middle of a task; call `end_task` first")

@@ -1,0 +1,499 @@
+"""The loop over tasks. Knows the slots, no method."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers.trainer_utils import set_seed
+
+from . import run as run_directory
+from .backbone import Backbone, Examples, FixedFeatures, Pooling, load_backbone
+from .consolidation import Step
+from .errors import ConfigError, RunError, StreamError, nearest
+from .heads import Head, make_head
+from .measurement import Measurement
+from .progress import Progress
+from .recipe import Recipe
+from .recipes import make_recipe
+from .results import Result
+from .rules import TaskContext
+from .run import Commit, Run
+from .streams import Stream, Task, fingerprint
+from .training import TrainingLog, count_steps, resolve_training, train_task
+from .tuners import NoNetwork
+
+UNTOUCHED = "untouched"
+
+
+class Learner:
+    """Learns one task after another, keeps what it promised to keep, and measures it.
+
+    Args:
+        model: hub id or folder of a transformers encoder. Not needed by recipes without a network.
+        recipe: a name, plain data, or a `Recipe`.
+        run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
+        heads: names or heads to read instead of the recipe's own; the first shapes the features.
+        training: names of `transformers.TrainingArguments`, and `head_learning_rate`.
+        seed: decides everything random.
+        pooling, max_length, trust_remote_code: see `load_backbone`.
+        device: where to train and predict; None takes an accelerator where there is one.
+        progress: a display; None shows nothing.
+
+    Raises:
+        ConfigError: an unknown recipe, head or training setting.
+
+    Example:
+        >>> learner = pt.Learner("google/vit-base-patch16-224-in21k", recipe="nlora", run="runs/nlora")
+        >>> result = learner.learn(pt.load_stream("path/to/stream"))
+        >>> print(result.summary())
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None,
+        recipe: str | dict[str, Any] | Recipe = "lora",
+        run: str | Path | None = None,
+        *,
+        heads: Sequence[str | Head] | None = None,
+        training: dict[str, Any] | None = None,
+        seed: int = 0,
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.recipe = copy.deepcopy(make_recipe(recipe))
+        if heads:
+            self.recipe = self.recipe.with_heads([make_head(h) if isinstance(h, str) else h for h in heads])
+        self.model_name = str(model) if model is not None else None
+        self.training = resolve_training(self.recipe.training, training or {})
+        self.seed = seed
+        self.loading = {"pooling": pooling, "max_length": max_length, "trust_remote_code": trust_remote_code}
+        self.device = torch.device(device) if device is not None else default_device()
+        self.progress = progress or Progress()
+        self._temporary = tempfile.TemporaryDirectory() if run is None else None
+        self.path = Path(self._temporary.name if self._temporary else run)  # type: ignore[arg-type]
+        self.backbone: Backbone | None = None
+        self.heads = self.recipe.heads
+        self._surrogate: Head | None = None
+        self._trainable = 0
+        self._predicts: tuple[Sequence[str], Sequence[int], Sequence[str]] | None = None
+        self._features: dict[tuple[str, str], tuple[int, Tensor]] = {}
+        self._examples: dict[tuple[str, str], Examples] = {}
+
+    # ---- the order in which things happen ----
+
+    def learn(self, stream: Stream) -> Result:
+        """Learn the tasks that the run has not learned yet.
+
+        Raises:
+            PerpetuneError: whatever is wrong, with how to mend it; every finished task is safe.
+        """
+        recipe, consolidation = self.recipe, self.recipe.consolidation
+        steps = consolidation.schedule(stream)
+        run = self._open(stream)
+        try:
+            with self.progress:
+                if not run.commits:
+                    self._commit_untouched(run, stream)
+                done = len(run.commits) - 1
+                for step in steps[done:]:
+                    started = time.perf_counter()
+                    set_seed(task_seed(self.seed, step.index))
+                    consolidation.begin_task(step)
+                    for head in self._all_heads():
+                        head.begin_task(consolidation.classes(step))
+                    context = TaskContext(self._need_backbone(), step.index, lambda s=step: self._batches(s))
+                    for rule in recipe.rules:
+                        rule.begin_task(context)
+                    log = self._train(step, len(steps))
+                    measured = [m for rule in recipe.rules for m in rule.guarantee()]
+                    for rule in recipe.rules:
+                        rule.end_task(context)
+                    for head in self._all_heads():
+                        head.end_task()
+                    consolidation.end_task(step)
+                    trained = time.perf_counter()
+                    self._observe(step)
+                    predictions = self._evaluate(stream, step)
+                    measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]
+                    measured += self._stale(step)
+                    commit = run.commit(step.name, self._files(predictions), self._facts(stream, step, measured))
+                    self._note(run, commit, step, log, trained - started, time.perf_counter() - trained)
+        finally:
+            run.close()
+        self._predicts = (stream.labels, sorted({c for s in steps for c in s.classes}), stream.inputs)
+        return Result(self.path)
+
+    # ---- opening ----
+
+    def _open(self, stream: Stream) -> Run:
+        if not len(stream):
+            raise StreamError(f"stream `{stream.name}` has no task")
+        self.backbone = self._load_backbone(stream.modality)
+        run = Run.open(self.path, self.config(stream))
+        try:
+            self._restore(run, stream.labels)
+            _check_learned(run, stream)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _load_backbone(self, modality: Any) -> Backbone:
+        tuner = self.recipe.tuner
+        if isinstance(tuner, NoNetwork):
+            return FixedFeatures(modality, words=tuner.words, side=tuner.side)
+        if self.model_name is None:
+            raise ConfigError(f"recipe `{self.recipe.name}` needs a model: give a hub id or a folder (--model)")
+        return load_backbone(self.model_name, modality, **self.loading).to(self.device)
+
+    def _restore(self, run: Run, labels: Sequence[str]) -> None:
+        """Base model plus commits: nothing else decides what follows."""
+        backbone, recipe = self._need_backbone(), self.recipe
+        self._features.clear()
+        first = self.heads[0]
+        self._surrogate = None if first.trains or not recipe.tuner.trains else first.trainer()
+        for head in self._all_heads():
+            embeddings = None
+            if head.needs_label_embeddings:
+                embeddings = backbone.label_embeddings(labels, getattr(head, "template", "{}"))
+            head.open(backbone.width, labels, seed=self.seed, label_embeddings=embeddings)
+            head.to(self.device)
+        recipe.consolidation.open(backbone, recipe.tuner)
+        learned = run.commits[1:]
+        recipe.consolidation.restore(learned)
+        backbone.to(self.device)
+        if learned:
+            state = learned[-1].tensors("head.safetensors")
+            for name, head in self._named_heads():
+                head.load_state({k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(name + ".")})
+            if learned[-1].has("rules.safetensors"):
+                state = learned[-1].tensors("rules.safetensors")
+                for i, rule in enumerate(recipe.rules):
+                    rule.load_state({k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{i}.")})
+
+    def _named_heads(self) -> Iterator[tuple[str, Head]]:
+        yield from ((head.name, head) for head in self.heads)
+        if self._surrogate is not None:
+            yield "trainer", self._surrogate
+
+    def _all_heads(self) -> list[Head]:
+        return [head for _, head in self._named_heads()]
+
+    def _need_backbone(self) -> Backbone:
+        if self.backbone is None:
+            raise ConfigError("nothing is learned yet: call learn(stream), or Learner.open(run)")
+        return self.backbone
+
+    def config(self, stream: Stream) -> dict[str, Any]:
+        """What decides the result of this run, as it is written to run.yaml."""
+        backbone = self._need_backbone()
+        return {
+            "model_name": self.model_name,
+            "model": {
+                "fingerprint": backbone.fingerprint,
+                "modality": backbone.modality,
+                "pooling": backbone.pooling,
+                "max_length": backbone.max_length,
+                "trust_remote_code": self.loading["trust_remote_code"],
+            },
+            "stream": {
+                "name": stream.name,
+                "scenario": stream.scenario,
+                "inputs": stream.inputs,
+                "tasks": [task.name for task in stream],
+                "labels": stream.labels,
+                "source": stream.source,
+            },
+            "recipe": self.recipe.to_dict(),
+            "training": self.training,
+            "seed": self.seed,
+            "versions": versions(),
+        }
+
+    # ---- one step ----
+
+    def _train(self, step: Step, of: int) -> TrainingLog:
+        backbone, head = self._need_backbone(), self._surrogate or self.heads[0]
+        self._trainable = sum(p.numel() for m in (backbone, head) for p in m.parameters() if p.requires_grad)
+        if not self._trainable:
+            return TrainingLog(0, None, None)
+        examples = backbone.prepare(self.recipe.consolidation.rows(step))
+        steps = count_steps(sum(len(task.train) for task in step.tasks), self.training)
+        with self.progress.bar(f"{self.recipe.name} · {step.name} ({step.index + 1}/{of}) · train", steps) as advance:
+            return train_task(
+                backbone,
+                head,
+                self.recipe.rules,
+                examples,
+                self.training,
+                task=step.name,
+                seed=task_seed(self.seed, step.index),
+                steps=steps,
+                advance=advance,
+            )
+
+    def _batches(self, step: Step) -> Iterable[dict[str, Tensor]]:
+        backbone, size = self._need_backbone(), int(self.training["per_device_eval_batch_size"])
+        examples = backbone.prepare(self.recipe.consolidation.rows(step))
+        for start in range(0, len(examples), size):
+            batch = backbone.collate(examples[start : start + size])
+            batch.pop("labels")
+            yield {k: v.to(self.device) for k, v in batch.items()}
+
+    def _observe(self, step: Step) -> None:
+        """Show the training samples to the heads that gather statistics, with the features as they are now."""
+        watching = [head for head in self.heads if type(head).observe is not Head.observe]
+        for task in step.tasks if watching else ():
+            features = self._task_features(task, "train")
+            labels = torch.tensor(task.train["label"])
+            for head in watching:
+                head.observe(features, labels, task.train["id"])
+
+    def _stale(self, step: Step) -> list[Measurement]:
+        watching = [head for head in self.heads if type(head).observe is not Head.observe]
+        if not watching or not self.recipe.tuner.trains:
+            return []
+        note = "tasks whose class statistics were gathered with features that have changed since (order-dependent)"
+        name = "tasks with stale statistics"
+        return [Measurement(name, float(step.index), None, "", type(head).__name__, note) for head in watching]
+
+    def _task_features(self, task: Task, split: str) -> Tensor:
+        """Features of a split under the model as it is now; computed once for every state of the model."""
+        backbone, key = self._need_backbone(), (task.name, split)
+        version, features = self._features.get(key, (-1, None))
+        if features is None or version != backbone.version:
+            rows = getattr(task, split)
+            if key not in self._examples:
+                self._examples[key] = backbone.prepare(rows)
+            with self.progress.bar(f"{self.recipe.name} · features of {task.name}", len(rows)) as advance:
+                size = int(self.training["per_device_eval_batch_size"])
+                features = backbone.features(self._examples[key], size, advance)
+            self._features[key] = (backbone.version, features)
+        return features
+
+    def _evaluate(self, stream: Stream, step: Step | None) -> dict[str, Tensor]:
+        """Predictions of every head on the tasks learned so far, and on those it can name before they are learned."""
+        learned = step.learned if step is not None else 0
+        seen = sorted({c for task in stream.tasks[:learned] for c in task.classes})
+        ahead = stream.tasks[learned : learned + 1] if step is not None else stream.tasks
+        by_task = {t.name: s.index for s in self.recipe.consolidation.schedule(stream) for t in s.tasks}
+        out: dict[str, Tensor] = {}
+        for task in (*stream.tasks[:learned], *ahead):
+            heads = [h for h in self.heads if task not in ahead or h.knows(task.classes)]
+            if not heads:
+                continue
+            features = self._task_features(task, "test")
+            out[f"target/{task.name}"] = torch.tensor(task.test["label"], dtype=torch.int32)
+            for head in heads:
+                for scenario in readings(stream):
+                    own = None
+                    if scenario == "task" and step is not None and task not in ahead:
+                        own = self.recipe.consolidation.reads(by_task[task.name], step.index)
+                    scores = head.scores(features, own)
+                    allowed = sorted(task.classes) if scenario == "task" else sorted({*seen, *task.classes})
+                    choice = scores[:, allowed].argmax(1)
+                    out[f"{head.name}/{scenario}/{task.name}"] = torch.tensor(allowed)[choice.cpu()].to(torch.int32)
+        return out
+
+    # ---- committing ----
+
+    def _commit_untouched(self, run: Run, stream: Stream) -> None:
+        predictions = self._evaluate(stream, None)
+        run.note("start", command=sys.argv, versions=versions(), device=str(self.device))
+        run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, {"learned": [], "classes": [], "guarantees": []})
+
+    def _files(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
+        rules = {f"{i}.{k}": v for i, rule in enumerate(self.recipe.rules) for k, v in rule.state().items()}
+        return {
+            **self.recipe.consolidation.files(),
+            "head.safetensors": {f"{name}.{k}": v for name, head in self._named_heads() for k, v in head.state().items()},
+            **({"rules.safetensors": rules} if rules else {}),
+            "predictions.safetensors": predictions,
+        }
+
+    def _facts(self, stream: Stream, step: Step, measured: list[Measurement]) -> dict[str, Any]:
+        return {
+            "learned": [task.name for task in stream.tasks[: step.learned]],
+            "classes": sorted({c for task in stream.tasks[: step.learned] for c in task.classes}),
+            "data": {task.name: fingerprint(task) for task in step.tasks},
+            "guarantees": [{**m.to_dict(), "value": finite(m.value), "task": step.name} for m in measured],
+            "trainable_parameters": self._trainable,
+        }
+
+    def _note(self, run: Run, commit: Commit, step: Step, log: TrainingLog, training: float, rest: float) -> None:
+        run.note(
+            "task",
+            index=step.index,
+            task=step.name,
+            steps=log.steps,
+            first_loss=finite(log.first_loss),
+            last_loss=finite(log.last_loss),
+            train_seconds=round(training, 3),
+            evaluate_seconds=round(rest, 3),
+            peak_memory_bytes=peak_memory(self.device),
+            disk_bytes=sum(f.stat().st_size for f in commit.path.iterdir()),
+        )
+        self.progress.say(f"{self.recipe.name}: task {step.index + 1} `{step.name}` learned in {training + rest:.1f} s")
+
+    # ---- using what was learned ----
+
+    @classmethod
+    def open(cls, run: str | Path, **options: Any) -> Learner:
+        """The learner of a finished run, ready to predict and export.
+
+        Raises:
+            RunError: no run is there, it is damaged, or its base model is another one now.
+        """
+        config = run_directory.read_config(Path(run))
+        model, settings = config["model"], {k: v for k, v in config["training"].items()}
+        name = options.pop("model", None) or config["model_name"]
+        loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
+        learner = cls(name, config["recipe"], run, training=settings, seed=config["seed"], **loading, **options)
+        learner.backbone = learner._load_backbone(model["modality"])
+        if learner.backbone.fingerprint != model["fingerprint"]:
+            raise RunError(
+                f"{run} was made with another base model than `{name}` is now: give the model it was made with (--model)"
+            )
+        directory = Run.open(run, config)
+        try:
+            learner._restore(directory, config["stream"]["labels"])
+            stream = config["stream"]
+            seen = directory.commits[-1].manifest["classes"] if directory.commits else []
+            learner._predicts = (stream["labels"], seen, stream["inputs"])
+        finally:
+            directory.close()
+        return learner
+
+    def predict(
+        self, inputs: Sequence[Any], *, head: str | None = None, classes: Sequence[str] | None = None
+    ) -> list[str]:
+        """Label texts for new inputs: texts, (text, text_pair) tuples, or PIL images.
+
+        Args:
+            head: which head to read; None takes the first.
+            classes: choose among these label texts only (task-incremental use); None chooses among all classes learned.
+
+        Raises:
+            ConfigError: nothing is learned yet, or an unknown head or class.
+        """
+        backbone = self._need_backbone()
+        if self._predicts is None or not self._predicts[1]:
+            raise ConfigError("no task is learned yet: call learn(stream) first")
+        labels, seen, columns = self._predicts
+        by_name = {h.name: h for h in self.heads}
+        if head is not None and head not in by_name:
+            raise ConfigError(f"this run reads no head `{head}`: {nearest(head, by_name)}")
+        allowed = list(seen)
+        if classes is not None:
+            known = {labels[c]: c for c in seen}
+            for name in classes:
+                if name not in known:
+                    raise ConfigError(f"class `{name}` is not learned: {nearest(name, known)}")
+            allowed = [known[name] for name in classes]
+        rows = [x if isinstance(x, tuple) else (x,) for x in inputs]
+        if any(len(r) > len(columns) for r in rows):
+            raise ConfigError(f"each input holds {', '.join(columns)}: one value for each")
+        table = {c: [r[i] for r in rows] for i, c in enumerate(columns[: len(rows[0])] if rows else ())}
+        if not rows:
+            return []
+        data = datasets.Dataset.from_dict({**table, "label": [0] * len(rows), "id": [""] * len(rows)})
+        features = backbone.features(backbone.prepare(data), int(self.training["per_device_eval_batch_size"]))
+        scores = by_name[head or self.heads[0].name].scores(features)
+        return [labels[allowed[i]] for i in scores[:, allowed].argmax(1).tolist()]
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the model as it is now as a plain transformers folder, adapters merged; the run stays as it is.
+
+        Raises:
+            ConfigError: nothing is learned yet, or there is no network to export.
+        """
+        backbone = self._need_backbone()
+        if isinstance(backbone, FixedFeatures):
+            raise ConfigError(f"recipe `{self.recipe.name}` has no network to export")
+        model = copy.deepcopy(backbone.model)
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        with run_directory.writing(Path(folder)):
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+            backbone.processor.save_pretrained(str(folder))
+        return Path(folder)
+
+
+def _check_learned(run: Run, stream: Stream) -> None:
+    """A stream may have grown since; what was learned must still be what it was."""
+    tasks = {task.name: task for task in stream}
+    learned = run.commits[-1].manifest["learned"] if run.commits else []
+    now = [task.name for task in stream.tasks[: len(learned)]]
+    if now != learned:
+        raise RunError(
+            f"{run.path} has learned {', '.join(learned)} in this order; the stream now starts with "
+            f"{', '.join(now) or 'nothing'}: append new tasks at its end, or use another run directory (--out)"
+        )
+    for commit in run.commits:
+        for name, digest in commit.manifest.get("data", {}).items():
+            if fingerprint(tasks[name]) != digest:
+                raise RunError(
+                    f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run directory "
+                    "(--out)"
+                )
+
+
+def readings(stream: Stream) -> tuple[str, ...]:
+    """In which scenarios a run on this stream is read: class-incremental runs are read with the task given as well."""
+    return {"class": ("class", "task"), "domain": ("domain",), "task": ("task",)}[stream.scenario]
+
+
+def task_seed(seed: int, index: int) -> int:
+    """The seed of one task: whatever was drawn before, a task trained again draws the same."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "little") >> 1
+
+
+def default_device() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN: what is not a number is written as nothing."""
+    import math
+
+    return value if value is not None and math.isfinite(value) else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory in use so far, bytes: of the accelerator where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("perpetune", "torch", "transformers", "peft", "datasets", "safetensors")
+    found = {name: version(name) for name in names if _installed(name)}
+    return {**found, "python": sys.version.split()[0], "threads": str(torch.get_num_threads())}
+
+
+def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True

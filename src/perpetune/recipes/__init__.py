@@ -1,0 +1,55 @@
+"""The table: every published system as a few lines, under its own name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from ..recipe import Recipe, call_checked
+from . import controls, lora_family
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    make.__name__: make
+    for make in (
+        controls.sequential,
+        lora_family.sequential_lora,
+        lora_family.lora,
+        lora_family.olora,
+        lora_family.olora_released,
+        lora_family.nlora,
+        lora_family.nlora_released,
+        lora_family.olora_nlora,
+        controls.replay,
+        controls.joint,
+        controls.frozen_ncm,
+        controls.frozen_ridge,
+        controls.frozen_label_text,
+        controls.tfidf_ridge,
+        controls.pixels_ridge,
+    )
+}
+
+
+def make_recipe(recipe: str | dict[str, Any] | Recipe) -> Recipe:
+    """A recipe from its name, from `{name: NAME, setting: value, ...}`, from the four slots spelled out, or as it is.
+
+    Raises:
+        ConfigError: an unknown recipe, slot or setting, with the nearest known names.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    data = {"name": recipe} if isinstance(recipe, str) else dict(recipe)
+    if "tuner" in data:
+        return Recipe.from_dict(data)
+    name = data.pop("name", None)
+    if name not in RECIPES:
+        raise ConfigError(f"no recipe is called `{name}`: {nearest(str(name), RECIPES)}")
+    accepted = list(inspect.signature(RECIPES[name]).parameters)
+    for key in data:
+        if key not in accepted:
+            raise ConfigError(f"recipe `{name}` has no setting `{key}`: {nearest(key, accepted or ['none'])}")
+    made = call_checked(f"recipe `{name}`", RECIPES[name], data)
+    made.name = name
+    return made

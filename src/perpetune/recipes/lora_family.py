@@ -1,0 +1,114 @@
+"""LoRA over a sequence of tasks, and the regularisers that keep its updates apart."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ..consolidation import Continue, Merge, Stack
+from ..recipe import Recipe
+from ..rules import OrthogonalToPast, ProductL1, ReleasedProductL1
+from ..tuners import QUERY_VALUE
+
+
+def lora_config(rank: int, alpha: float | None, target: str | list[str], dropout: float) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha if alpha is not None else 4 * rank,  # type: ignore[arg-type]
+        target_modules=target,
+        lora_dropout=dropout,
+    )
+
+
+def sequential_lora(
+    rank: int = 8, alpha: float | None = None, target: str | list[str] = QUERY_VALUE, dropout: float = 0.0
+) -> Recipe:
+    """One LoRA all the way: nothing against forgetting.
+
+    LoRA: Hu et al., 2106.09685. `alpha` defaults to 4 * rank, the scale s = 4 of the O-LoRA and N-LoRA scripts.
+    """
+    return Recipe(lora_config(rank, alpha, target, dropout), [], Continue(), training=LORA_TRAINING)
+
+
+def lora(
+    rank: int = 8, alpha: float | None = None, target: str | list[str] = QUERY_VALUE, dropout: float = 0.0
+) -> Recipe:
+    """A fresh LoRA for every task, merged: nothing against forgetting ("IncLoRA" in the O-LoRA paper)."""
+    return Recipe(lora_config(rank, alpha, target, dropout), [], Merge(), training=LORA_TRAINING)
+
+
+def olora(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    strength: float = 0.5,
+) -> Recipe:
+    """O-LoRA: the new A orthogonal to all past A; past adapters merged, as in the paper.
+
+    Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning, 2310.14152 (EMNLP Findings 2023).
+    Published: r = 8, alpha = 32, dropout 0.1, strength (lambda_1) 0.5 for most tasks, 5 for some. The squared form is our
+    reading of the paper's norm.
+    """
+    return Recipe(
+        lora_config(rank, alpha, target, dropout), [OrthogonalToPast(strength)], Merge(), training=LORA_TRAINING
+    )
+
+
+def olora_released(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.1,
+    strength: float = 0.5,
+    norm_strength: float = 0.0,
+) -> Recipe:
+    """O-LoRA as its code computes it: sum of absolute values, past adapters concatenated and never merged."""
+    form: Literal["absolute"] = "absolute"
+    rule = OrthogonalToPast(strength, form=form, norm_strength=norm_strength)
+    return Recipe(lora_config(rank, alpha, target, dropout), [rule], Stack(), training=LORA_TRAINING)
+
+
+def nlora(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    strength: float = 1e-5,
+) -> Recipe:
+    """N-LoRA: l1 on the change itself, ||B A||_1, so that the changes of different tasks collide in few entries.
+
+    Yang et al., Is Parameter Collision Hindering Continual Learning in LLMs?, 2410.10179. The published 0.4 belongs to the
+    r x r product of the released code; this form sums d_out * d_in entries and needs a smaller strength, to be chosen on
+    validation data.
+    """
+    return Recipe(lora_config(rank, alpha, target, dropout), [ProductL1(strength)], Merge(), training=LORA_TRAINING)
+
+
+def nlora_released(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.1,
+    strength: float = 0.4,
+) -> Recipe:
+    """N-LoRA as its code computes it: l1 on the r x r product A B (square layers only), past adapters concatenated."""
+    rule = ReleasedProductL1(strength)
+    return Recipe(lora_config(rank, alpha, target, dropout), [rule], Stack(), training=LORA_TRAINING)
+
+
+def olora_nlora(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    orthogonal: float = 0.5,
+    sparse: float = 1e-5,
+) -> Recipe:
+    """O-LoRA and N-LoRA together (section "combination" of 2410.10179; no code and no per-order figures published)."""
+    rules = [OrthogonalToPast(orthogonal), ProductL1(sparse)]
+    return Recipe(lora_config(rank, alpha, target, dropout), rules, Merge(), training=LORA_TRAINING)
+
+
+LORA_TRAINING = {"learning_rate": 1e-3}

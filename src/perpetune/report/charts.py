@@ -1,0 +1,240 @@
+"""The pictures of the report as inline SVG: bars, heat map, lines, scatter. Accuracies are fractions from 0 to 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from .data import Matrix
+from .svg import short, tag
+
+NAMED_LINES = 12  # more lines than this are drawn alike: nobody can tell them apart by colour
+NUMBERED_LINES = 15
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a bar picture.
+
+    Attributes:
+        label: who.
+        now: accuracy at the end; None where it was not measured.
+        learned: accuracy right after learning, drawn behind `now`; None where unknown.
+        spread: standard deviation over seeds of `now`.
+        role: "method", "control" or "bound".
+        badge: what kind of control, one or two words.
+        note: what to read beside the bar ("forgot 77").
+    """
+
+    label: str
+    now: float | None
+    learned: float | None = None
+    spread: float | None = None
+    role: str = "method"
+    badge: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark of the scatter: accuracy right after learning (x) and at the end (y)."""
+
+    label: str
+    learned: float
+    kept: float
+    role: str = "method"
+
+
+def share(value: float) -> str:
+    """A fraction as a width in per cent, kept inside the picture."""
+    return f"{100 * min(max(value, 0.0), 1.0):.2f}%"
+
+
+def bar_marks(bar: Bar, height: int = 18, guess: float | None = None) -> Markup:
+    """Inside of one bar, as wide as whatever holds it: what is kept, what was lost, spread, and blind guessing."""
+    marks = [tag("rect", class_="track", width="100%", height=height, rx=3)]
+    if bar.learned is not None and bar.now is not None and bar.learned > bar.now:
+        marks.append(tag("rect", class_="lost", width=share(bar.learned), height=height, rx=3))
+    if bar.now is not None:
+        marks.append(tag("rect", class_=bar.role, width=share(bar.now), height=height, rx=3))
+        if bar.spread:
+            low, high, middle = share(bar.now - bar.spread), share(bar.now + bar.spread), height / 2
+            marks.append(tag("line", class_="whisker", x1=low, x2=high, y1=middle, y2=middle))
+            for end in (low, high):
+                marks.append(tag("line", class_="whisker", x1=end, x2=end, y1=middle - 4, y2=middle + 4))
+    if guess is not None:
+        marks.append(tag("line", class_="guess", x1=share(guess), x2=share(guess), y1=-2, y2=height + 2))
+    return Markup("").join(marks)
+
+
+def bar_svg(bar: Bar, guess: float | None = None) -> Markup:
+    """One bar as an inline picture of full width."""
+    now = "not measured" if bar.now is None else f"{100 * bar.now:.1f} of 100 right"
+    before = "" if bar.learned is None else f", right after learning {100 * bar.learned:.1f}"
+    title = tag("title", f"{bar.label}: {now}{before}")
+    return tag("svg", title, bar_marks(bar, guess=guess), class_="bar", role="img", width="100%", height=18)
+
+
+def change_svg(label: str, value: float | None, low: float, high: float, spread: float | None = None) -> Markup:
+    """One signed bar of points lost (to the right) or gained (to the left), on the range low <= 0 <= high."""
+    range_ = (high - low) or 1.0
+    zero = -low / range_
+    marks = [tag("title", f"{label}: " + ("undefined" if value is None else f"{100 * value:.1f} points forgotten"))]
+    if value is not None:
+        start, end = sorted((zero, zero + value / range_))
+        kind = "fall" if value > 0 else "good"
+        marks.append(tag("rect", class_=kind, x=share(start), width=share(end - start), height=14, y=2, rx=2))
+        if spread:
+            at = zero + value / range_
+            low_, high_ = share(at - spread / range_), share(at + spread / range_)
+            marks.append(tag("line", class_="whisker", x1=low_, x2=high_, y1=9, y2=9))
+    marks.append(tag("line", class_="grid", x1=share(zero), x2=share(zero), y1=0, y2=18))
+    return tag("svg", *marks, class_="bar", role="img", width="100%", height=18)
+
+
+def small_bar_svg(value: float) -> Markup:
+    """A thin bar beneath a figure in a table; decoration, so hidden from screen readers."""
+    mark = tag("rect", class_="control", width=share(value), height=4, rx=2)
+    return tag("svg", mark, class_="bar", width="100%", height=4, aria_hidden="true")
+
+
+def matrix_svg(
+    matrix: Matrix, tasks: Sequence[str], title: str, baseline: Sequence[float | None] = (), namespace: bool = False
+) -> Markup:
+    """The accuracy matrix as a heat map of fixed size: rows are time, columns are tasks, T x T, diagonal outlined."""
+    width, height = (46, 34) if len(tasks) <= 6 else (38, 30) if len(tasks) <= 12 else (28, 24)
+    rows: list[tuple[str, Sequence[float | None]]] = [
+        (f"after {i + 1} {short(name, 13)}", row) for i, (name, row) in enumerate(zip(tasks, matrix, strict=True))
+    ]
+    if any(b is not None for b in baseline):
+        rows.insert(0, ("untouched model", baseline))
+    offset = len(rows) - len(tasks)
+    left = 14 + max(int(6.6 * len(label)) for label, _ in rows)
+    top = 40
+    marks: list[Markup] = [tag("title", title), tag("text", "accuracy on task", class_="soft", x=left, y=14)]
+    for j, name in enumerate(tasks):
+        number = tag("text", tag("title", name), str(j + 1), class_="mid strong", x=left + (j + 0.5) * width, y=32)
+        marks.append(number)
+    for i, (label, row) in enumerate(rows):
+        y = top + i * height
+        marks.append(tag("text", label, class_="end", x=left - 8, y=y + height / 2 + 4))
+        for j, value in enumerate(row):
+            x = left + j * width
+            if value is not None:
+                marks.append(_cell(x, y, width - 2, height - 2, value))
+            if i - offset == j:
+                marks.append(tag("rect", class_="just", x=x, y=y, width=width - 2, height=height - 2, rx=3))
+    total_width, total_height = left + len(tasks) * width + 2, top + len(rows) * height + 2
+    xmlns = "http://www.w3.org/2000/svg" if namespace else None
+    return tag("svg", *marks, xmlns=xmlns, class_="matrix", role="img", width=total_width, height=total_height)
+
+
+def _cell(x: float, y: float, width: float, height: float, value: float) -> Markup:
+    weight = "light" if value < 0.55 else "middle" if value < 0.72 else "heavy"
+    return tag(
+        "rect", class_="heat", x=x, y=y, width=width, height=height, rx=3, fill_opacity=0.04 + 0.96 * value
+    ) + tag("text", f"{100 * value:.0f}", class_=f"mid cell {weight}", x=x + width / 2, y=y + height / 2 + 4)
+
+
+def lines_svg(matrix: Matrix, tasks: Sequence[str], title: str) -> Markup:
+    """Accuracy of every task from the moment it is learned, and the mean over the tasks learned so far (bold)."""
+    width, height, left, right, top, bottom = 340, 220, 32, 14, 16, 34
+    size = len(tasks)
+    step = (width - left - right) / max(size - 1, 1)
+    span = height - top - bottom
+
+    def at(i: int, value: float) -> tuple[float, float]:
+        return (left + i * step if size > 1 else left + (width - left - right) / 2, top + span * (1 - value))
+
+    marks: list[Markup] = [tag("title", title)]
+    for level in (0, 25, 50, 75, 100):
+        y = top + span * (1 - level / 100)
+        marks.append(tag("line", class_="grid", x1=left, x2=width - right, y1=y, y2=y))
+        marks.append(tag("text", level, class_="soft small end", x=left - 6, y=y + 4))
+    every = max(1, -(-size // 10))
+    for i in range(0, size, every):
+        marks.append(tag("text", i + 1, class_="soft small mid", x=at(i, 0)[0], y=height - bottom + 15))
+    marks.append(
+        tag("text", "number of tasks learned", class_="soft small mid", x=(left + width - right) / 2, y=height - 4)
+    )
+    starts: list[Markup] = []
+    for j, name in enumerate(tasks):
+        column = [at(i, value) for i, row in enumerate(matrix) if i >= j for value in [row[j]] if value is not None]
+        if not column:
+            continue
+        stroke = f"var(--task-{j % 6})" if size <= NAMED_LINES else "var(--control)"
+        dash = " dash" if size <= NAMED_LINES and j >= 6 else ""
+        thin = None if size <= NAMED_LINES else 0.55
+        hover = tag("title", f"task {j + 1}, {name}")
+        marks.append(tag("polyline", hover, class_="line" + dash, points=_path(column), stroke=stroke, opacity=thin))
+        x, y = column[0]
+        starts.append(tag("circle", hover, cx=x, cy=y, r=3.4 if thin is None else 2.2, fill=stroke))
+        if size <= NUMBERED_LINES:
+            starts.append(tag("text", j + 1, class_="small strong mid", x=x, y=y - 6 if y > top + 8 else y + 14))
+    if size > 1:
+        means = [(i, [v for v in row[: i + 1] if v is not None]) for i, row in enumerate(matrix)]
+        path = [at(i, sum(seen) / len(seen)) for i, seen in means if len(seen) == i + 1]
+        hover = tag("title", "mean over the tasks learned so far")
+        marks.append(tag("polyline", hover, class_="mean", points=_path(path)))
+    return tag("svg", *marks, *starts, class_="panel", role="img", viewBox=f"0 0 {width} {height}")
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def scatter_svg(points: Sequence[Point], title: str, bound: float | None = None) -> Markup:
+    """How well things were learned against how well they are kept; on the diagonal nothing was forgotten."""
+    width, side, left, top = 476, 300, 40, 14
+    right, bottom = left + side, top + side
+    values = [v for p in points for v in (p.kept, p.learned)] + ([] if bound is None else [bound])
+    low = max(0.0, math.floor(10 * min(values) - 0.3) / 10)
+    high = min(1.0, math.ceil(10 * max(values) + 0.3) / 10)
+
+    def at(learned: float, kept: float) -> tuple[float, float]:
+        return left + side * (learned - low) / (high - low), bottom - side * (kept - low) / (high - low)
+
+    marks: list[Markup] = [tag("title", title)]
+    tenths = range(round(10 * low), round(10 * high) + 1)
+    for tenth in tenths if len(tenths) <= 7 else [t for t in tenths if t % 2 == 0]:
+        x, y = at(tenth / 10, tenth / 10)
+        marks.append(tag("line", class_="grid", x1=left, x2=right, y1=y, y2=y))
+        marks.append(tag("line", class_="grid", x1=x, x2=x, y1=top, y2=bottom))
+        marks.append(tag("text", 10 * tenth, class_="soft small end", x=left - 6, y=y + 4))
+        marks.append(tag("text", 10 * tenth, class_="soft small mid", x=x, y=bottom + 15))
+    marks.append(tag("line", class_="guess", x1=left, x2=right, y1=bottom, y2=top))
+    middle = top + side / 2
+    marks.append(tag("text", "learned: right after each task →", class_="soft mid", x=left + side / 2, y=bottom + 36))
+    turn = f"rotate(-90 11 {middle:.0f})"
+    marks.append(tag("text", "kept: at the end →", class_="soft mid", x=11, y=middle, transform=turn))
+    if bound is not None:
+        y = at(low, bound)[1]
+        marks.append(tag("line", class_="whisker", x1=left, x2=right, y1=y, y2=y))
+        marks.append(tag("text", "all at once (upper bound)", class_="small", x=left + 5, y=y - 5))
+    ranked = sorted(points, key=lambda p: -p.kept)
+    places = [at(p.learned, p.kept) for p in ranked]
+    heights = _spread([y for _, y in places], top + 6, bottom)
+    for p, (x, y), level in zip(ranked, places, heights, strict=True):
+        path = f"{x:.1f},{y:.1f} {right + 4},{level:.1f} {right + 10},{level:.1f}"
+        marks.append(tag("polyline", class_="leader", points=path))
+        marks.append(tag("text", short(p.label, 17), class_="small", x=right + 13, y=level + 3.5))
+    for p, (x, y) in zip(ranked, places, strict=True):
+        hover = tag("title", f"{p.label}: learned {100 * p.learned:.1f}, kept {100 * p.kept:.1f}")
+        if p.role == "control":
+            marks.append(tag("rect", hover, class_="control", x=x - 4.5, y=y - 4.5, width=9, height=9))
+        else:
+            marks.append(tag("circle", hover, class_=p.role, cx=x, cy=y, r=5.0))
+    return tag("svg", *marks, class_="scatter", role="img", viewBox=f"0 0 {width} {bottom + 44}")
+
+
+def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
+    """Heights of labels: in order, as near as possible to the wanted ones (ascending), none on top of another."""
+    gap = min(14.0, (high - low) / max(len(wanted) - 1, 1))
+    placed: list[float] = []
+    for i, y in enumerate(wanted):
+        y = min(y, high - gap * (len(wanted) - 1 - i))
+        placed.append(max(y, placed[-1] + gap if placed else low))
+    return placed

@@ -1,0 +1,95 @@
+"""From results to what a report page is made of."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .metrics.accuracy import FORMULAS
+from .report import ReportData
+from .results import Result
+
+MOST_FLIPS = 24
+
+
+def report_data(results: Sequence[Result], records: Sequence[Any], kind: str) -> ReportData:
+    """
+    Args:
+        results: the run itself for kind "run"; may be empty for a comparison, whose records name their runs.
+        records: `ResultRecord`s.
+        kind: "run" or "compare".
+    """
+    runs = list(results) or [Result(p) for p in dict.fromkeys(r.run for r in records) if (Path(p) / "run.yaml").is_file()]
+    first = runs[0] if runs else None
+    stream: dict[str, Any] = first.config["stream"] if first else {}
+    start = next((e for e in (first.journal if first else []) if e["event"] == "start"), {})
+    return ReportData(
+        title=f"{records[0].recipe} on {records[0].stream}" if kind == "run" else f"Recipes compared on {records[0].stream}",
+        kind=kind,  # type: ignore[arg-type]
+        records=[r.model_dump() for r in records],
+        stream=records[0].stream,
+        scenario=stream.get("scenario", records[0].scenario),
+        tasks=records[0].tasks,
+        labels=_labels(first) if first else {},
+        model=records[0].model,
+        command=_command(sys.argv),
+        versions={k: str(v) for k, v in start.get("versions", {}).items()},
+        created=time.strftime("%Y-%m-%d"),
+        formulas=FORMULAS,
+        flips=_flips(first) if kind == "run" and first else None,
+    )
+
+
+def _command(argv: Sequence[str]) -> str:
+    return shlex.join([Path(argv[0]).name, *argv[1:]])
+
+
+def _labels(result: Result) -> dict[str, list[str]]:
+    texts = result.config["stream"]["labels"]
+    known = {}
+    for head, scenario in result.readings[:1]:
+        _, targets = result.predictions(head, scenario)
+        known = {task: [texts[c] for c in sorted(set(found.tolist()))] for task, found in targets.items()}
+    return known
+
+
+def _flips(result: Result) -> list[dict[str, Any]] | None:
+    """A few test examples that were right at some point and are wrong at the end; None where the stream is gone."""
+    import base64
+    import io
+
+    from .errors import PerpetuneError
+    from .metrics.accuracy import flips
+    from .streams import load_stream
+
+    if not result.readings:
+        return None
+    try:
+        stream = load_stream(**result.config["stream"]["source"])
+    except (PerpetuneError, TypeError):
+        return None
+    rows, targets = result.predictions(*result.readings[0])
+    found = []
+    for task in stream:
+        _, indices = flips(rows, targets).get(task.name, (None, []))
+        for i in list(indices)[: max(1, MOST_FLIPS // max(1, len(stream.tasks)))]:
+            example = task.test[int(i)]
+            was = next(r[task.name][i] for r in rows if task.name in r and r[task.name][i] == targets[task.name][i])
+            entry = {
+                "task": task.name,
+                "label": stream.labels[example["label"]],
+                "was": stream.labels[int(was)],
+                "now": stream.labels[int(rows[-1][task.name][i])],
+            }
+            if "image" in example:
+                buffer = io.BytesIO()
+                example["image"].save(buffer, "PNG")
+                entry["image"] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            else:
+                entry["text"] = " ⏐ ".join(example[c] for c in stream.inputs)[:300]
+            found.append(entry)
+    return found[:MOST_FLIPS]

@@ -1,0 +1,134 @@
+"""What a run found: read from its commits and its journal, computed on demand."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .metrics.accuracy import AccuracyMatrix, flips, flips_share, summary
+from .metrics.records import ResultRecord, make_record
+from .run import COMMITS, Commit, read_config, read_journal
+
+
+class Result:
+    """The result of a run, from its directory alone.
+
+    Args:
+        path: a run directory, finished or not.
+
+    Raises:
+        RunError: no run is there, or it is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        self.journal = read_journal(self.path)
+        folders = sorted(p for p in (self.path / COMMITS).iterdir() if not p.name.startswith("."))
+        self.commits = [Commit.read(p) for p in folders]
+
+    @cached_property
+    def _predictions(self) -> list[dict[str, np.ndarray]]:
+        return [{k: v.numpy() for k, v in c.tensors("predictions.safetensors").items()} for c in self.commits]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks learned so far, in order."""
+        return tuple(self.commits[-1].manifest["learned"]) if self.commits else ()
+
+    @property
+    def readings(self) -> list[tuple[str, str]]:
+        """(head, scenario) pairs that this run was evaluated in."""
+        keys = {tuple(k.split("/")[:2]) for found in self._predictions[1:] for k in found if not k.startswith("target/")}
+        heads = [h["name"] for h in self._heads()]
+        return sorted(keys, key=lambda k: (heads.index(k[0]) if k[0] in heads else 99, k[1]))  # type: ignore[return-value]
+
+    def _heads(self) -> list[dict[str, Any]]:
+        from .heads import HEADS
+
+        names = {type(make()).__name__: make().name for make in HEADS.values()}
+        return [{"name": names.get(h["type"], h["type"])} for h in self.config["recipe"]["heads"]]
+
+    def predictions(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        """Per task learned: predicted class of every test example of every task evaluated then; and the true classes.
+
+        Row i is the state after task i; a step that learned several tasks fills the row of the last of them.
+        """
+        rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
+        targets: dict[str, np.ndarray] = {}
+        for commit, found in zip(self.commits[1:], self._predictions[1:], strict=True):
+            row = len(commit.manifest["learned"]) - 1
+            prefix = f"{head}/{scenario}/"
+            rows[row] = {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
+            rows[row] = {k: v for k, v in rows[row].items() if k in self.tasks}
+            targets.update({k[len("target/") :]: v for k, v in found.items() if k.startswith("target/")})
+        return rows, {k: v for k, v in targets.items() if k in self.tasks}
+
+    def matrix(self, head: str, scenario: str) -> AccuracyMatrix:
+        """a(i, j): accuracy on task j after learning task i."""
+        rows, targets = self.predictions(head, scenario)
+        prefix = f"{head}/{scenario}/"
+        baseline = {k[len(prefix) :]: v for k, v in self._predictions[0].items() if k.startswith(prefix)}
+        baseline = {k: v for k, v in baseline.items() if k in self.tasks}
+        return AccuracyMatrix.from_predictions(rows, targets, self.tasks, baseline or None)
+
+    @property
+    def guarantees(self) -> list[dict[str, Any]]:
+        """Every promise and what was measured of it, after every task."""
+        return [g for commit in self.commits for g in commit.manifest["guarantees"]]
+
+    @property
+    def per_task(self) -> list[dict[str, Any]]:
+        """Time, steps, memory and disk of every task, from the journal (the last time it was learned)."""
+        keys = ("task", "train_seconds", "evaluate_seconds", "steps", "peak_memory_bytes", "disk_bytes")
+        last = {e["index"]: {k: e.get(k) for k in keys} for e in self.journal if e["event"] == "task"}
+        return [last[i] for i in sorted(last)]
+
+    def records(self) -> list[ResultRecord]:
+        """One record for every head and scenario."""
+        out = []
+        per_task = self.per_task
+        trainable = self.commits[-1].manifest.get("trainable_parameters", 0) if self.commits else 0
+        for head, scenario in self.readings:
+            matrix = self.matrix(head, scenario)
+            facts = {
+                "recipe": self.config["recipe"]["name"],
+                "seed": self.config["seed"],
+                "scenario": scenario,
+                "head": head,
+                "model": str(self.config["model_name"] or self.config["model"]["fingerprint"]),
+                "stream": self.config["stream"]["name"],
+                "flips": flips_share(flips(*self.predictions(head, scenario))),
+                "train_seconds": sum(t["train_seconds"] or 0 for t in per_task),
+                "evaluate_seconds": sum(t["evaluate_seconds"] or 0 for t in per_task),
+                "steps": sum(t["steps"] or 0 for t in per_task),
+                "trainable_parameters": trainable,
+                "guarantees": self.guarantees,
+                "per_task": per_task,
+                "run": str(self.path),
+            }
+            out.append(make_record(matrix, facts))
+        return out
+
+    def summary(self) -> str:
+        """The accuracy matrix, the metrics and the guarantees, as text."""
+        lines = []
+        for head, scenario in self.readings:
+            matrix = self.matrix(head, scenario)
+            lines.append(f"{self.config['recipe']['name']} · head {head} · {scenario}-incremental")
+            width = max(len(t) for t in matrix.tasks)
+            for i, row in enumerate(matrix.values):
+                cells = " ".join("    –" if np.isnan(x) else f"{100 * x:5.1f}" for x in row[: i + 1])
+                if not np.isnan(row).all():
+                    lines.append(f"  after {matrix.tasks[i]:<{width}}  {cells}")
+            figures = [f"{k} {100 * v:.1f}" for k, v in summary(matrix).items() if v is not None and "micro" not in k]
+            lines.append("  " + ", ".join(figures).replace("_", " "))
+        for g in self.guarantees:
+            if g["bound"] is not None:
+                mark = "kept" if g["holds"] else "BROKEN"
+                value = "not a number" if g["value"] is None else f"{g['value']:.2g}"
+                lines.append(f"  {mark}: {g['source']}, {g['name']} after {g['task']}: {value} (promised {g['bound']:.2g})")
+        return "\n".join(lines)

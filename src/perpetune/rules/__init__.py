@@ -1,0 +1,29 @@
+"""What shapes an optimizer step."""
+
+from __future__ import annotations
+
+from .base import Attached, Rule, TaskContext, attach
+from .lora_sites import LoraPair, lora_pairs
+from .orthogonal import OrthogonalToPast
+from .product_l1 import FactorL1, ProductL1, ReleasedProductL1
+
+RULES: dict[str, type[Rule]] = {
+    "product_l1": ProductL1,
+    "released_product_l1": ReleasedProductL1,
+    "factor_l1": FactorL1,
+    "orthogonal_to_past": OrthogonalToPast,
+}
+
+__all__ = [
+    "RULES",
+    "Attached",
+    "FactorL1",
+    "LoraPair",
+    "OrthogonalToPast",
+    "ProductL1",
+    "ReleasedProductL1",
+    "Rule",
+    "TaskContext",
+    "attach",
+    "lora_pairs",
+]

@@ -1,0 +1,145 @@
+"""The rule slot: how each optimizer step is shaped, and how a rule hangs on any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..measurement import Measurement
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a rule is told when a task begins.
+
+    Attributes:
+        model: the module that is trained, tuner attached.
+        index: 0-based number of the task.
+        batches: call it for an iterator over the task's training inputs, as keyword arguments of `model`
+            (eval-time preprocessing, no augmentation), for rules that look at data; None where there is none to give.
+    """
+
+    model: nn.Module
+    index: int
+    batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None
+
+
+@dataclass
+class Rule:
+    """One rule. Subclasses are dataclasses whose fields are its settings; state lives in `init=False` fields.
+
+    A rule names the parameters that it acts on in `begin_task`; nothing is looked up by name during a step.
+    `on_gradient` runs before every optimizer step and edits `.grad` in place; `on_update(before)` runs after it, with the
+    values that the parameters listed by `watches()` had before the step.
+    """
+
+    def begin_task(self, task: TaskContext) -> None:
+        """Find the parameters to act on.
+
+        Raises:
+            RuleError: there is nothing to act on; the message says why and what to do.
+        """
+
+    def on_gradient(self) -> None:
+        """Edit gradients in place, before the step."""
+
+    def watches(self) -> Sequence[nn.Parameter]:
+        """Parameters whose values before the step `on_update` needs. Empty: no copies are kept."""
+        return ()
+
+    def on_update(self, before: Sequence[Tensor]) -> None:
+        """Edit parameters in place, after the step; `before` matches `watches()`."""
+
+    def end_task(self, task: TaskContext) -> None:
+        """Remember what later tasks will need. Called with the trained tuner still attached."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What must survive the process, tensors only."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`."""
+
+    def guarantee(self) -> list[Measurement]:
+        """What the rule promises of the task just trained, measured. Called after training, before `end_task`."""
+        return []
+
+
+@dataclass
+class Attached:
+    """Rules that hang on an optimizer; `remove()` takes them off again."""
+
+    rules: Sequence[Rule]
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rules: Sequence[Rule],
+    *,
+    index: int = 0,
+    batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None,
+    begin: bool = True,
+) -> Attached:
+    """Hang rules on an optimizer, in any training loop: plain PyTorch, Trainer, TRL, Accelerate, Lightning.
+
+    Works through the optimizer's own step hooks, so penalties are added once per optimizer step whatever the gradient
+    accumulation, and what a rule does to the update is done after Adam's scaling, momentum and weight decay.
+
+    Args:
+        model: the model that is trained, tuner attached.
+        optimizer: its optimizer (the torch one; a wrapper that has `.optimizer` is unwrapped).
+        rules: in the order in which they act.
+        index: 0-based number of the task.
+        batches: see `TaskContext.batches`.
+        begin: call each rule's `begin_task` first; False where the caller has done so.
+
+    Returns:
+        A handle whose `remove()` detaches the rules.
+
+    Raises:
+        RuleError: a rule finds nothing to act on.
+
+    Example:
+        >>> attached = pt.attach(model, optimizer, [pt.ProductL1(1e-5)])
+        >>> ...                                       # any loop that calls optimizer.step()
+        >>> attached.remove()
+    """
+    if begin:
+        context = TaskContext(model=model, index=index, batches=batches)
+        for rule in rules:
+            rule.begin_task(context)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    watched = [(rule, list(rule.watches())) for rule in rules]
+    watched = [(rule, params) for rule, params in watched if params]
+    before: list[list[Tensor]] = [[torch.empty_like(p) for p in params] for _, params in watched]
+
+    @torch.no_grad()
+    def pre_step(*_: object) -> None:
+        for rule in rules:
+            rule.on_gradient()
+        for (_, params), copies in zip(watched, before, strict=True):
+            torch._foreach_copy_(copies, params)
+
+    @torch.no_grad()
+    def post_step(*_: object) -> None:
+        for (rule, _), copies in zip(watched, before, strict=True):
+            rule.on_update(copies)
+
+    handles = [inner.register_step_pre_hook(pre_step)]
+    if watched:
+        handles.append(inner.register_step_post_hook(post_step))
+    return Attached(rules, handles)

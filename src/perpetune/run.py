@@ -1,0 +1,314 @@
+"""The run directory: a task is a commit that is there or not there. The one place where files are written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from torch import Tensor
+
+from .errors import RunError
+
+CONFIG, JOURNAL, COMMITS, MANIFEST = "run.yaml", "journal.jsonl", "commits", "commit.json"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what an operating system says about a file into what a user can do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"the disk is full: could not write {path}; every finished task is safe: free some space and start again"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise RunError(f"{path} is read-only: give a run directory that can be written to (--out)") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise RunError(f"{path} is in the way of a run directory: give another one (--out)") from error
+        raise
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A finished task on disk. Every file is checked against the hash in its manifest when it is read."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Commit:
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            manifest["files"], manifest["task"], manifest["index"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path / MANIFEST} is damaged: {_mend(path)}") from error
+        return cls(path, manifest)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest["files"]
+
+    def _checked(self, name: str) -> Path:
+        path = self.path / name
+        if not path.is_file() or file_digest(path) != self.manifest["files"][name]:
+            state = "missing" if not path.is_file() else "damaged (truncated or changed since it was written)"
+            raise RunError(f"{path} is {state}: {_mend(self.path)}")
+        return path
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self._checked(name))
+
+    def rows(self, name: str) -> datasets.Dataset:
+        import pyarrow.parquet as parquet
+
+        return datasets.Dataset(parquet.read_table(self._checked(name)))
+
+    def json(self, name: str) -> Any:
+        return json.loads(self._checked(name).read_text())
+
+
+def _mend(commit: Path) -> str:
+    return f"restore it from a copy, or delete {commit} and all later commits, and start again to learn from there"
+
+
+class Run:
+    """One run directory, held by one process at a time."""
+
+    def __init__(self, path: Path, lock: Any) -> None:
+        self.path = path
+        self._lock = lock
+        self.commits = [Commit.read(p) for p in sorted((path / COMMITS).iterdir()) if not p.name.startswith(".")]
+        for index, commit in enumerate(self.commits):
+            parent = self.commits[index - 1].digest if index else None
+            if commit.manifest["index"] != index or commit.manifest["parent"] != parent:
+                raise RunError(f"{commit.path} does not follow the commit before it: {_mend(commit.path)}")
+
+    @classmethod
+    def open(cls, path: str | Path, config: dict[str, Any]) -> Run:
+        """Create a run, or continue the one that is there.
+
+        Args:
+            config: what decides the result; must equal what the directory was made with. The keys "versions" and "model_name" may differ,
+                and the stream may have grown.
+
+        Raises:
+            RunError: the directory belongs to another configuration or base model, is damaged, is used by another
+                process, or cannot be written.
+        """
+        path = Path(path)
+        with writing(path):
+            (path / COMMITS).mkdir(parents=True, exist_ok=True)
+            lock = _lock(path)
+            for stale in (path / COMMITS).glob(".*"):
+                shutil.rmtree(stale)
+            if (path / CONFIG).exists():
+                old = read_config(path)
+                _check_same(path, old, config)
+                if old.get("stream") != _plain(config).get("stream"):  # it has grown
+                    _write_config(path, {**old, "stream": config["stream"]})
+            else:
+                if any(p for p in path.iterdir() if p.name not in (COMMITS, ".lock")):
+                    raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
+                _write_config(path, config)
+            journal = path / JOURNAL
+            if journal.exists() and not journal.read_bytes().endswith(b"\n"):
+                with open(journal, "a") as file:  # a crash cut the last line short: the next event starts a new one
+                    file.write("\n")
+        return cls(path, lock)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Append one line to the journal: what happened when. Clock times live here and nowhere else."""
+        line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}, allow_nan=False)
+        with writing(self.path / JOURNAL), open(self.path / JOURNAL, "a") as journal:
+            journal.write(line + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def commit(self, task: str, files: dict[str, Any], facts: dict[str, Any]) -> Commit:
+        """Write a finished task aside, sync it, rename it into place. `files` as in `Consolidation.files`."""
+        index = len(self.commits)
+        name = f"{index:04d}-{task}"
+        aside, final = self.path / COMMITS / f".{name}", self.path / COMMITS / name
+        with writing(final):
+            if aside.exists():
+                shutil.rmtree(aside)
+            aside.mkdir()
+            try:
+                for file, content in files.items():
+                    _write(aside / file, content)
+                manifest = {
+                    "index": index,
+                    "task": task,
+                    "parent": self.commits[-1].digest if self.commits else None,
+                    **facts,
+                    "files": {file: file_digest(aside / file) for file in sorted(files)},
+                }
+                write_text(aside / MANIFEST, json.dumps(_plain(manifest), indent=1, sort_keys=True, allow_nan=False))
+                _sync(aside)
+                os.rename(aside, final)
+                _sync(final.parent)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+        self.commits.append(Commit.read(final))
+        return self.commits[-1]
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    write_text(path / CONFIG, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        RunError: there is no run here, or its configuration cannot be read.
+    """
+    try:
+        config = yaml.safe_load((Path(path) / CONFIG).read_text())
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{Path(path) / CONFIG} cannot be read ({type(error).__name__}): restore it from a copy") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{Path(path) / CONFIG} is empty or damaged: restore it from a copy")
+    return config
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All events; a line cut short by a crash is passed over: what it spoke of was not committed, or is learned again."""
+    try:
+        lines = (Path(path) / JOURNAL).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+
+
+def _write(path: Path, content: Any) -> None:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({k: v.detach().cpu().contiguous() for k, v in content.items()}, path)
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        parquet.write_table(content.data.table, path)
+    else:
+        path.write_text(json.dumps(_plain(content), indent=1, sort_keys=True))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> Any:
+    lock = open(path / ".lock", "w")  # noqa: SIM115  held as long as the run
+    try:
+        import fcntl
+    except ImportError:
+        return lock  # no advisory locks on this platform
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise RunError(f"{path} is in use by another process: wait for it, or give another directory (--out)") from error
+    return lock
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: tuples to lists, keys to text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, wanted in _plain(new).items():
+        if key in ("versions", "model_name"):
+            continue
+        if key == "stream":  # a stream may grow: what was there must still be the same
+            found = old.get("stream", {})
+            for name, value in wanted.items():
+                if name not in ("tasks", "labels", "source") and found.get(name) != value:
+                    raise RunError(_different(path, f"stream.{name}", found.get(name), value))
+            continue
+        if old.get(key) != wanted:
+            where, a, b = _first_difference(key, old.get(key), wanted)
+            raise RunError(_different(path, where, a, b))
+
+
+def _first_difference(key: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted({*a, *b}):
+            if a.get(name) != b.get(name):
+                return _first_difference(f"{key}.{name}", a.get(name), b.get(name))
+    return key, a, b
+
+
+def _different(path: Path, where: str, old: Any, new: Any) -> str:
+    def short(value: Any) -> str:
+        text = "none" if value is None else str(value)
+        return text if len(text) < 60 else text[:57] + "..."
+
+    if where == "model.fingerprint":
+        return (
+            f"{path} was made with another base model (weights {short(old)[:12]}, these are {short(new)[:12]}): "
+            "give the model it was made with, or another run directory (--out)"
+        )
+    return (
+        f"{path} was made with another configuration: {where} was {short(old)}, now it is {short(new)}: "
+        "use the old setting, or another run directory (--out)"
+    )

@@ -1,0 +1,107 @@
+"""From drafts to tasks: checks, splits, caps, and numbers for the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import StreamError
+from .divide import Draft, check_labels
+from .pick import stratified
+from .rows import Rows, in_order
+from .task import Scenario, Task
+
+
+def build_task(
+    draft: Draft,
+    labels: dict[str, int],
+    *,
+    train_limit: int | None,
+    test_limit: int | None,
+    validation_share: float,
+    seed: int,
+) -> Task:
+    """Make one task; `labels` (text -> index) grows by the classes that are new. Options as in `load_stream`.
+
+    Raises:
+        StreamError: an empty split, a label that task.json or the training data lacks, a cap below the classes.
+    """
+    parts = dict(draft.splits)
+    for rows in parts.values():
+        _check_rows(rows, parts["train"], draft.labels)
+    classes = in_order(parts["train"].labels, draft.labels or (), parts["train"].order)
+    if validation_share and "validation" not in parts:
+        train, validation = parts["train"].split_off(validation_share, seed, draft.name, "validation")
+        if len(validation) == 0:
+            raise StreamError(
+                f"validation_share {validation_share} of {train.place} ({len(train)} rows) leaves validation empty"
+            )
+        parts.update(train=train, validation=validation)
+    if train_limit is not None and train_limit < len(classes):
+        raise StreamError(
+            f"train_limit {train_limit} is below the {len(classes)} classes of task `{draft.name}`: "
+            "some would have no training example"
+        )
+    for label in classes:
+        labels.setdefault(label, len(labels))
+    finished = {}
+    for split, rows in parts.items():
+        limit, least = (train_limit, 1) if split == "train" else (test_limit, 0)
+        if limit is not None and limit < len(rows):
+            rows = rows.pick(stratified(rows.labels, limit, seed, draft.name, split, least=least))
+        finished[split] = rows.finish(labels)
+    return Task(
+        name=draft.name,
+        classes=tuple(labels[label] for label in classes),
+        train=finished["train"],
+        test=finished["test"],
+        validation=finished.get("validation"),
+        instruction=draft.instruction,
+    )
+
+
+def _check_rows(rows: Rows, train: Rows, allowed: Sequence[str] | None) -> None:
+    if len(rows) == 0:
+        raise StreamError(f"{rows.place} is empty")
+    strange = sorted(set(rows.labels) - set(rows.labels if allowed is None else allowed))
+    if strange:
+        raise StreamError(
+            f"label `{strange[0]}` in {rows.place} is not among the labels of its task.json: {', '.join(allowed or ())}"
+        )
+    check_labels(rows, train)
+
+
+def same_inputs(drafts: Sequence[Draft]) -> tuple[str, ...]:
+    """The input columns that all splits of all tasks have.
+
+    Raises:
+        StreamError: they differ.
+    """
+    first = drafts[0].splits["train"]
+    expected = tuple(first.data.column_names)
+    for draft in drafts:
+        for rows in draft.splits.values():
+            if tuple(rows.data.column_names) != expected:
+                raise StreamError(
+                    f"{rows.place} has {' and '.join(rows.data.column_names)}, but {first.place} has "
+                    f"{' and '.join(expected)}: all tasks of a stream take the same inputs"
+                )
+    return expected
+
+
+def choose_scenario(asked: Scenario | None, tasks: Sequence[Task], labels: Sequence[str]) -> Scenario:
+    """The scenario asked for; without one, "domain" if several tasks all have the same classes, else "class".
+
+    Raises:
+        StreamError: "domain" is asked for and the classes differ.
+    """
+    first = tasks[0]
+    other = next((task for task in tasks if set(task.classes) != set(first.classes)), None)
+    if asked == "domain" and other is not None:
+        odd = labels[min(set(other.classes) ^ set(first.classes))]
+        raise StreamError(
+            f"not domain-incremental: only one of the tasks `{first.name}` and `{other.name}` has the label `{odd}`; "
+            'use scenario="class" or "task"'
+        )
+    if asked is None:
+        return "domain" if other is None and len(tasks) > 1 else "class"
+    return asked

@@ -1,0 +1,195 @@
+"""`load_stream`: the one door through which data comes in."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datasets import Dataset
+
+from ..errors import ConfigError, StreamError, nearest
+from .build import build_task, choose_scenario, same_inputs
+from .digits import BUILTINS
+from .divide import divide, slug
+from .folder import choose, read_folder, task_folders
+from .pick import shuffled
+from .read import BUILDERS, read_files, read_hub, split_files
+from .task import Scenario, Stream
+
+
+def load_stream(
+    source: str | os.PathLike[str],
+    *,
+    scenario: Scenario | None = None,
+    tasks: Sequence[str] | None = None,
+    name: str | None = None,
+    split_by: str | None = None,
+    classes_per_task: int | None = None,
+    test_share: float = 0.2,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    validation_share: float = 0.0,
+    seed: int = 0,
+    order_seed: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> Stream:
+    """Load tasks, and check once everything that the rest of the library takes for granted.
+
+    Args:
+        source: one of
+            a built-in name (see `BUILTINS`; wins over a folder of that name, which is then `./name`);
+            a folder of task folders, each with `train.*`, `test.*` and perhaps `validation.*` as JSONL, CSV, Parquet
+            or image folders (`train/<label>/*.png`), and perhaps `task.json` with name, labels and instruction;
+            one labelled dataset to be divided with `split_by`: a folder or file of the same formats, or a Hub id
+            `owner/name` or `owner/name:configuration`.
+        scenario: "class", "domain" or "task"; by default "domain" if there are several tasks and all have the same
+            labels, else "class".
+        tasks: which tasks, in which order: `Task.name`, folder names or the names in task.json, in any case. By default
+            all, folders in sorted order.
+        name: of the stream; by default from the source.
+        split_by: "class" for tasks of new classes, or a column whose every value becomes a task.
+        classes_per_task: for `split_by="class"`; the last task takes what is left.
+        test_share: what to split off, stratified and seeded, where a dataset to be divided has no test split.
+        train_limit, test_limit: at most so many rows a task, stratified and seeded, drawn independently of the other
+            tasks; `test_limit` caps test and validation data.
+        validation_share: what to split off the training data (before `train_limit`) of tasks that bring no validation
+            data, stratified and seeded. Every class keeps a training row.
+        seed: of caps and splits.
+        order_seed: shuffle the tasks; with `split_by="class"`, the classes before they are dealt to tasks.
+        columns: new names of columns, {"sentence": "text"}. Needed are `label` and `text`, `text` and `text_pair`,
+            or `image`.
+        trust_remote_code: must be False: data sets that come with code are not supported.
+
+    Returns:
+        The stream. Classes are numbered in order of first appearance; within a task in the order of task.json, or of a
+        ClassLabel column, or sorted. `source` holds the arguments that load the same stream again.
+
+    Raises:
+        StreamError: the data is missing, malformed or contradicts itself.
+        ConfigError: an argument has an impossible value.
+    """
+    given = dict(locals())  # the arguments, and nothing else yet
+    for option, default in (load_stream.__kwdefaults__ or {}).items():
+        if given[option] == default:
+            del given[option]
+    _check(scenario, tasks, classes_per_task, test_share, train_limit, test_limit, validation_share, trust_remote_code)
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    local = text not in BUILTINS and path.exists()
+    split_by = BUILTINS[text].split_by if text in BUILTINS and split_by is None else split_by
+    if split_by is None:
+        if not path.is_dir():
+            raise _no_source(path, text)
+        drafts = read_folder(path, tasks, columns)
+    else:
+        classes_per_task, splits = _dataset(path, text, split_by, classes_per_task, seed, test_share)
+        drafts = divide(
+            splits,
+            path.name if local else text,
+            split_by=split_by,
+            classes_per_task=classes_per_task,
+            test_share=test_share,
+            seed=seed,
+            order_seed=order_seed,
+            columns=columns,
+        )
+        names = [draft.name for draft in drafts]
+        drafts = [drafts[i] for i in choose(tasks, names, [set()] * len(names), text)]
+    if order_seed is not None and split_by != "class":
+        drafts = shuffled(drafts, order_seed)
+
+    inputs = same_inputs(drafts)
+    labels: dict[str, int] = {}
+    made = tuple(
+        build_task(
+            draft,
+            labels,
+            train_limit=train_limit,
+            test_limit=test_limit,
+            validation_share=validation_share,
+            seed=seed,
+        )
+        for draft in drafts
+    )
+    scenario = choose_scenario(scenario, made, list(labels))
+    given.update(source=str(path.resolve()) if local else text, scenario=scenario, tasks=[task.name for task in made])
+    if split_by != "class":  # the order stands in `tasks` now
+        given.pop("order_seed", None)
+    if columns:
+        given["columns"] = dict(columns)
+    if name is None:
+        name = slug((path.resolve().stem if path.is_file() else path.resolve().name) if local else text)
+    return Stream(name, made, tuple(labels), scenario, inputs, source=given)
+
+
+def _check(
+    scenario: str | None,
+    tasks: Sequence[str] | None,
+    classes_per_task: int | None,
+    test_share: float,
+    train_limit: int | None,
+    test_limit: int | None,
+    validation_share: float,
+    trust_remote_code: bool,
+) -> None:
+    if trust_remote_code:
+        raise ConfigError("perpetune never runs code that comes with a dataset: leave trust_remote_code out")
+    if scenario not in (None, "class", "domain", "task"):
+        raise ConfigError(f"no scenario `{scenario}`: {nearest(str(scenario), ('class', 'domain', 'task'))}")
+    if isinstance(tasks, str) or (tasks is not None and not tasks):
+        raise ConfigError("tasks must be a list of at least one task name")
+    counts = {"classes_per_task": classes_per_task, "train_limit": train_limit, "test_limit": test_limit}
+    for option, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ConfigError(f"{option} must be a whole number above 0, not {count!r}")
+    if not 0 < test_share < 1:
+        raise ConfigError(f"test_share must lie between 0 and 1, not {test_share!r}")
+    if not 0 <= validation_share < 1:
+        raise ConfigError(f"validation_share must be at least 0 and below 1, not {validation_share!r}")
+
+
+def _dataset(
+    path: Path, text: str, split_by: str, classes_per_task: int | None, seed: int, test_share: float
+) -> tuple[int | None, Mapping[str, Dataset]]:
+    """(classes per task, splits) of one labelled dataset: a built-in, a file, a folder or one of the Hub."""
+    if text in BUILTINS:
+        builtin = BUILTINS[text]
+        if split_by != builtin.split_by or (classes_per_task and split_by != "class"):
+            raise ConfigError(f"the built-in `{text}` is split by {builtin.split_by}: leave split_by out")
+        return classes_per_task or builtin.classes_per_task, builtin.splits(seed, test_share)
+    if split_by == "class" and classes_per_task is None:
+        raise ConfigError('split_by="class" needs classes_per_task')
+    if path.is_dir():
+        files = split_files(path)
+        if not files and task_folders(path):
+            raise StreamError(f"{path} is a folder of tasks already: leave split_by out")
+        files = files or {"train": [path]}  # images in one folder a label
+    elif path.is_file():
+        if path.suffix not in BUILDERS:
+            raise StreamError(f"cannot read {path}: known formats are {', '.join(BUILDERS)}")
+        files = {"train": [path]}
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", text):
+        return classes_per_task, read_hub(text)
+    else:
+        raise _no_source(path, text)
+    read = {split: read_files(paths, f"the {split} split of `{path.name}`") for split, paths in files.items()}
+    return classes_per_task, read
+
+
+def _no_source(path: Path, text: str) -> StreamError:
+    if path.exists():
+        return StreamError(
+            f'{path} is a file: say how to divide it, split_by="class" with classes_per_task or a column'
+        )
+    if path.parent != Path(".") and path.parent.is_dir():
+        beside = [child.name for child in path.parent.iterdir()]
+        return StreamError(
+            f"no folder {path}: " + (nearest(path.name, beside) if beside else f"{path.parent} is empty")
+        )
+    return StreamError(
+        f"no stream `{text}`, neither a folder nor a built-in: {nearest(text, BUILTINS)} "
+        "(a dataset on the Hub needs split_by)"
+    )

@@ -1,0 +1,167 @@
+"""The rows of one split on their way into a task: columns named, labels as text, nothing copied."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Image, Value
+
+from ..errors import StreamError
+from .content import sample_ids
+from .pick import stratified
+
+TEXT_TYPES = ("string", "large_string", "string_view")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one split.
+
+    Attributes:
+        place: "the train split of task `x`", for messages.
+        data: the input columns of the whole table, under the names that `Task` gives them.
+        index: (n,) rows of `data` that belong here, ascending.
+        labels: (n,) their label texts.
+        order: the label texts in the order that the file declares; empty where it declares none.
+    """
+
+    place: str
+    data: Dataset
+    index: np.ndarray
+    labels: np.ndarray
+    order: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def pick(self, positions: np.ndarray, place: str | None = None) -> Rows:
+        """The rows at these positions of `index` (or where a mask of its length is true)."""
+        return replace(self, place=place or self.place, index=self.index[positions], labels=self.labels[positions])
+
+    def split_off(self, share: float, *key: object, strata: np.ndarray | None = None) -> tuple[Rows, Rows]:
+        """(the rest, a stratified share); every class keeps at least one row in the rest."""
+        strata = self.labels if strata is None else strata
+        off = np.zeros(len(self), dtype=bool)
+        off[stratified(strata, round(share * len(self)), *key, spare=1)] = True
+        return self.pick(~off), self.pick(off)
+
+    def finish(self, classes: Mapping[str, int]) -> Dataset:
+        """The rows with the columns `id`, `label` and the inputs; only these rows are hashed, and none is copied."""
+        ids = np.full(len(self.data), "", dtype=object)
+        ids[self.index] = sample_ids(self.data, self.index, self.place)
+        labels = np.full(len(self.data), -1, dtype=np.int64)
+        labels[self.index] = [classes[label] for label in self.labels]
+        data = self.data.add_column("id", ids.tolist(), feature=Value("string"))
+        data = data.add_column("label", labels, feature=Value("int64"))
+        data = data.select_columns(["id", "label", *self.data.column_names])
+        return data if len(self) == len(data) else data.select(self.index)
+
+
+def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = None) -> Rows:
+    """Find the inputs and the labels of one split.
+
+    Args:
+        data: as read.
+        place: "the train split of task `x`", for messages.
+        columns: new names of columns, {"sentence": "text"}.
+
+    Raises:
+        StreamError: the split is empty, a column is missing or of the wrong type, a text or a label is null.
+    """
+    names = {name: name for name in data.column_names}  # name here -> name in the file
+    for old in columns or {}:
+        if old in data.column_names:
+            names.pop(old, None)
+    names.update({new: old for old, new in (columns or {}).items() if old in data.column_names})
+    inputs = _inputs(names, place)
+    for needed in (*inputs, "label"):
+        if needed not in names:
+            raise _missing(f"`{needed}`", data, place)
+    if len(data) == 0:
+        raise StreamError(f"{place} is empty")
+    labels, order = _label_texts(data, names["label"], place)
+    data = data.select_columns([names[name] for name in inputs])
+    data = data.rename_columns({names[name]: name for name in inputs if names[name] != name})
+    for name in inputs:
+        data = _checked(data, name, place)
+    return Rows(place, data, np.arange(len(data)), labels, order)
+
+
+def _inputs(names: Mapping[str, str], place: str) -> tuple[str, ...]:
+    if "image" in names:
+        if "text" in names:
+            raise StreamError(
+                f'{place} has both `image` and `text`, a task has one: rename the other, columns={{"text": "caption"}}'
+            )
+        return ("image",)
+    return ("text", "text_pair") if "text_pair" in names else ("text",)
+
+
+def _missing(what: str, data: Dataset, place: str) -> StreamError:
+    what = "`text` or `image`" if what == "`text`" else what
+    found = ", ".join(f"`{name}`" for name in data.column_names)
+    target = "label" if what == "`label`" else "text"
+    example = next((name for name in data.column_names if name not in ("text", "image", "label")), "name")
+    return StreamError(
+        f'no column {what} in {place}, which has {found}: rename one, for instance columns={{"{example}": "{target}"}}'
+    )
+
+
+def _checked(data: Dataset, name: str, place: str) -> Dataset:
+    """The column as text without nulls, or as images."""
+    feature = data.features[name]
+    if name == "image":
+        # an image may come as bytes, or as {bytes, path} from a Parquet file without the metadata of `datasets`
+        binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+        struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+        if not (isinstance(feature, Image) or binary or struct):
+            raise StreamError(f"column `image` of {place} holds {_kind(feature)}, not images")
+        # always decoded, whatever the file's metadata asks for
+        return data if isinstance(feature, Image) and feature.decode else data.cast_column(name, Image())
+    nulls = data.data.column(name).null_count
+    if nulls:
+        row = data.data.column(name).is_null().to_pylist().index(True)
+        raise StreamError(
+            f"{nulls} of {len(data)} texts in column `{name}` of {place} are null, the first in row {row}"
+        )
+    if getattr(feature, "dtype", None) not in TEXT_TYPES:
+        raise StreamError(f"column `{name}` of {place} holds {_kind(feature)}, not text: quote or convert it")
+    return data
+
+
+def _kind(feature: object) -> str:
+    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+
+
+def _label_texts(data: Dataset, column: str, place: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(n,) label texts, and the order that a ClassLabel column declares."""
+    values, order = column_texts(data, column)
+    unlabelled = [row for row, value in enumerate(values) if value is None or value != value]
+    if unlabelled:
+        raise StreamError(
+            f"{len(unlabelled)} of {len(data)} rows of {place} have no label, the first is row {unlabelled[0]}: "
+            "label or remove them"
+        )
+    if not all(isinstance(value, (str, int, float)) for value in values):
+        raise StreamError(f"column `{column}` of {place} holds {_kind(data.features[column])}, not one label a row")
+    return np.array([str(value) for value in values], dtype=object), order
+
+
+def column_texts(data: Dataset, column: str) -> tuple[list, tuple[str, ...]]:
+    """The values of a column, those of a ClassLabel column by name (None for -1), and the order that it declares."""
+    values, feature = data[column][:], data.features[column]
+    if not isinstance(feature, ClassLabel) or feature.names is None:
+        return values, ()
+    return [feature.names[v] if v is not None and v >= 0 else None for v in values], tuple(feature.names)
+
+
+def in_order(labels: np.ndarray, *orders: tuple[str, ...]) -> list[str]:
+    """The distinct labels: in the first of `orders` that names them all, else sorted, whole numbers by value."""
+    present = set(labels)
+    for order in orders:
+        if present <= set(order):
+            return [label for label in order if label in present]
+    return sorted(present, key=lambda t: (0, int(t), t) if re.fullmatch(r"-?\d+", t) else (1, 0, t))

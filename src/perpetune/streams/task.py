@@ -1,0 +1,99 @@
+"""What a task and a stream are: normalised once, at the door; everything behind trusts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import datasets
+
+Scenario = Literal["class", "domain", "task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream.
+
+    Attributes:
+        name: unique in its stream, lower case, safe as a file name.
+        classes: indices into `Stream.labels` of the classes of this task, in the task's own order.
+        train, test, validation: rows with the columns
+            `id` (str: hash of the sample's content, the same wherever the sample appears),
+            `label` (int: index into `Stream.labels`) and the input columns of the stream
+            (`text`, or `text` and `text_pair`, or `image` as a PIL image).
+            `validation` is None unless the source has one or a share was split off.
+        instruction: what to decide, in words, where the source says it.
+    """
+
+    name: str
+    classes: tuple[int, ...]
+    train: datasets.Dataset
+    test: datasets.Dataset
+    validation: datasets.Dataset | None = None
+    instruction: str | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they arrive.
+
+    Attributes:
+        name: for tables and file names.
+        tasks: in order.
+        labels: the label texts of all classes, in order of first appearance. A class *is* its label text:
+            two tasks that share a label text share the class.
+        scenario: "class" (a prediction chooses among all classes seen; the task-incremental reading, among the classes
+            of the sample's own task, is reported beside it), "domain" (all tasks share all classes), "task" (the task
+            is given with each sample).
+        inputs: the input columns, ("text",), ("text", "text_pair") or ("image",).
+        source: JSON-able description from which `load_stream` makes the same stream again.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    labels: tuple[str, ...]
+    scenario: Scenario
+    inputs: tuple[str, ...]
+    source: dict = field(default_factory=dict)
+
+    @property
+    def modality(self) -> Literal["text", "image"]:
+        return "image" if "image" in self.inputs else "text"
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def label_texts(self, classes: Sequence[int]) -> list[str]:
+        return [self.labels[c] for c in classes]
+
+    def select(self, names: Sequence[str]) -> Stream:
+        """The stream made of these tasks in this order (class indices are kept).
+
+        Raises:
+            StreamError: a name that no task has.
+        """
+        from ..errors import StreamError, nearest
+
+        by_name = {task.name: task for task in self.tasks}
+        for name in names:
+            if name not in by_name:
+                raise StreamError(f"no task `{name}` in stream `{self.name}`: {nearest(name, by_name)}")
+        return replace(self, tasks=tuple(by_name[n] for n in names), source={**self.source, "tasks": list(names)})
+
+    def on_validation(self) -> Stream:
+        """The stream that is measured on its validation splits: for choosing settings without touching the test data.
+
+        Raises:
+            StreamError: a task has no validation split.
+        """
+        from ..errors import StreamError
+
+        for task in self.tasks:
+            if task.validation is None:
+                raise StreamError(f"task `{task.name}` has no validation split: split one off with validation_share")
+        tasks = tuple(replace(t, test=t.validation, validation=None) for t in self.tasks if t.validation is not None)
+        return replace(self, tasks=tasks, name=f"{self.name} (validation)")

@@ -1,0 +1,232 @@
+"""The tuner slot: where the change lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, nearest
+
+QUERY_VALUE = "query_value"
+_QUERY_VALUE_NAMES = (
+    ("query", "value"),
+    ("q_proj", "v_proj"),
+    ("query_proj", "value_proj"),
+    ("q_lin", "v_lin"),
+    ("q", "v"),
+    ("c_attn",),
+    ("qkv",),
+    ("Wqkv",),
+    ("query_key_value",),
+)
+
+
+class Tuner:
+    """Makes a model trainable, hands out what was trained, and takes it off again."""
+
+    trains: bool = True
+    wraps_model: bool = True  # False: what is kept lives on the backbone itself
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """The model with exactly this tuner's parameters trainable (the same object, or a wrapper around it)."""
+        raise NotImplementedError
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        """The model without what `attach` put around it; weights as they were before `attach`, where they were kept."""
+        return model
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What was trained, for a commit."""
+        raise NotImplementedError
+
+    def load(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `tensors`, on an attached model."""
+        raise NotImplementedError
+
+    def files(self, model: nn.Module) -> dict[str, Any]:
+        """What a commit stores, by file name: dicts of tensors, and JSON-able dicts other libraries need to load them."""
+        tensors = self.tensors(model)
+        return {"weights.safetensors": tensors} if tensors else {}
+
+    def deltas(self, model: nn.Module) -> dict[str, Tensor]:
+        """Change of every touched weight of the base model, by parameter name, fp32.
+
+        Raises:
+            ModelError: the change of this tuner is not a sum.
+        """
+        raise ModelError(f"{type(self).__name__} has no additive change to merge: use another consolidation (`Continue`)")
+
+
+@dataclass
+class Frozen(Tuner):
+    """Nothing is trained: the pre-trained features as they are."""
+
+    trains = False
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        return model.requires_grad_(False)
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        pass
+
+
+@dataclass
+class NoNetwork(Tuner):
+    """No network at all: hashed TF-IDF `words`, or grey pixels of `side` x `side` (see `FixedFeatures`). A control."""
+
+    words: int = 4096
+    side: int = 28
+    trains = False
+    wraps_model = False
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: t for name, t in model.state_dict().items() if t.numel()}
+
+    def load(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(model, name, tensor.clone())
+
+
+@dataclass
+class AllWeights(Tuner):
+    """Every weight is trained, embeddings included."""
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        return model.requires_grad_(True)
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        return dict(model.state_dict())
+
+    def load(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        model.load_state_dict(tensors)
+
+
+class PeftTuner(Tuner):
+    """Any `peft` configuration.
+
+    Args:
+        config: a `PeftConfig`. `target_modules="query_value"` finds this model's query and value projections.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """
+        Raises:
+            ModelError: the model has no module of the targeted name; the message names those that it has.
+        """
+        import copy
+
+        import peft
+
+        config = copy.deepcopy(self.config)
+        if isinstance(getattr(config, "target_modules", None), (str, set, list)):
+            config.target_modules = resolve_targets(model, config.target_modules)
+        model.requires_grad_(False)
+        return peft.get_peft_model(model, config)  # pyright: ignore
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        return model.unload()  # type: ignore[operator, return-value]
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        import peft
+
+        return {k: v.contiguous() for k, v in peft.get_peft_model_state_dict(model).items()}
+
+    def load(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        import peft
+
+        result = peft.set_peft_model_state_dict(model, dict(tensors))
+        if result.unexpected_keys:
+            raise ModelError(
+                f"the stored adapter does not fit this model: it has no place for {result.unexpected_keys[0]} "
+                f"({len(result.unexpected_keys)} tensors in all)"
+            )
+
+    def files(self, model: nn.Module) -> dict[str, Any]:
+        config = model.peft_config["default"]  # type: ignore[index]
+        return {"adapter_model.safetensors": self.tensors(model), "adapter_config.json": peft_dict(config)}
+
+    def deltas(self, model: nn.Module) -> dict[str, Tensor]:
+        base_names = {id(p): n for n, p in model.get_base_model().named_parameters()}  # type: ignore[operator]
+        found = {}
+        for module in model.modules():
+            if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
+                weight = module.get_base_layer().weight
+                name = base_names[id(weight)].replace(".base_layer.", ".")
+                found[name] = module.get_delta_weight("default").detach().float()
+        if not found:
+            return super().deltas(model)
+        return found
+
+
+def peft_dict(config: Any) -> dict[str, Any]:
+    """A peft configuration as JSON-able data, the same bytes in every process (peft writes sets in hash order)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (set, frozenset)):
+            return sorted(value)
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return getattr(value, "value", value)
+
+    return {**plain(config.to_dict()), "inference_mode": True}
+
+
+def as_tuner(tuner: Any) -> Tuner:
+    """A tuner as it is, or a `PeftConfig` wrapped as one."""
+    return tuner if isinstance(tuner, Tuner) else PeftTuner(tuner)
+
+
+def resolve_targets(model: nn.Module, targets: str | set[str] | list[str]) -> str | list[str]:
+    """Target names that exist in this model.
+
+    Raises:
+        ModelError: one does not; names the nearest that does.
+    """
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    suffixes = {n.rsplit(".", 1)[-1] for n in linear}
+    kind = type(model).__name__
+    if targets == "all-linear":
+        return "all-linear"
+    if targets == QUERY_VALUE:
+        for names in _QUERY_VALUE_NAMES:
+            if suffixes.issuperset(names):
+                return list(names)
+        raise ModelError(f"cannot tell the query and value projections of {kind}; it has {', '.join(sorted(suffixes))}")
+    if isinstance(targets, str):
+        return targets  # a regular expression, peft's own convention
+    modules = [n for n, _ in model.named_modules()]
+    for target in sorted(targets):
+        if not any(n == target or n.endswith("." + target) for n in modules):
+            synonyms = [n for names in _QUERY_VALUE_NAMES if target in names for n in _counterparts(target, suffixes)]
+            if synonyms:
+                raise ModelError(f"no module is called `{target}`; this {kind} calls it `{synonyms[0]}`")
+            raise ModelError(f"no module is called `{target}` in this {kind}: {nearest(target, suffixes)}")
+    return sorted(targets)
+
+
+def _counterparts(target: str, suffixes: set[str]) -> list[str]:
+    for names in _QUERY_VALUE_NAMES:
+        if target in names and len(names) == 2:
+            position = names.index(target)
+            return [other[position] for other in _QUERY_VALUE_NAMES if len(other) == 2 and other[position] in suffixes]
+    return []
+
+
+@torch.no_grad()
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """|new - old| / |old|, Frobenius, fp64."""
+    return float((new.double() - old.double()).norm() / old.double().norm().clamp(min=1e-300))

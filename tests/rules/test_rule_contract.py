@@ -1,0 +1,221 @@
+"""What every rule must keep to. A new rule joins with one line in CASES."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load, save
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from perpetune.errors import RuleError
+from perpetune.rules import RULES, OrthogonalToPast, Rule, TaskContext, attach, lora_pairs
+from perpetune.rules.product_l1 import FactorL1, ProductL1, ReleasedProductL1
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make`: a new rule, strong enough to matter. `grows`: its cost per step grows with the number of tasks."""
+
+    make: Callable[[], Rule]
+    grows: bool = False
+
+
+CASES = {
+    "ProductL1": Case(lambda: ProductL1(1e-3)),
+    "ReleasedProductL1": Case(lambda: ReleasedProductL1(1e-2)),
+    "FactorL1": Case(lambda: FactorL1(1e-3)),
+    "OrthogonalToPast squared": Case(lambda: OrthogonalToPast(0.5)),
+    "OrthogonalToPast absolute": Case(lambda: OrthogonalToPast(0.5, "absolute"), grows=True),
+    "OrthogonalToPast with norms": Case(lambda: OrthogonalToPast(0.5, norm_strength=0.1)),
+}
+SHAPES = [(8, 8), (16, 16), (8, 8)]  # square, for the released form
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request) -> Case:
+    return request.param
+
+
+def batch(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(4, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def train(model, rule: Rule, index: int, steps: int = 4, end: bool = True) -> list[torch.Tensor]:
+    """One task, from begin to end; the trained parameters."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-2)
+    attached = attach(model, optimizer, [rule], index=index, batches=lambda: iter([{"x": batch(index)}]))
+    for number in range(steps):
+        optimizer.zero_grad()
+        model(batch(100 * index + number, params[0].dtype)).backward()
+        optimizer.step()
+    attached.remove()
+    for measurement in rule.guarantee():
+        assert math.isfinite(measurement.value) and measurement.holds is not False
+    if end:
+        rule.end_task(TaskContext(model, index))
+    return [p.detach().clone() for p in params]
+
+
+def remember(rule: Rule, toy, tasks: int):
+    """The rule after so many tasks, each with an A of its own, and the model of the next one, begun."""
+    model = toy(SHAPES)
+    for index in range(tasks + 1):
+        context = TaskContext(model, index, lambda: iter([{"x": batch(0)}]))
+        for pair in lora_pairs(model):
+            nn.init.normal_(pair.A)
+        rule.begin_task(context)
+        if index < tasks:
+            rule.end_task(context)
+    model(batch(0)).backward()
+    return model
+
+
+def same(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_every_rule_is_here():
+    assert {type(case.make()) for case in CASES.values()} == set(RULES.values())
+
+
+def test_state_survives_a_file(case, toy):
+    rule, other = case.make(), case.make()
+    train(toy(SHAPES), rule, 0)
+    state = rule.state()
+    other.load_state(load(save(state)))
+    assert state.keys() == other.state().keys()
+    assert all(torch.equal(state[key], value) for key, value in other.state().items())
+
+
+def test_state_does_not_change_when_training_goes_on(case, toy):
+    rule = case.make()
+    train(toy(SHAPES), rule, 0)
+    state = rule.state()
+    kept = {key: value.clone() for key, value in state.items()}
+    train(toy(SHAPES, seed=1), rule, 1)
+    assert all(torch.equal(state[key], value) for key, value in kept.items())
+
+
+@pytest.mark.parametrize("stopped_after", [1, 5])
+def test_resumes_to_the_bit(case, toy, stopped_after):
+    straight = case.make()
+    for index in range(stopped_after):
+        train(toy(SHAPES, seed=index), straight, index)
+    resumed = case.make()
+    resumed.load_state(load(save(straight.state())))
+    results = [
+        [train(toy(SHAPES, seed=index), rule, index) for index in (stopped_after, stopped_after + 1)]
+        for rule in (straight, resumed)
+    ]
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_acts_on_the_second_task(case, toy):
+    plain, ruled = Rule(), case.make()
+    for rule in (plain, ruled):
+        train(toy(SHAPES), rule, 0)
+    assert not same(train(toy(SHAPES, seed=1), plain, 1), train(toy(SHAPES, seed=1), ruled, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_keeps_dtypes(case, toy, dtype):
+    rule = case.make()
+    for index in range(2):
+        params = train(toy(SHAPES, seed=index, dtype=dtype), rule, index)
+        assert all(p.dtype == dtype and p.isfinite().all() for p in params)
+
+
+def test_one_step_is_the_same_under_accumulation(case, toy):
+    """Section 6, check 6 of the LoRA sheet: the same samples in 1 or in 4 micro-batches."""
+    results = []
+    for parts in (1, 4):
+        rule = case.make()
+        train(toy(SHAPES, dtype=torch.float64), rule, 0)
+        model = toy(SHAPES, seed=1, dtype=torch.float64)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        attach(model, optimizer, [rule], index=1)
+        for x in batch(7, torch.float64).chunk(parts):
+            (model(x) / parts).backward()
+        optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_cost_does_not_grow_with_the_tasks(case, toy, counter):
+    cost = {}
+    for tasks in (1, 30, 49):
+        rule = case.make()
+        remember(rule, toy, tasks)
+        rule.on_gradient()  # gradients that are made of nothing, buffers
+        with FlopCounterMode(display=False) as flops:
+            rule.on_gradient()
+        with counter() as counted:
+            rule.on_gradient()
+        cost[tasks] = (counted.ops, flops.get_total_flops())
+    if case.grows:
+        assert cost[49][1] > 1.5 * cost[30][1]
+    else:
+        assert cost[30] == cost[49]
+        assert cost[49][0] <= cost[1][0]
+
+
+def test_works_inside_a_wrapped_model_and_optimizer(case, toy):
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    results = []
+    for wrap in (False, True):
+        rule = case.make()
+        for index in range(2):
+            model = toy(SHAPES, seed=index)
+            outer = Wrapped(model) if wrap else model
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            if wrap:
+                optimizer = Accelerator(cpu=True).prepare(optimizer)
+            attached = attach(outer, optimizer, [rule], index=index)
+            model(batch(index)).backward()
+            optimizer.step()
+            attached.remove()
+            rule.end_task(TaskContext(outer, index))
+        results.append([p.detach() for p in model.parameters()])
+    assert same(*results)
+
+
+def test_remove_takes_it_off(case, toy):
+    stepped = []
+    for remove in (None, True, False):
+        torch.manual_seed(0)
+        rule = case.make()
+        model = remember(rule, toy, 1)
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        if remove is not None:
+            attached = attach(model, optimizer, [rule], begin=False)
+            if remove:
+                attached.remove()
+        optimizer.step()
+        stepped.append([p.detach() for p in params])
+    plain, removed, left = stepped
+    assert same(plain, removed) and not same(plain, left)
+
+
+def test_nothing_to_act_on_is_an_error_that_says_what_is(case):
+    with pytest.raises(RuleError, match="LoRA"):
+        attach(model := nn.Linear(2, 2), torch.optim.SGD(model.parameters()), [case.make()])
+
+
+def test_settings_are_fields_and_state_is_not_compared(case, toy):
+    rule = case.make()
+    train(toy(SHAPES), rule, 0, end=False)
+    assert rule == case.make()
+    assert "_pairs" not in repr(rule)

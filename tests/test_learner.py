@@ -1,0 +1,251 @@
+"""The loop over tasks: every recipe, resumed to the bit, refused where it must be."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from perpetune import ConfigError, Learner, RunError, TrainingError, load_stream
+from perpetune.learner import task_seed
+from perpetune.recipes import RECIPES
+from perpetune.run import Run
+
+TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def stream(word_stream):
+    return load_stream(word_stream, tasks=["films", "news", "mood"])
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bert):
+    return tiny_bert()
+
+
+def commits(path: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(path)): p.read_bytes() for p in sorted((path / "commits").rglob("*")) if p.is_file()}
+    return {**found, "run.yaml": (path / "run.yaml").read_bytes()}
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in ("pixels_ridge", "frozen_label_text")])
+def test_every_recipe_learns_predicts_and_opens_again(recipe, stream, model, tmp_path):
+    learner = Learner(model, recipe, tmp_path / "r", training=TRAINING)
+    result = learner.learn(stream)
+    records = result.records()
+    assert {r.scenario for r in records} == {"class", "task"}
+    for record in records:
+        assert 0 <= record.final_accuracy <= 1
+    assert all(g["holds"] is not False for g in result.guarantees), result.guarantees
+    inputs = stream.tasks[0].test["text"][:8]
+    again = Learner.open(tmp_path / "r")
+    assert again.predict(inputs) == learner.predict(inputs)
+    assert result.config["recipe"]["name"] == recipe
+
+
+def test_a_learned_task_is_better_than_chance(stream, model, tmp_path):
+    training = {"num_train_epochs": 10, "per_device_train_batch_size": 8}
+    result = Learner(model, "lora", tmp_path / "r", training=training).learn(stream)
+    assert result.matrix("linear", "task").values.diagonal().min() > 0.7
+
+
+def test_the_state_is_the_base_plus_the_commits(stream, model, tmp_path, monkeypatch):
+    """Stopped after each task and started again: the same files, to the bit."""
+    for recipe in ("olora_nlora", "olora_released", "sequential", "replay", "sequential_lora"):
+        whole, parts = tmp_path / f"{recipe}-whole", tmp_path / f"{recipe}-parts"
+        heads = ["linear_seen" if recipe == "replay" else "linear", "ridge", "ncm"]
+        Learner(model, recipe, whole, heads=heads, training=TRAINING).learn(stream)
+        original = Run.commit
+        for _ in range(len(stream) + 1):
+
+            def stop_after(self, *args, **kwargs):
+                original(self, *args, **kwargs)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Run, "commit", stop_after)
+                with pytest.raises(KeyboardInterrupt):
+                    torch.manual_seed(random.randrange(10**6))  # what was drawn before must not matter
+                    Learner(model, recipe, parts, heads=heads, training=TRAINING).learn(stream)
+        Learner(model, recipe, parts, heads=heads, training=TRAINING).learn(stream)
+        assert commits(whole) == commits(parts), recipe
+
+
+def _learn(model, stream, path):
+    torch.set_num_threads(1)
+    Learner(model, "olora", path, heads=["linear", "ridge"], training=TRAINING).learn(stream)
+
+
+def test_killed_at_ten_random_moments(stream, model, tmp_path):
+    """SIGKILL, ten times, at random moments; started again each time. All files but the journal, which holds clock
+    times, are those of an undisturbed run."""
+    context = multiprocessing.get_context("fork")
+    started = time.perf_counter()
+    _learn(model, stream, tmp_path / "whole")
+    duration = time.perf_counter() - started
+    generator, killed = random.Random(0), 0
+    while killed < 10:
+        child = context.Process(target=_learn, args=(model, stream, tmp_path / "killed"))
+        child.start()
+        child.join(generator.uniform(0.02, 0.5) * duration)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+            killed += 1
+        elif child.exitcode == 0:  # finished before the tenth kill: undo the last task, and go on
+            last = sorted((tmp_path / "killed" / "commits").iterdir())[-1]
+            for file in last.iterdir():
+                file.unlink()
+            last.rmdir()
+        else:
+            pytest.fail(f"the run failed with exit code {child.exitcode}")
+    _learn(model, stream, tmp_path / "killed")
+    assert commits(tmp_path / "whole") == commits(tmp_path / "killed")
+
+
+def test_merge_and_stack_compute_the_same_function(stream, model, tmp_path):
+    """Lora sheet, check 7: evaluation outputs of the concatenated and the merged form agree to 1e-5 relative."""
+    recipe = {"tuner": {"type": "LoraConfig", "r": 4, "target_modules": ["query", "value"]}, "head": {"type": "linear"}}
+    learners = {}
+    for name in ("Merge", "Stack"):
+        learners[name] = Learner(model, {**recipe, "consolidation": name}, tmp_path / name, training=TRAINING)
+        learners[name].learn(load_stream(stream.source["source"], tasks=["films"]))
+    stacked, merged = learners["Stack"].backbone, learners["Merge"].backbone
+    examples = merged.prepare(stream.tasks[1].test)
+    a, b = stacked.features(examples, 8), merged.features(examples, 8)
+    assert (a - b).norm() / b.norm() < 1e-5
+
+
+def test_a_stacked_run_opens_with_all_its_branches(stream, model, tmp_path):
+    learner = Learner(model, "olora_released", tmp_path / "r", training={**TRAINING, "learning_rate": 1e-2})
+    learner.learn(stream)
+    examples = learner.backbone.prepare(stream.tasks[0].test)
+    again = Learner.open(tmp_path / "r")
+    assert torch.equal(again.backbone.features(examples, 8), learner.backbone.features(examples, 8))
+    ranks = {p.shape[0] for n, p in again.backbone.model.named_parameters() if "lora_A.past" in n}
+    assert ranks == {16}  # two past tasks of rank 8
+
+
+def test_adapters_load_in_plain_peft(stream, model, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    learner = Learner(model, "lora", tmp_path / "r", training=TRAINING)
+    learner.learn(load_stream(stream.source["source"], tasks=["films"]))
+    plain = PeftModel.from_pretrained(AutoModel.from_pretrained(model), next((tmp_path / "r/commits").glob("0001*")))
+    batch = learner.backbone.collate(learner.backbone.prepare(stream.tasks[0].test)[:4])
+    batch.pop("labels")
+    plain.eval(), learner.backbone.eval()
+    with torch.no_grad():
+        expected = learner.backbone.model(**batch).last_hidden_state
+        assert torch.allclose(plain(**batch).last_hidden_state, expected, atol=1e-5)
+
+
+def test_export_is_a_plain_transformers_model(stream, model, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    for recipe in ("lora", "sequential_lora", "olora_released"):
+        learner = Learner(model, recipe, tmp_path / recipe, training=TRAINING)
+        learner.learn(stream)
+        folder = learner.export(tmp_path / f"{recipe}-model")
+        AutoTokenizer.from_pretrained(folder)
+        exported = AutoModel.from_pretrained(folder).eval()
+        batch = learner.backbone.collate(learner.backbone.prepare(stream.tasks[0].test)[:4])
+        batch.pop("labels")
+        learner.backbone.eval()
+        with torch.no_grad():
+            expected = learner.backbone.model(**batch).last_hidden_state
+            assert torch.allclose(exported(**batch).last_hidden_state, expected, atol=1e-5)
+
+
+def test_a_stream_may_grow(stream, model, tmp_path):
+    source = stream.source["source"]
+    Learner(model, "olora", tmp_path / "r", training=TRAINING).learn(load_stream(source, tasks=["films", "news"]))
+    Learner(model, "olora", tmp_path / "r", training=TRAINING).learn(stream)
+    Learner(model, "olora", tmp_path / "whole", training=TRAINING).learn(stream)
+    grown, whole = commits(tmp_path / "r"), commits(tmp_path / "whole")
+    name = "commits/0003-mood/adapter_model.safetensors"
+    assert grown[name] == whole[name]
+
+
+def test_learned_tasks_must_stay_what_they_were(stream, model, tmp_path):
+    source = stream.source["source"]
+    Learner(model, "frozen_ncm", tmp_path / "r").learn(load_stream(source, tasks=["films", "news"]))
+    with pytest.raises(RunError, match="has learned films, news in this order"):
+        Learner(model, "frozen_ncm", tmp_path / "r").learn(load_stream(source, tasks=["news", "films"]))
+    with pytest.raises(RunError, match="data of task `films`"):
+        limited = load_stream(source, tasks=["films", "news"], train_limit=4)
+        Learner(model, "frozen_ncm", tmp_path / "r").learn(limited)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_commit(stream, model, tmp_path):
+    learner = Learner(model, "sequential", tmp_path / "r", training={**TRAINING, "learning_rate": 1e30})
+    with pytest.raises(TrainingError, match="task `films`: the loss was not finite at step"):
+        learner.learn(stream)
+    assert [p.name for p in (tmp_path / "r/commits").iterdir()] == ["0000-untouched"]
+
+
+def test_another_base_model_is_refused(stream, model, tiny_bert, tmp_path):
+    Learner(model, "frozen_ncm", tmp_path / "r").learn(stream)
+    with pytest.raises(RunError, match="another base model"):
+        Learner(tiny_bert(seed=1), "frozen_ncm", tmp_path / "r").learn(stream)
+
+
+def test_a_truncated_adapter_is_named(stream, model, tmp_path):
+    Learner(model, "lora", tmp_path / "r", training=TRAINING).learn(stream)
+    path = tmp_path / "r/commits/0002-news/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"0002-news/adapter_model\.safetensors is damaged"):
+        Learner.open(tmp_path / "r")
+
+
+def test_frozen_features_are_computed_once(stream, model, tmp_path):
+    learner = Learner(model, "frozen_ridge", tmp_path / "r")
+    result = learner.learn(stream)
+    assert all(v == 0 for v, _ in learner._features.values())
+    assert [g["value"] for g in result.guarantees if g["source"] == "Frozen"] == [0.0] * 3
+
+
+def test_joint_has_only_the_last_row(stream, model, tmp_path):
+    record = Learner(model, "joint", tmp_path / "r", training=TRAINING).learn(stream).records()[0]
+    assert record.forgetting is None and record.plasticity is None and record.final_accuracy is not None
+    assert record.matrix[0] == [None] * 3
+
+
+def test_zero_shot_baseline_of_a_head_that_knows_all_names(stream, model, tmp_path):
+    result = Learner(model, "frozen_label_text", tmp_path / "r").learn(stream)
+    matrix = result.matrix("label_text", "task")
+    assert (matrix.baseline == matrix.values[-1]).all()
+
+
+def test_errors_teach(stream, model, tmp_path):
+    with pytest.raises(ConfigError, match="no recipe is called `olra`: did you mean `olora`"):
+        Learner(model, "olra")
+    with pytest.raises(ConfigError, match="no head is called"):
+        Learner(model, "lora", heads=["rigde"])
+    with pytest.raises(ConfigError, match="TrainingArguments has no `learnig_rate`: did you mean `learning_rate`"):
+        Learner(model, "lora", training={"learnig_rate": 1})
+    with pytest.raises(ConfigError, match="needs a model"):
+        Learner(None, "lora").learn(stream)
+    with pytest.raises(ConfigError, match="nothing is learned yet"):
+        Learner(model, "lora").predict(["x"])
+
+
+def test_seeds_of_tasks_differ():
+    assert len({task_seed(s, i) for s in range(20) for i in range(50)}) == 1000
+
+
+def test_images_in_a_domain_stream(tiny_vit, tmp_path):
+    stream = load_stream("digits-drift", train_limit=40, test_limit=20)
+    learner = Learner(tiny_vit(), "olora", tmp_path / "r", heads=["linear", "ncm"], training=TRAINING)
+    result = learner.learn(stream)
+    assert [r.scenario for r in result.records()] == ["domain", "domain"]
+    assert result.matrix("linear", "domain").values[0, 1] >= 0  # the next task is read before it is learned
+    assert learner.predict(stream.tasks[0].test["image"][:3])
