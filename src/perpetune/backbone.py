@@ -102,7 +102,7 @@ class Backbone(nn.Module):
             self.train(training)
         return out
 
-    def label_embeddings(self, labels: Sequence[str], template: str = "{}", batch_size: int = 64) -> Tensor:
+    def label_embeddings(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Features of label texts (C x width) under the model as it is now.
 
         Raises:
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
                 f"label texts need a text encoder, `{self.name}` reads images: use another head (linear, ncm, ridge)"
             )
         rows = datasets.Dataset.from_dict(
-            {"text": [template.format(x) for x in labels], "label": [0] * len(labels), "id": [""] * len(labels)}
+            {"text": list(texts), "label": [0] * len(texts), "id": [""] * len(texts)}
         )
         return self.features(self.prepare(rows), batch_size)
 

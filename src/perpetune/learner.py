@@ -168,7 +168,7 @@ class Learner:
         for head in self._all_heads():
             embeddings = None
             if head.needs_label_embeddings:
-                embeddings = backbone.label_embeddings(labels, getattr(head, "template", "{}"))
+                embeddings = backbone.label_embeddings(head.label_prompts(labels))
             head.open(backbone.width, labels, seed=self.seed, label_embeddings=embeddings)
             head.to(self.device)
         recipe.consolidation.open(backbone, recipe.tuner)

@@ -65,7 +65,7 @@ def test_gradient_is_that_of_the_equation(form, norm_strength, tasks, toy, relat
     found = gradients(rule, model, tasks)
     assert all((e is None) == (f is None) for e, f in zip(expected, found, strict=True))
     assert relative([f for f in found if f is not None], [e for e in expected if e is not None]) < 1e-12
-    assert math.isclose(rule.penalty().item(), value.item(), rel_tol=1e-6 if norm_strength else 1e-12)
+    assert math.isclose(rule.penalty().item(), value.item(), rel_tol=1e-12)
 
 
 @settings(max_examples=20, deadline=None)
@@ -180,7 +180,7 @@ def test_overlap_shrinks_under_adamw(toy):
     assert figures[1.0][1] < 0.05 * figures[1e-12][1]
 
 
-@pytest.mark.parametrize("tasks", [2, 9])  # rows; Gram matrix of a past that does not span the space
+@pytest.mark.parametrize("tasks", [3, 9])  # rows; Gram matrix of a past that does not span the space
 def test_guarantee_is_the_angle_to_the_span_of_the_past(tasks, toy):
     model = toy([(4, 24)], rank=2)
     (pair,) = lora_pairs(model)
@@ -197,8 +197,7 @@ def test_guarantee_is_the_angle_to_the_span_of_the_past(tasks, toy):
     rule.begin_task(TaskContext(model, tasks))
     largest, overlap = rule.guarantee()
     assert next(iter(rule.state())).endswith("gram" if tasks == 9 else "rows")
-    assert largest.value == pytest.approx(0.6 if tasks > 2 else largest.value, abs=1e-5)
-    assert 0 < largest.value <= 0.6 + 1e-5
+    assert largest.value == pytest.approx(0.6, abs=1e-5)
     assert overlap.value == pytest.approx(rule.penalty().item())
     assert largest.bound is None and overlap.bound is None
 

@@ -103,3 +103,30 @@ def test_a_parameter_that_the_loss_does_not_reach_is_shaped_too(tiny):
     attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [rule])
     rule.on_gradient()  # no backward at all
     assert all(p.grad is not None and p.grad.any() for pair in lora_pairs(model) for p in (pair.A, pair.B))
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+def test_a_step_that_computes_its_own_gradients_is_shaped_too(tiny, how):
+    """Lightning steps with a closure: the gradients exist only once it has run."""
+    model, reference = tiny(1), tiny(1)
+    batch = {key: torch.stack([row[key] for row in rows()]) for key in ("input_ids", "labels")}
+    for m, closure in ((model, True), (reference, False)):
+        optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad])
+        attach(m, optimizer, [ProductL1(1e-2)])
+
+        def compute(m=m, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = m(**batch).loss
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            if not closure:
+                compute()
+                optimizer.step()
+            elif how == "positional":
+                optimizer.step(compute)
+            else:
+                optimizer.step(closure=compute)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -41,7 +41,6 @@ def test_an_image_that_is_none_is_named() -> None:
 def test_a_fingerprint_sees_labels_order_and_splits() -> None:
     task = load_stream("digits", tasks=["0-1"]).tasks[0]
     original = fingerprint(task)
-    assert fingerprint(load_stream("digits", tasks=["0-1"]).tasks[0]) == original
     backwards = task.train.select(range(len(task.train))[::-1])
     relabelled = task.train.remove_columns("label").add_column("label", [1 - y for y in task.train["label"]])
     changed = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perpetune.errors import ConfigError
-from perpetune.streams import BUILTINS, digits_halves, load_stream
+from perpetune.streams import BUILTINS, Stream, digits_halves, load_stream
 
 
 def pixels(data: object) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_the_seed_divides_and_the_order_seed_deals() -> None:
     assert dealt.labels != first.labels and sorted(dealt.labels) == sorted(first.labels)
 
     # a digit's images are divided the same way whichever digits share its task
-    def zeros(stream):
+    def zeros(stream: Stream) -> set[str]:
         return {
             i for t in stream for i, y in zip(t.test["id"], t.test["label"], strict=True) if stream.labels[y] == "0"
         }

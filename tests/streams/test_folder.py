@@ -49,11 +49,9 @@ def test_a_stream_loads_again_from_its_source(three_tasks: Path, monkeypatch: py
     assert [t.name for t in again] == [t.name for t in stream] and again.source == stream.source
 
 
-def test_an_order_seed_shuffles_the_tasks(write_task: WriteTask) -> None:
-    for name in "abcdef":
-        folder = write_task(name, [name, name + name])
-    orders = {tuple(t.name for t in load_stream(folder.parent, order_seed=seed)) for seed in range(4)}
-    assert len(orders) > 1 and all(sorted(order) == list("abcdef") for order in orders)
+def test_an_order_seed_shuffles_the_tasks(three_tasks: Path) -> None:
+    orders = {tuple(t.name for t in load_stream(three_tasks, order_seed=seed)) for seed in range(3)}
+    assert len(orders) > 1 and all(sorted(order) == ["animals", "plants", "stones"] for order in orders)
 
 
 def test_every_format_gives_the_same_ids_and_labels(write_task: WriteTask, tmp_path: Path) -> None:

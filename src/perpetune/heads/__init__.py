@@ -10,10 +10,11 @@ from ..errors import ConfigError, nearest
 from .base import Head
 from .label_text import LabelTextHead
 from .linear import LinearHead
+from .opened import OpenedHead
 from .prototype import PrototypeHead
 from .ridge import RidgeHead
 
-HEADS: dict[str, Callable[..., Head]] = {
+HEADS: dict[str, Callable[..., OpenedHead]] = {
     "linear": LinearHead,
     "linear_seen": partial(LinearHead, loss="seen"),
     "label_text": LabelTextHead,
@@ -22,7 +23,7 @@ HEADS: dict[str, Callable[..., Head]] = {
 }
 
 
-def make_head(name: str, **settings: Any) -> Head:
+def make_head(name: str, **settings: Any) -> OpenedHead:
     """The head of this name, unopened: `make_head(head.name, **head.config())` is the same head.
 
     Raises:

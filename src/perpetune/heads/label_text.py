@@ -31,6 +31,7 @@ class LabelTextHead(TrainedHead):
     """
 
     name = "label_text"
+    embeddings: Tensor  # e, (C, L), rows of length 1
     needs_label_embeddings = True
 
     def __init__(self, temperature: float = 0.05, loss: Classes = "current", template: str = "{}") -> None:
@@ -61,7 +62,7 @@ class LabelTextHead(TrainedHead):
             )
         if not torch.isfinite(label_embeddings).all():
             raise HeadError(f"head `{self.name}`: label embeddings are not finite; the model gives NaN or infinity")
-        self.register_buffer("embeddings", F.normalize(label_embeddings.detach().float(), dim=1))  # e, (C, L)
+        self.register_buffer("embeddings", F.normalize(label_embeddings.detach().float(), dim=1))
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         self.check_features(features)

@@ -33,19 +33,22 @@ class LinearHead(TrainedHead):
     """
 
     name = "linear"
+    weight: Tensor  # W, (C, L)
+    bias: Tensor  # b, (C,)
+    active_weight: nn.Parameter  # (classes in the loss, L); None outside of a task
+    active_bias: nn.Parameter  # (classes in the loss,)
 
     def __init__(self, loss: Classes = "current") -> None:
         super().__init__(loss)
         if loss == "seen":
             self.name = "linear_seen"
-        self.active_weight: nn.Parameter | None = None  # (classes in the loss, L)
-        self.active_bias: nn.Parameter | None = None
+        self._drop_parameters()
 
     def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
         super().open(width, labels, seed=seed)
         self.register_buffer("weight", torch.stack([new_row(width, label, seed) for label in labels]))
         self.register_buffer("bias", torch.zeros(len(labels)))
-        self.active_weight = self.active_bias = None
+        self._drop_parameters()
         # Of each finished task: its classes (k,), their rows (k x L) and biases (k,) when it ended.
         self.tasks: list[tuple[Tensor, Tensor, Tensor]] = []
         self._moved: float | None = None
@@ -66,7 +69,7 @@ class LinearHead(TrainedHead):
         own, rows = torch.tensor(self.task_classes), self.in_loss
         super().end_task()
         self.weight[rows], self.bias[rows] = self.active_weight, self.active_bias
-        self.active_weight = self.active_bias = None
+        self._drop_parameters()
         self.tasks.append((own, self.weight[own].clone(), self.bias[own].clone()))
         others = [c for c in range(len(self.labels)) if c not in set(rows)]
         weight, bias = self._before
@@ -104,6 +107,10 @@ class LinearHead(TrainedHead):
             raise HeadError(f"head `{self.name}`: no rows of task {task}; {len(self.tasks)} tasks have ended")
         return classes, weight[classes], bias[classes]
 
+    def _drop_parameters(self) -> None:
+        self.register_parameter("active_weight", None)
+        self.register_parameter("active_bias", None)
+
     def knows(self, classes: Sequence[int]) -> bool:
         return bool(self.seen[self.checked_classes(classes)].all())
 
@@ -119,7 +126,7 @@ class LinearHead(TrainedHead):
         columns = self.columns(state)
         weight = self.take(state, "weight", (len(columns), self.width))
         bias = self.take(state, "bias", (len(columns),))
-        tasks = []
+        tasks: list[tuple[Tensor, Tensor, Tensor]] = []
         while f"tasks.{len(tasks)}.classes" in state:
             name = f"tasks.{len(tasks)}"
             own = columns[self.take(state, f"{name}.classes", None)]

@@ -1,8 +1,9 @@
 """Sums that do not depend on the order of their terms: numbers on a grid, counted in steps, added in fp64.
 
-A number on the grid `step * Z` is kept as its number of steps k, an integer with |k| < 2^bits, in fp64. As long as every
-partial sum stays below 2^53, fp64 adds such integers without rounding: any order of samples, any batch size, any split
-over machines gives the same bits, and a sum is taken back by subtracting it. fp32, TF32 and bf16 products are not exact.
+A number on the grid `step * Z` is kept as its number of steps k, an integer with |k| < 2^bits, in fp64. As long as
+every partial sum stays below 2^53, fp64 adds such integers without rounding: any order of samples, any batch size, any
+split over machines gives the same bits, and a sum is taken back by subtracting it. Products in fp32, TF32 or bf16 are
+not exact.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class FixedPoint:
         return power * self.bits + math.log2(max(samples, 1))
 
 
-# |f| < 128 in steps of 2^-18: features of norm 1 (width 768) keep 3e-5 relative, single entries up to 128 are not clipped.
+# |f| < 128 in steps of 2^-18: features of norm 1 (width 768) keep 3e-5 relative, entries up to 128 are not clipped.
 FEATURES = FixedPoint(bits=25, step=2.0**-18)
 
 

@@ -1,4 +1,4 @@
-"""What every head shares: it is opened for a width and for label texts, checks what it is given, and knows its files."""
+"""What every head shares: it is opened for a width and label texts, checks what it is given, and knows its files."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def in_holdout(sample_id: str, share: float) -> bool:
 def spectrum(G: Tensor) -> tuple[Tensor, Tensor]:
     """G = U diag(d) U^T; directions that no sample has (d below rounding) get d = inf, so that 1 / (d + lambda) = 0.
 
-    Q lies in the range of G, so nothing is lost by leaving them out, and rounding noise is not divided by a small lambda.
+    Q lies in the range of G: nothing is lost by leaving them out, and rounding noise is not divided by a small lambda.
     """
     d, U = torch.linalg.eigh(G)
     return torch.where(d > rounding(G), d, torch.inf), U
@@ -200,7 +200,8 @@ def rounding(G: Tensor) -> float:
 def holdout_errors(G: Tensor, Q: Tensor, n_v: int, penalties: Sequence[float]) -> Tensor:
     """Hold-out mean squared error of Theta = (G_tr + lambda I)^-1 Q_tr for every lambda, from moments alone.
 
-    [tr(Theta^T G_v Theta) - 2 tr(Theta^T Q_v) + n_v] / (n_v C), G = (G_tr, G_v) (2 x M x M), Q = (Q_tr, Q_v) (2 x M x C).
+    [tr(Theta^T G_v Theta) - 2 tr(Theta^T Q_v) + n_v] / (n_v C), with G = (G_tr, G_v) of shape (2 x M x M) and
+    Q = (Q_tr, Q_v) of shape (2 x M x C).
     In the eigenbasis of G_tr, with r = 1 / (d + lambda), the traces are r^T ((U^T G_v U) o (Z Z^T)) r and
     r . rowsum(Z o U^T Q_v), Z = U^T Q_tr: one decomposition, then M^2 operations per lambda.
     """

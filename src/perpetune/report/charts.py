@@ -101,42 +101,44 @@ def small_bar_svg(value: float) -> Markup:
     return tag("svg", mark, class_="bar", width="100%", height=4, aria_hidden="true")
 
 
-def matrix_svg(
-    matrix: Matrix, tasks: Sequence[str], title: str, baseline: Sequence[float | None] = (), namespace: bool = False
-) -> Markup:
-    """The accuracy matrix as a heat map of fixed size: rows are time, columns are tasks, T x T, diagonal outlined."""
+def matrix_svg(matrix: Matrix, tasks: Sequence[str], title: str, baseline: Sequence[float | None] = ()) -> Markup:
+    """The accuracy matrix (T x T) as a heat map of fixed size: rows are time, columns are tasks, diagonal outlined.
+
+    `baseline` (T): accuracies of the untouched model, a row above.
+    """
     width, height = (46, 34) if len(tasks) <= 6 else (38, 30) if len(tasks) <= 12 else (28, 24)
-    rows: list[tuple[str, Sequence[float | None]]] = [
-        (f"after {i + 1} {short(name, 13)}", row) for i, (name, row) in enumerate(zip(tasks, matrix, strict=True))
-    ]
-    if any(b is not None for b in baseline):
-        rows.insert(0, ("untouched model", baseline))
-    offset = len(rows) - len(tasks)
-    left = 14 + max(int(6.6 * len(label)) for label, _ in rows)
-    top = 40
+    history = any(v is not None for row in matrix[:-1] for v in row) or len(tasks) == 1
+    rows: list[tuple[int | None, str, Sequence[float | None]]] = [(None, "untouched model", baseline)]
+    for step, (name, line) in enumerate(zip(tasks, matrix, strict=True)):
+        rows.append((step, f"after {step + 1} {short(name, 13)}", line) if history else (None, "all at once", line))
+    rows = [entry for entry in rows if any(v is not None for v in entry[2])]
+    left, top = 14 + max((int(6.6 * len(label)) for _, label, _ in rows), default=0), 40
     marks: list[Markup] = [tag("title", title), tag("text", "accuracy on task", class_="soft", x=left, y=14)]
     for j, name in enumerate(tasks):
-        number = tag("text", tag("title", name), str(j + 1), class_="mid strong", x=left + (j + 0.5) * width, y=32)
-        marks.append(number)
-    for i, (label, row) in enumerate(rows):
-        y = top + i * height
+        hover = tag("title", name)
+        marks.append(tag("text", hover, str(j + 1), class_="mid strong", x=left + (j + 0.5) * width, y=32))
+    for at, (i, label, row) in enumerate(rows):
+        y = top + at * height
         marks.append(tag("text", label, class_="end", x=left - 8, y=y + height / 2 + 4))
         for j, value in enumerate(row):
-            x = left + j * width
             if value is not None:
-                marks.append(_cell(x, y, width - 2, height - 2, value))
-            if i - offset == j:
-                marks.append(tag("rect", class_="just", x=x, y=y, width=width - 2, height=height - 2, rx=3))
-    total_width, total_height = left + len(tasks) * width + 2, top + len(rows) * height + 2
-    xmlns = "http://www.w3.org/2000/svg" if namespace else None
-    return tag("svg", *marks, xmlns=xmlns, class_="matrix", role="img", width=total_width, height=total_height)
+                marks.append(_cell(left + j * width, y, width - 2, height - 2, value))
+        if i is not None:
+            just = {"x": left + i * width, "y": y, "width": width - 2, "height": height - 2}
+            marks.append(tag("rect", class_="just", rx=3, **just))
+    size = {"width": left + max(len(tasks) * width, 104) + 2, "height": top + len(rows) * height + 2}
+    return tag("svg", *marks, class_="matrix", role="img", **size)
+
+
+def heat(value: float) -> tuple[float, str]:
+    """Opacity of a cell, and the class of the figure on it: each theme has a readable colour for each class."""
+    return 0.04 + 0.96 * value, "light" if value < 0.52 else "middle" if value < 0.74 else "heavy"
 
 
 def _cell(x: float, y: float, width: float, height: float, value: float) -> Markup:
-    weight = "light" if value < 0.55 else "middle" if value < 0.72 else "heavy"
-    return tag(
-        "rect", class_="heat", x=x, y=y, width=width, height=height, rx=3, fill_opacity=0.04 + 0.96 * value
-    ) + tag("text", f"{100 * value:.0f}", class_=f"mid cell {weight}", x=x + width / 2, y=y + height / 2 + 4)
+    opacity, weight = heat(value)
+    rect = tag("rect", class_="heat", x=x, y=y, width=width, height=height, rx=3, fill_opacity=opacity)
+    return rect + tag("text", f"{100 * value:.0f}", class_=f"mid cell {weight}", x=x + width / 2, y=y + height / 2 + 4)
 
 
 def lines_svg(matrix: Matrix, tasks: Sequence[str], title: str) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import tempfile
@@ -98,15 +99,7 @@ def render(data: ReportData) -> str:
     promises = tables.promises(records)
     broken = tables.broken(records)
     flips = list(data.flips or ())
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(charts=charts, summary=summary, words=words, Stat=summary.Stat, short=svg.short)
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         data=data,
         groups=groups,
         headline=headline,
@@ -126,6 +119,19 @@ def render(data: ReportData) -> str:
         light=svg.theme(svg.LIGHT),
         dark=svg.theme(svg.DARK),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(charts=charts, summary=summary, words=words, Stat=summary.Stat, short=svg.short)
+    return environment.get_template("report.html.j2")
 
 
 def _measured(records: Sequence[Record]) -> list[dict[str, Any]]:

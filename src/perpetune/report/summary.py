@@ -144,9 +144,9 @@ def _or(value: float | None, otherwise: float) -> float:
 def groups(records: Sequence[Record], scenario: str, headline: tuple[str, str] | None = None) -> list[Group]:
     """Readings, the one to show first at the head.
 
-    A control that was read with another head only stands as a guest in every reading of its scenario. First comes
-    `headline`; else the stream's own scenario, the reading with most recipes, and of those the one in which a recipe
-    that learns task by task does best.
+    A control or bound that was read with another head only stands as a guest in every reading of its scenario.
+    First comes `headline`; else the stream's own scenario, the reading with most recipes, and of those the one in which
+    a recipe that learns task by task does best.
     """
     cells: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in records:
@@ -158,7 +158,7 @@ def groups(records: Sequence[Record], scenario: str, headline: tuple[str, str] |
             key[0],
             key[1],
             tuple(Row(recipe, tuple(seeds)) for recipe, seeds in rows.items())
-            + tuple(_guests(key, cells, kept, set(rows))),
+            + tuple(_guests(key[0], set(rows), cells)),
         )
         for key, rows in cells.items()
         if key in kept
@@ -174,20 +174,11 @@ def groups(records: Sequence[Record], scenario: str, headline: tuple[str, str] |
 
 
 def _guests(
-    key: tuple[str, str],
-    cells: Mapping[tuple[str, str], Mapping[str, list[Record]]],
-    kept: set[tuple[str, str]],
-    present: set[str],
+    scenario: str, present: set[str], cells: Mapping[tuple[str, str], Mapping[str, list[Record]]]
 ) -> Iterable[Row]:
-    if (
-        len(present) == 1
-        and all(role(r) == "method" for r in present)
-        and all(len(rows) == 1 for rows in cells.values())
-    ):
-        return  # a single run read in several ways: nothing to compare with
-    for (scenario, _), rows in cells.items():
+    for (other, _), rows in cells.items():
         for recipe, seeds in rows.items():
-            if scenario == key[0] and recipe not in present and role(recipe) == "control":
+            if other == scenario and recipe not in present and role(recipe) != "method":
                 present = present | {recipe}
                 yield Row(recipe, tuple(seeds), guest=True)
 
@@ -222,9 +213,9 @@ def task_bars(row: Row) -> list[Bar]:
     """Tasks in the order of learning."""
     bars = []
     for j, (name, learned, now) in enumerate(learned_and_now(row)):
-        known = learned is not None and now is not None and j + 1 < len(row.tasks)
-        change = learned - now if known else None
-        bars.append(Bar(f"{j + 1} {name}", now, learned, note=forgot(change)))
+        change = None if learned is None or now is None else learned - now
+        note = forgot(change) if j + 1 < len(row.tasks) else ""
+        bars.append(Bar(f"{j + 1} {name}", now, learned, note=note))
     return bars
 
 

@@ -171,12 +171,14 @@ def figure(value: float | None, unit: str = "") -> str:
     """A measured figure of any size, three digits."""
     if value is None or math.isnan(value):
         return "not a number"
-    if unit == "bytes":
+    if unit == "bytes" and math.isfinite(value):
         return size(value)
-    written = (
-        f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.3g}" if math.isfinite(value) else "∞"
-    )
-    return f"{written} {unit}".strip().replace("e-0", "e-").replace("e+0", "e+").replace("-", "−")
+    if math.isinf(value):
+        written = "∞" if value > 0 else "-∞"
+    else:
+        written = f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.3g}"
+    written = written.replace("e-0", "e-").replace("e+0", "e+").replace("-", "−")
+    return f"{written} {unit}".strip()
 
 
 def size(value: float) -> str:

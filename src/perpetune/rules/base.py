@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ class Rule:
     """One rule. Subclasses are dataclasses whose fields are its settings; state lives in `init=False` fields.
 
     A rule names the parameters that it acts on in `begin_task`; nothing is looked up by name during a step.
-    `on_gradient` runs before every optimizer step and edits `.grad` in place; `on_update(before)` runs after it, with the
-    values that the parameters listed by `watches()` had before the step.
+    `on_gradient` runs before every optimizer step and edits `.grad` in place; `on_update(before)` runs after it, with
+    the values that the parameters listed by `watches()` had before the step.
     """
 
     def begin_task(self, task: TaskContext) -> None:
@@ -128,11 +128,29 @@ def attach(
     before: list[list[Tensor]] = [[torch.empty_like(p) for p in params] for _, params in watched]
 
     @torch.no_grad()
-    def pre_step(*_: object) -> None:
+    def shape_gradient() -> None:
         for rule in rules:
             rule.on_gradient()
-        for (_, params), copies in zip(watched, before, strict=True):
+
+    @torch.no_grad()
+    def pre_step(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for (_rule, params), copies in zip(watched, before, strict=True):
             torch._foreach_copy_(copies, params)
+        # step(closure) computes the gradients inside the step (Lightning, L-BFGS): rules must act after that
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            shape_gradient()
+            return args, kwargs
+
+        def shaped() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            shape_gradient()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], shaped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": shaped}
 
     @torch.no_grad()
     def post_step(*_: object) -> None:

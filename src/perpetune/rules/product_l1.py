@@ -136,8 +136,8 @@ class ReleasedProductL1(_LoraL1):
             d_out, d_in = pair.shape
             if d_in != d_out:
                 raise RuleError(
-                    f"ReleasedProductL1 multiplies A by B, which layer `{pair.name}` ({d_in} -> {d_out}) does not allow"
-                    ": use ProductL1, or adapt square layers only"
+                    f"ReleasedProductL1 multiplies A by B, impossible in layer `{pair.name}` ({d_in} -> {d_out}): "
+                    "use ProductL1, or adapt square layers only"
                 )
         self._groups = same_shape(self._pairs)
 
