@@ -37,8 +37,8 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
         raise ConfigError(f"there is no list of `{what}`: {nearest(what, kinds)}")
     rows = []
     for name, piece in kinds[what].items():
-        if isinstance(piece, str):
-            rows.append((name, piece, ""))
+        if what == "streams":
+            rows.append((name, piece.about, ""))
             continue
         settings = [
             f"{p.name}={p.default!r}" if p.default is not p.empty else p.name

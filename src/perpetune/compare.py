@@ -18,6 +18,7 @@ from .progress import Progress
 from .recipe import Recipe
 from .recipes import make_recipe
 
+HeadSpec = str | dict[str, Any]
 CONTROLS = ("sequential", "joint", "frozen_ridge")
 
 
@@ -28,26 +29,27 @@ class Job:
     recipe: str | dict[str, Any]
     name: str
     seed: int
-    heads: tuple[str, ...] | None
+    heads: tuple[HeadSpec, ...] | None
     path: Path
 
 
-def head_groups(heads: Sequence[str]) -> list[tuple[str, ...]]:
-    """Heads that can be read off one and the same training run: each head that trains, and with the first of them (or
-    alone) those that only gather statistics."""
+def head_groups(heads: Sequence[HeadSpec]) -> list[tuple[HeadSpec, ...]]:
+    """Heads that can be read off one and the same training run: each head that trains, and with `linear` (or alone) those
+    that only gather statistics and are trained by the same loss."""
     trains = [h for h in heads if make_head(h).trains]
     reads = [h for h in heads if not make_head(h).trains]
-    linear = "linear" if "linear" in trains else None
-    groups = [(h, *(reads if h == linear else ())) for h in trains]
-    return groups if linear or not reads else [*groups, tuple(reads)]
+    shapes = [make_head(h).name == "linear" for h in trains]
+    groups = [(h, *(reads if linear else ())) for h, linear in zip(trains, shapes, strict=True)]
+    return groups if any(shapes) or not reads else [*groups, tuple(reads)]
 
 
-def with_controls(recipes: Sequence[str | dict[str, Any]], modality: str, heads: Sequence[str]) -> list[Any]:
+def with_controls(recipes: Sequence[str | dict[str, Any]], modality: str, heads: Sequence[HeadSpec]) -> list[Any]:
     """The recipes, and the controls that are missing among them."""
     wanted = [*CONTROLS, "tfidf_ridge" if modality == "text" else "pixels_ridge"]
     if "label_text" in heads and modality == "text":
         wanted.append("frozen_label_text")
-    return [*recipes, *(c for c in wanted if c not in recipes)]
+    names = {r if isinstance(r, str) else r.get("name") for r in recipes}
+    return [*recipes, *(c for c in wanted if c not in names)]
 
 
 def jobs(config: CompareConfig, modality: str, out: Path) -> Iterator[Job]:
@@ -56,12 +58,12 @@ def jobs(config: CompareConfig, modality: str, out: Path) -> Iterator[Job]:
     for spec in recipes:
         recipe = make_recipe(spec)
         name = _unique(recipe, seen)
-        groups: Sequence[tuple[str, ...] | None] = head_groups(config.heads or ()) or [None]
+        groups: Sequence[tuple[HeadSpec, ...] | None] = head_groups(config.heads or ()) or [None]
         if not recipe.tuner.trains:
             groups = [None]  # nothing is trained, so the recipe's own head says all there is to say
         for seed in config.seeds:
             for group in groups:
-                yield Job(spec, name, seed, group, out / name / f"seed-{seed}" / (group[0] if group else "own"))
+                yield Job(spec, name, seed, group, out / name / f"seed-{seed}" / (make_head(group[0]).name if group else "own"))
 
 
 def _unique(recipe: Recipe, seen: set[str]) -> str:
@@ -100,8 +102,7 @@ def run_job(config: CompareConfig, job: Job, threads: int | None = None, progres
         progress=progress,
     )
     result = learner.learn(stream)
-    own = None if job.heads is None else set(job.heads)
-    return [r.model_dump() for r in result.records() if own is None or r.head in own]
+    return [r.model_dump() for r in result.records()]
 
 
 def compare(

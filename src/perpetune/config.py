@@ -40,7 +40,7 @@ class RunConfig(pydantic.BaseModel):
     model: str | None = None
     stream: StreamConfig
     recipe: str | dict[str, Any] = "lora"
-    heads: list[str] | None = None
+    heads: list[str | dict[str, Any]] | None = None
     out: str | None = None
     seed: int = 0
     training: dict[str, Any] = {}

@@ -21,7 +21,7 @@ RECIPES: list[str | dict[str, Any]] = [
     {"name": "replay", "rank": 4, "target": "all-linear"},
     {"name": "joint", "rank": 4, "target": "all-linear"},
     "sequential",
-    "frozen_ridge",
+    {"name": "frozen_ridge", "features": 256},
     "pixels_ridge",
 ]
 
@@ -37,7 +37,7 @@ def run_demo(out: Path, *, jobs: int, seeds: list[int], progress: Progress) -> l
         stream=StreamConfig(source="digits-transposed"),
         recipes=RECIPES,
         seeds=seeds,
-        heads=["linear", "ridge"],
+        heads=["linear", {"type": "ridge", "features": 256}],
         jobs=jobs,
         controls=False,  # they are in the list, with the demo's rank
         training={"num_train_epochs": 6, "per_device_train_batch_size": 16, "learning_rate": 3e-3},

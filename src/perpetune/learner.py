@@ -42,7 +42,7 @@ class Learner:
         model: hub id or folder of a transformers encoder. Not needed by recipes without a network.
         recipe: a name, plain data, or a `Recipe`.
         run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
-        heads: names or heads to read instead of the recipe's own; the first shapes the features.
+        heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the features.
         training: names of `transformers.TrainingArguments`, and `head_learning_rate`.
         seed: decides everything random.
         pooling, max_length, trust_remote_code: see `load_backbone`.
@@ -64,7 +64,7 @@ class Learner:
         recipe: str | dict[str, Any] | Recipe = "lora",
         run: str | Path | None = None,
         *,
-        heads: Sequence[str | Head] | None = None,
+        heads: Sequence[str | dict[str, Any] | Head] | None = None,
         training: dict[str, Any] | None = None,
         seed: int = 0,
         pooling: Pooling | None = None,
@@ -75,7 +75,7 @@ class Learner:
     ) -> None:
         self.recipe = copy.deepcopy(make_recipe(recipe))
         if heads:
-            self.recipe = self.recipe.with_heads([make_head(h) if isinstance(h, str) else h for h in heads])
+            self.recipe = self.recipe.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
         self.model_name = str(model) if model is not None else None
         self.training = resolve_training(self.recipe.training, training or {})
         self.seed = seed

@@ -126,9 +126,20 @@ class Result:
                     lines.append(f"  after {matrix.tasks[i]:<{width}}  {cells}")
             figures = [f"{k} {100 * v:.1f}" for k, v in summary(matrix).items() if v is not None and "micro" not in k]
             lines.append("  " + ", ".join(figures).replace("_", " "))
+        lines += [self._promise(*key, found) for key, found in self._promises().items()]
+        return "\n".join(lines)
+
+    def _promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for g in self.guarantees:
             if g["bound"] is not None:
-                mark = "kept" if g["holds"] else "BROKEN"
-                value = "not a number" if g["value"] is None else f"{g['value']:.2g}"
-                lines.append(f"  {mark}: {g['source']}, {g['name']} after {g['task']}: {value} (promised {g['bound']:.2g})")
-        return "\n".join(lines)
+                found.setdefault((g["source"], g["name"]), []).append(g)
+        return found
+
+    @staticmethod
+    def _promise(source: str, name: str, found: list[dict[str, Any]]) -> str:
+        broken = [g for g in found if not g["holds"]]
+        worst = max(found, key=lambda g: float("inf") if g["value"] is None else g["value"])
+        value = "not a number" if worst["value"] is None else f"{worst['value']:.2g}"
+        where = f" (broken after {', '.join(g['task'] for g in broken)})" if broken else ""
+        return f"  {'BROKEN' if broken else 'kept'}: {source}, {name}: at most {value}, promised {worst['bound']:.2g}{where}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,9 @@ def make_head(name: str, **settings: Any) -> OpenedHead:
     Raises:
         ConfigError: an unknown name or setting, or a setting out of range.
     """
+    if not isinstance(name, str):
+        given = dict(name)
+        return make_head(str(given.pop("type", None)), **given, **settings)
     if name not in HEADS:
         raise ConfigError(f"no head is called `{name}`: {nearest(name, HEADS)}")
     known = HEADS[name]().config()

@@ -75,7 +75,7 @@ def nlora(
     alpha: float | None = None,
     target: str | list[str] = QUERY_VALUE,
     dropout: float = 0.0,
-    strength: float = 1e-5,
+    strength: float = 1e-4,
 ) -> Recipe:
     """N-LoRA: l1 on the change itself, ||B A||_1, so that the changes of different tasks collide in few entries.
 
@@ -104,11 +104,11 @@ def olora_nlora(
     target: str | list[str] = QUERY_VALUE,
     dropout: float = 0.0,
     orthogonal: float = 0.5,
-    sparse: float = 1e-5,
+    sparse: float = 1e-4,
 ) -> Recipe:
     """O-LoRA and N-LoRA together (section "combination" of 2410.10179; no code and no per-order figures published)."""
     rules = [OrthogonalToPast(orthogonal), ProductL1(sparse)]
     return Recipe(lora_config(rank, alpha, target, dropout), rules, Merge(), training=LORA_TRAINING)
 
 
-LORA_TRAINING = {"learning_rate": 1e-3}
+LORA_TRAINING = {"learning_rate": 5e-4}
