@@ -1,6 +1,5 @@
 # make demo | test | lint: each makes .venv first, if it is missing or older than what it is made from.
 # Needs Python >= 3.10 and make. PYTHON=python3.12 picks another interpreter.
-# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves about 3 GB of download.
 
 PYTHON ?= python3
 VENV := .venv

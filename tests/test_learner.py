@@ -64,7 +64,7 @@ def test_the_state_is_the_base_plus_the_commits(stream, model, tmp_path, monkeyp
         original = Run.commit
         for _ in range(len(stream) + 1):
 
-            def stop_after(self, *args, **kwargs):
+            def stop_after(self, *args, original=original, **kwargs):
                 original(self, *args, **kwargs)
                 raise KeyboardInterrupt
 
@@ -209,7 +209,7 @@ def test_a_truncated_adapter_is_named(stream, model, tmp_path):
 def test_frozen_features_are_computed_once(stream, model, tmp_path):
     learner = Learner(model, "frozen_ridge", tmp_path / "r")
     result = learner.learn(stream)
-    assert all(v == 0 for v, _ in learner._features.values())
+    assert all(v == 0 for v, _ in learner._evaluator._features.values())
     assert [g["value"] for g in result.guarantees if g["source"] == "Frozen"] == [0.0] * 3
 
 

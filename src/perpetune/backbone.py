@@ -27,7 +27,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         processor: Any,
         *,
         modality: Literal["text", "image"],
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         name: str,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # a transformers model, or a peft model around it
         self.processor = processor
         self.modality = modality
         self.pooling: Pooling = pooling
@@ -51,12 +51,16 @@ class Backbone(nn.Module):
         if self.modality == "text":
             columns = [c for c in ("text", "text_pair") if c in rows.column_names]
             if not columns:
-                raise ModelError(f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}")
+                raise ModelError(
+                    f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}"
+                )
             encoded = self.processor(*(list(rows[c]) for c in columns), truncation=True, max_length=self.max_length)
             inputs = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
         else:
             if "image" not in rows.column_names:
-                raise ModelError(f"`{self.name}` reads images, but the task has the columns {', '.join(rows.column_names)}")
+                raise ModelError(
+                    f"`{self.name}` reads images, but the task has the columns {', '.join(rows.column_names)}"
+                )
             inputs = [{"pixel_values": pixels} for pixels in self._pixels(rows["image"])]
         return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"], rows["id"], strict=True)]
 
@@ -83,9 +87,7 @@ class Backbone(nn.Module):
         return pool(self.model(**inputs), inputs.get("attention_mask"), self.pooling)
 
     @torch.inference_mode()
-    def features(
-        self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None
-    ) -> Tensor:
+    def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """Features of all examples in their order (N x width, fp32, CPU), in eval mode, batched by length."""
         training, device = self.training, next(self.model.parameters()).device
         self.eval()
@@ -112,9 +114,7 @@ class Backbone(nn.Module):
             raise ModelError(
                 f"label texts need a text encoder, `{self.name}` reads images: use another head (linear, ncm, ridge)"
             )
-        rows = datasets.Dataset.from_dict(
-            {"text": list(texts), "label": [0] * len(texts), "id": [""] * len(texts)}
-        )
+        rows = datasets.Dataset.from_dict({"text": list(texts), "label": [0] * len(texts), "id": [""] * len(texts)})
         return self.features(self.prepare(rows), batch_size)
 
 
@@ -250,6 +250,7 @@ class FixedFeatures(Backbone):
         self.width = words if modality == "text" else side * side
         self.side = side
         self.model = nn.Module()
+        self.idf: Tensor
         self.register_buffer("idf", torch.zeros(0))
         self.pooling, self.max_length, self.version, self.processor = "mean", 0, 0, None
         self.fingerprint = f"{self.name}-{self.width}"
@@ -261,7 +262,9 @@ class FixedFeatures(Backbone):
     def _words(self, rows: datasets.Dataset) -> list[Tensor]:
         from sklearn.feature_extraction.text import HashingVectorizer
 
-        texts = [" ".join(r) for r in zip(*(rows[c] for c in ("text", "text_pair") if c in rows.column_names), strict=True)]
+        texts = [
+            " ".join(r) for r in zip(*(rows[c] for c in ("text", "text_pair") if c in rows.column_names), strict=True)
+        ]
         counts = HashingVectorizer(n_features=self.width, alternate_sign=False, norm=None).transform(texts)
         counts.data = 1 + torch.from_numpy(counts.data).log().numpy()
         return [torch.from_numpy(row.toarray()[0]).float() for row in counts]

@@ -28,7 +28,9 @@ ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file with the sett
 Model = Annotated[str | None, typer.Option(help="Hub id or folder of a transformers encoder.")]
 StreamOption = Annotated[
     str | None,
-    typer.Option("--stream", help="Folder of tasks, a built-in (digits, digits-transposed, digits-drift), or a dataset."),
+    typer.Option(
+        "--stream", help="Folder of tasks, a built-in (digits, digits-transposed, digits-drift), or a dataset."
+    ),
 ]
 Tasks = Annotated[str | None, typer.Option(help="Tasks to take, in this order: agnews,amazon,yelp.")]
 Scenario = Annotated[str | None, typer.Option(help="class, domain or task; default from the labels.")]
@@ -46,7 +48,8 @@ Training = Annotated[
 ]
 MaxLength = Annotated[int | None, typer.Option(help="Longest text, in tokens.")]
 Validation = Annotated[
-    float | None, typer.Option("--validation", help="Measure on this share of the training data instead of the test data.")
+    float | None,
+    typer.Option("--validation", help="Measure on this share of the training data instead of the test data."),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON records.")]
 
@@ -80,8 +83,8 @@ def _stream(**options: Any) -> dict[str, Any]:
 
 
 def _report(results: list[Result], records: list[Any], path: Path, kind: str) -> Path:
-    from .reporting import report_data
     from .report import write_report
+    from .reporting import report_data
 
     return write_report(path, report_data(results, records, kind))
 
@@ -186,7 +189,8 @@ def compare(
     recipes: Annotated[str | None, typer.Option(help="Recipes: olora,nlora,lora; the controls are added.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds: 0,1,2.")] = None,
     controls: Annotated[
-        bool | None, typer.Option("--controls/--no-controls", help="Add sequential, joint, frozen_ridge and no network.")
+        bool | None,
+        typer.Option("--controls/--no-controls", help="Add sequential, joint, frozen_ridge and no network."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time, each in its own process.")] = None,
     model: Model = None,
@@ -258,7 +262,8 @@ def compare(
 def report(
     path: Annotated[Path, typer.Argument(help="A run directory, or a folder with results.json of a comparison.")],
     convention: Annotated[
-        str | None, typer.Option(help="Print the figures as other code computes them: pilot, mammoth, avalanche, gem, trace.")
+        str | None,
+        typer.Option(help="Print the figures as other code computes them: pilot, mammoth, avalanche, gem, trace."),
     ] = None,
 ) -> None:
     """Write the report of a run or a comparison again, from what its directory holds."""
@@ -286,10 +291,10 @@ def list_(
     what: Annotated[str, typer.Argument(help="recipes, heads, rules, consolidations or streams.")] = "recipes",
 ) -> None:
     """What can be chosen from, each with what it does and where it comes from."""
-    from .catalogue import catalogue
-
     from rich.console import Console
     from rich.table import Table
+
+    from .catalogue import catalogue
 
     table = Table("name", "what it is", "settings", show_lines=False, box=None)
     for name, summary, settings in catalogue(what):

@@ -34,8 +34,8 @@ class Job:
 
 
 def head_groups(heads: Sequence[HeadSpec]) -> list[tuple[HeadSpec, ...]]:
-    """Heads that can be read off one and the same training run: each head that trains, and with `linear` (or alone) those
-    that only gather statistics and are trained by the same loss."""
+    """Heads that can be read off one and the same training run: each head that trains, and with `linear` (or alone)
+    those that only gather statistics and are trained by the same loss."""
     trains = [h for h in heads if make_head(h).trains]
     reads = [h for h in heads if not make_head(h).trains]
     shapes = [make_head(h).name == "linear" for h in trains]
@@ -63,7 +63,13 @@ def jobs(config: CompareConfig, modality: str, out: Path) -> Iterator[Job]:
             groups = [None]  # nothing is trained, so the recipe's own head says all there is to say
         for seed in config.seeds:
             for group in groups:
-                yield Job(spec, name, seed, group, out / name / f"seed-{seed}" / (make_head(group[0]).name if group else "own"))
+                yield Job(
+                    spec,
+                    name,
+                    seed,
+                    group,
+                    out / name / f"seed-{seed}" / (make_head(group[0]).name if group else "own"),
+                )
 
 
 def _unique(recipe: Recipe, seen: set[str]) -> str:
@@ -74,7 +80,9 @@ def _unique(recipe: Recipe, seen: set[str]) -> str:
     return name
 
 
-def run_job(config: CompareConfig, job: Job, threads: int | None = None, progress: Progress | None = None) -> list[dict]:
+def run_job(
+    config: CompareConfig, job: Job, threads: int | None = None, progress: Progress | None = None
+) -> list[dict]:
     """Learn the stream with one recipe, or take up where an earlier try stopped."""
     import torch
 
@@ -165,7 +173,7 @@ def _outcomes(config: CompareConfig, todo: list[Job], progress: Progress) -> Ite
     with ProcessPoolExecutor(config.jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run_job, config, job, threads): job for job in todo}
         for future in as_completed(futures):
-            error = future.exception()
-            if error is not None and not isinstance(error, PerpetuneError):
-                raise error
-            yield futures[future], error or future.result()
+            problem = future.exception()
+            if problem is not None and not isinstance(problem, PerpetuneError):
+                raise problem
+            yield futures[future], problem or future.result()

@@ -48,7 +48,8 @@ def run_demo(out: Path, *, jobs: int, seeds: list[int], progress: Progress) -> l
     for label, reason in failed:
         typer.echo(f"failed: {label}: {reason}", err=True)
     if records:
-        typer.echo(f"results: {out / 'results.json'}\nreport:  {_report([], records, out / 'report' / 'index.html', 'compare')}")
+        page = _report([], records, out / "report" / "index.html", "compare")
+        typer.echo(f"results: {out / 'results.json'}\nreport:  {page}")
     if failed:
         raise typer.Exit(1)
     return records

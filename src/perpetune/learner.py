@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Tensor
 from transformers.trainer_utils import set_seed
 
 from . import run as run_directory
-from .backbone import Backbone, Examples, FixedFeatures, Pooling, load_backbone
+from .backbone import Backbone, FixedFeatures, Pooling, load_backbone
 from .consolidation import Step
 from .errors import ConfigError, RunError, StreamError, nearest
+from .evaluation import Evaluator
 from .heads import Head, make_head
+from .machine import default_device, finite, peak_memory, versions
 from .measurement import Measurement
 from .progress import Progress
 from .recipe import Recipe
@@ -28,7 +31,7 @@ from .recipes import make_recipe
 from .results import Result
 from .rules import TaskContext
 from .run import Commit, Run
-from .streams import Stream, Task, fingerprint
+from .streams import Stream, fingerprint
 from .training import TrainingLog, count_steps, resolve_training, train_task
 from .tuners import NoNetwork
 
@@ -42,7 +45,8 @@ class Learner:
         model: hub id or folder of a transformers encoder. Not needed by recipes without a network.
         recipe: a name, plain data, or a `Recipe`.
         run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
-        heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the features.
+        heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the
+            features.
         training: names of `transformers.TrainingArguments`, and `head_learning_rate`.
         seed: decides everything random.
         pooling, max_length, trust_remote_code: see `load_backbone`.
@@ -79,7 +83,11 @@ class Learner:
         self.model_name = str(model) if model is not None else None
         self.training = resolve_training(self.recipe.training, training or {})
         self.seed = seed
-        self.loading = {"pooling": pooling, "max_length": max_length, "trust_remote_code": trust_remote_code}
+        self.loading: dict[str, Any] = {
+            "pooling": pooling,
+            "max_length": max_length,
+            "trust_remote_code": trust_remote_code,
+        }
         self.device = torch.device(device) if device is not None else default_device()
         self.progress = progress or Progress()
         self._temporary = tempfile.TemporaryDirectory() if run is None else None
@@ -89,8 +97,6 @@ class Learner:
         self._surrogate: Head | None = None
         self._trainable = 0
         self._predicts: tuple[Sequence[str], Sequence[int], Sequence[str]] | None = None
-        self._features: dict[tuple[str, str], tuple[int, Tensor]] = {}
-        self._examples: dict[tuple[str, str], Examples] = {}
 
     # ---- the order in which things happen ----
 
@@ -114,7 +120,7 @@ class Learner:
                     consolidation.begin_task(step)
                     for head in self._all_heads():
                         head.begin_task(consolidation.classes(step))
-                    context = TaskContext(self._need_backbone(), step.index, lambda s=step: self._batches(s))
+                    context = TaskContext(self._need_backbone(), step.index, partial(self._batches, step))
                     for rule in recipe.rules:
                         rule.begin_task(context)
                     log = self._train(step, len(steps))
@@ -126,7 +132,7 @@ class Learner:
                     consolidation.end_task(step)
                     trained = time.perf_counter()
                     self._observe(step)
-                    predictions = self._evaluate(stream, step)
+                    predictions = self._evaluator.predictions(stream, step, self.heads, consolidation)
                     measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]
                     measured += self._stale(step)
                     commit = run.commit(step.name, self._files(predictions), self._facts(stream, step, measured))
@@ -162,7 +168,7 @@ class Learner:
     def _restore(self, run: Run, labels: Sequence[str]) -> None:
         """Base model plus commits: nothing else decides what follows."""
         backbone, recipe = self._need_backbone(), self.recipe
-        self._features.clear()
+        self._evaluator = Evaluator(backbone, int(self.training["per_device_eval_batch_size"]), self.progress)
         first = self.heads[0]
         self._surrogate = None if first.trains or not recipe.tuner.trains else first.trainer()
         for head in self._all_heads():
@@ -257,7 +263,7 @@ class Learner:
         """Show the training samples to the heads that gather statistics, with the features as they are now."""
         watching = [head for head in self.heads if type(head).observe is not Head.observe]
         for task in step.tasks if watching else ():
-            features = self._task_features(task, "train")
+            features = self._evaluator.features(task, "train")
             labels = torch.tensor(task.train["label"])
             for head in watching:
                 head.observe(features, labels, task.train["id"])
@@ -270,56 +276,22 @@ class Learner:
         name = "tasks with stale statistics"
         return [Measurement(name, float(step.index), None, "", type(head).__name__, note) for head in watching]
 
-    def _task_features(self, task: Task, split: str) -> Tensor:
-        """Features of a split under the model as it is now; computed once for every state of the model."""
-        backbone, key = self._need_backbone(), (task.name, split)
-        version, features = self._features.get(key, (-1, None))
-        if features is None or version != backbone.version:
-            rows = getattr(task, split)
-            if key not in self._examples:
-                self._examples[key] = backbone.prepare(rows)
-            with self.progress.bar(f"{self.recipe.name} · features of {task.name}", len(rows)) as advance:
-                size = int(self.training["per_device_eval_batch_size"])
-                features = backbone.features(self._examples[key], size, advance)
-            self._features[key] = (backbone.version, features)
-        return features
-
-    def _evaluate(self, stream: Stream, step: Step | None) -> dict[str, Tensor]:
-        """Predictions of every head on the tasks learned so far, and on those it can name before they are learned."""
-        learned = step.learned if step is not None else 0
-        seen = sorted({c for task in stream.tasks[:learned] for c in task.classes})
-        ahead = stream.tasks[learned : learned + 1] if step is not None else stream.tasks
-        by_task = {t.name: s.index for s in self.recipe.consolidation.schedule(stream) for t in s.tasks}
-        out: dict[str, Tensor] = {}
-        for task in (*stream.tasks[:learned], *ahead):
-            heads = [h for h in self.heads if task not in ahead or h.knows(task.classes)]
-            if not heads:
-                continue
-            features = self._task_features(task, "test")
-            out[f"target/{task.name}"] = torch.tensor(task.test["label"], dtype=torch.int32)
-            for head in heads:
-                for scenario in readings(stream):
-                    own = None
-                    if scenario == "task" and step is not None and task not in ahead:
-                        own = self.recipe.consolidation.reads(by_task[task.name], step.index)
-                    scores = head.scores(features, own)
-                    allowed = sorted(task.classes) if scenario == "task" else sorted({*seen, *task.classes})
-                    choice = scores[:, allowed].argmax(1)
-                    out[f"{head.name}/{scenario}/{task.name}"] = torch.tensor(allowed)[choice.cpu()].to(torch.int32)
-        return out
-
     # ---- committing ----
 
     def _commit_untouched(self, run: Run, stream: Stream) -> None:
-        predictions = self._evaluate(stream, None)
+        predictions = self._evaluator.predictions(stream, None, self.heads, self.recipe.consolidation)
         run.note("start", command=sys.argv, versions=versions(), device=str(self.device))
-        run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, {"learned": [], "classes": [], "guarantees": []})
+        run.commit(
+            UNTOUCHED, {"predictions.safetensors": predictions}, {"learned": [], "classes": [], "guarantees": []}
+        )
 
     def _files(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
         rules = {f"{i}.{k}": v for i, rule in enumerate(self.recipe.rules) for k, v in rule.state().items()}
         return {
             **self.recipe.consolidation.files(),
-            "head.safetensors": {f"{name}.{k}": v for name, head in self._named_heads() for k, v in head.state().items()},
+            "head.safetensors": {
+                f"{name}.{k}": v for name, head in self._named_heads() for k, v in head.state().items()
+            },
             **({"rules.safetensors": rules} if rules else {}),
             "predictions.safetensors": predictions,
         }
@@ -365,7 +337,7 @@ class Learner:
         learner.backbone = learner._load_backbone(model["modality"])
         if learner.backbone.fingerprint != model["fingerprint"]:
             raise RunError(
-                f"{run} was made with another base model than `{name}` is now: give the model it was made with (--model)"
+                f"{run} was made with another base model than `{name}` is now: give the one that it was made with"
             )
         directory = Run.open(run, config)
         try:
@@ -425,9 +397,9 @@ class Learner:
             raise ConfigError(f"recipe `{self.recipe.name}` has no network to export")
         model = copy.deepcopy(backbone.model)
         if hasattr(model, "merge_and_unload"):
-            model = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+            model = model.merge_and_unload(safe_merge=True)
         with run_directory.writing(Path(folder)):
-            model.save_pretrained(str(folder))  # type: ignore[operator]
+            model.save_pretrained(str(folder))
             backbone.processor.save_pretrained(str(folder))
         return Path(folder)
 
@@ -446,54 +418,11 @@ def _check_learned(run: Run, stream: Stream) -> None:
         for name, digest in commit.manifest.get("data", {}).items():
             if fingerprint(tasks[name]) != digest:
                 raise RunError(
-                    f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run directory "
-                    "(--out)"
+                    f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run "
+                    "directory (--out)"
                 )
-
-
-def readings(stream: Stream) -> tuple[str, ...]:
-    """In which scenarios a run on this stream is read: class-incremental runs are read with the task given as well."""
-    return {"class": ("class", "task"), "domain": ("domain",), "task": ("task",)}[stream.scenario]
 
 
 def task_seed(seed: int, index: int) -> int:
     """The seed of one task: whatever was drawn before, a task trained again draws the same."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "little") >> 1
-
-
-def default_device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has no NaN: what is not a number is written as nothing."""
-    import math
-
-    return value if value is not None and math.isfinite(value) else None
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory in use so far, bytes: of the accelerator where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("perpetune", "torch", "transformers", "peft", "datasets", "safetensors")
-    found = {name: version(name) for name in names if _installed(name)}
-    return {**found, "python": sys.version.split()[0], "threads": str(torch.get_num_threads())}
-
-
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True

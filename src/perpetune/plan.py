@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import set_seed
 
-from .learner import Learner, peak_memory
+from .learner import Learner
+from .machine import peak_memory
 from .streams import Stream
 from .training import count_steps, train_task
 

@@ -128,7 +128,7 @@ def pretrain_vit(
         num_hidden_layers=settings.depth,
         num_attention_heads=settings.heads,
         intermediate_size=4 * settings.width,
-        initializer_range=settings.width**-0.5,  # the usual 0.02 is made for widths near 1000: far slower here
+        initializer_range=settings.width**-0.5,  # the usual 0.02 is made for far greater widths
     )
     processor = _fit_processor(images, settings.image_size)
     pixels, y = prepare(processor, images), torch.as_tensor(labels)
@@ -136,6 +136,9 @@ def pretrain_vit(
     with _threads(settings.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = ViTModel(config, add_pooling_layer=False)
+        # positions as loud as pixels from the start: with the usual small ones a short training hardly learns where
+        nn.init.normal_(model.embeddings.position_embeddings, std=1.0)
+        nn.init.normal_(model.embeddings.patch_embeddings.projection.weight, std=1 / (3 * settings.patch_size))
         classifier = nn.Linear(settings.width, classes)
         _train(model, classifier, pixels, y, settings, advance)
     return PretrainedViT(model.eval(), processor, classifier, settings)

@@ -18,7 +18,7 @@ from .tuners.base import peft_dict
 
 
 class Recipe:
-    """Where the change lives, how each step is shaped, what a finished task leaves behind, how a prediction is read off.
+    """Where the change lives, how steps are shaped, what a finished task leaves behind, how a prediction is read off.
 
     Args:
         tuner: a `peft.PeftConfig` or one of `perpetune.tuners`.
@@ -50,15 +50,15 @@ class Recipe:
         self.name = name
         if self.rules and not self.tuner.trains:
             names = ", ".join(type(r).__name__ for r in self.rules)
-            raise ConfigError(f"{names} shape optimizer steps, but {type(self.tuner).__name__} trains nothing: remove one")
+            raise ConfigError(
+                f"{names} shape optimizer steps, but {type(self.tuner).__name__} trains nothing: remove one"
+            )
         titles = [h.name for h in heads]
         if len(set(titles)) < len(titles):
             raise ConfigError(f"a recipe reads each head once, not {', '.join(titles)}")
 
     def with_heads(self, heads: Sequence[Head]) -> Recipe:
-        return Recipe(
-            self.tuner, self.rules, self.consolidation, tuple(heads), training=self.training, name=self.name
-        )
+        return Recipe(self.tuner, self.rules, self.consolidation, tuple(heads), training=self.training, name=self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `Recipe.from_dict` makes the same recipe."""
@@ -72,7 +72,7 @@ class Recipe:
             "tuner": tuner,
             "rules": [_fields(rule) for rule in self.rules],
             "consolidation": _fields(self.consolidation),
-            "heads": [{"type": type(h).__name__, **h.config()} for h in self.heads],  # type: ignore[attr-defined]
+            "heads": [{"type": type(h).__name__, **h.config()} for h in self.heads],
             "training": self.training,
         }
 

@@ -23,12 +23,16 @@ def report_data(results: Sequence[Result], records: Sequence[Any], kind: str) ->
         records: `ResultRecord`s.
         kind: "run" or "compare".
     """
-    runs = list(results) or [Result(p) for p in dict.fromkeys(r.run for r in records) if (Path(p) / "run.yaml").is_file()]
+    runs = list(results) or [
+        Result(p) for p in dict.fromkeys(r.run for r in records) if (Path(p) / "run.yaml").is_file()
+    ]
     first = runs[0] if runs else None
     stream: dict[str, Any] = first.config["stream"] if first else {}
     start = next((e for e in (first.journal if first else []) if e["event"] == "start"), {})
     return ReportData(
-        title=f"{records[0].recipe} on {records[0].stream}" if kind == "run" else f"Recipes compared on {records[0].stream}",
+        title=f"{records[0].recipe} on {records[0].stream}"
+        if kind == "run"
+        else f"Recipes compared on {records[0].stream}",
         kind=kind,  # type: ignore[arg-type]
         records=[r.model_dump() for r in records],
         stream=records[0].stream,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .heads import make_head
 from .metrics.accuracy import AccuracyMatrix, flips, flips_share, summary
 from .metrics.records import ResultRecord, make_record
 from .run import COMMITS, Commit, read_config, read_journal
@@ -42,15 +43,10 @@ class Result:
     @property
     def readings(self) -> list[tuple[str, str]]:
         """(head, scenario) pairs that this run was evaluated in."""
-        keys = {tuple(k.split("/")[:2]) for found in self._predictions[1:] for k in found if not k.startswith("target/")}
-        heads = [h["name"] for h in self._heads()]
-        return sorted(keys, key=lambda k: (heads.index(k[0]) if k[0] in heads else 99, k[1]))  # type: ignore[return-value]
-
-    def _heads(self) -> list[dict[str, Any]]:
-        from .heads import HEADS
-
-        names = {type(make()).__name__: make().name for make in HEADS.values()}
-        return [{"name": names.get(h["type"], h["type"])} for h in self.config["recipe"]["heads"]]
+        names = [k.split("/") for found in self._predictions[1:] for k in found if not k.startswith("target/")]
+        keys = {(name[0], name[1]) for name in names}
+        order = [make_head(head).name for head in self.config["recipe"]["heads"]]
+        return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
 
     def predictions(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         """Per task learned: predicted class of every test example of every task evaluated then; and the true classes.
@@ -142,4 +138,5 @@ class Result:
         worst = max(found, key=lambda g: float("inf") if g["value"] is None else g["value"])
         value = "not a number" if worst["value"] is None else f"{worst['value']:.2g}"
         where = f" (broken after {', '.join(g['task'] for g in broken)})" if broken else ""
-        return f"  {'BROKEN' if broken else 'kept'}: {source}, {name}: at most {value}, promised {worst['bound']:.2g}{where}"
+        mark = "BROKEN" if broken else "kept"
+        return f"  {mark}: {source}, {name}: at most {value}, promised {worst['bound']:.2g}{where}"

@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
-                f"the disk is full: could not write {path}; every finished task is safe: free some space and start again"
+                f"the disk is full: could not write {path}; every finished task is safe: free space and start again"
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise RunError(f"{path} is read-only: give a run directory that can be written to (--out)") from error
@@ -105,8 +105,8 @@ class Run:
         """Create a run, or continue the one that is there.
 
         Args:
-            config: what decides the result; must equal what the directory was made with. The keys "versions" and "model_name" may differ,
-                and the stream may have grown.
+            config: what decides the result; must equal what the directory was made with. The keys "versions" and
+                "model_name" may differ, and the stream may have grown.
 
         Raises:
             RunError: the directory belongs to another configuration or base model, is damaged, is used by another
@@ -188,14 +188,16 @@ def read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{Path(path) / CONFIG} cannot be read ({type(error).__name__}): restore it from a copy") from error
+        raise RunError(
+            f"{Path(path) / CONFIG} cannot be read ({type(error).__name__}): restore it from a copy"
+        ) from error
     if not isinstance(config, dict):
         raise RunError(f"{Path(path) / CONFIG} is empty or damaged: restore it from a copy")
     return config
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All events; a line cut short by a crash is passed over: what it spoke of was not committed, or is learned again."""
+    """All events; a line cut short by a crash is passed over: what it spoke of was not committed, or comes again."""
     try:
         lines = (Path(path) / JOURNAL).read_text().splitlines()
     except FileNotFoundError:
@@ -262,7 +264,9 @@ def _lock(path: Path) -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise RunError(f"{path} is in use by another process: wait for it, or give another directory (--out)") from error
+        raise RunError(
+            f"{path} is in use by another process: wait for it, or give another directory (--out)"
+        ) from error
     return lock
 
 

@@ -79,7 +79,7 @@ class _Advance(TrainerCallback):
 
 
 class TaskTrainer(Trainer):
-    """The stock Trainer; what is ours is that rules hang on its optimizer, and a learning rate of its own for the head."""
+    """The stock Trainer; ours: rules hang on its optimizer, and the head has a learning rate of its own."""
 
     def __init__(self, *args: Any, rules: Sequence[Rule], head_learning_rate: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -91,7 +91,8 @@ class TaskTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        head = {id(p) for p in self.model.head.parameters()}
+        model: Any = self.model
+        head = {id(p) for p in model.head.parameters()}
         for group in list(optimizer.param_groups):
             mine = [p for p in group["params"] if id(p) in head]
             if mine:
@@ -99,7 +100,7 @@ class TaskTrainer(Trainer):
                 settings = {k: v for k, v in group.items() if k != "params"}
                 optimizer.add_param_group({**settings, "params": mine, "lr": self.head_learning_rate})
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
-        self.attached = attach(self.model, optimizer, self.rules, begin=False)
+        self.attached = attach(model, optimizer, self.rules, begin=False)
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -187,7 +188,7 @@ def train_task(
         trainer = TaskTrainer(
             model=TaskModel(backbone, head),
             args=arguments,
-            train_dataset=examples,  # type: ignore[arg-type]
+            train_dataset=examples,
             data_collator=backbone.collate,
             rules=rules,
             head_learning_rate=float(settings["head_learning_rate"]),

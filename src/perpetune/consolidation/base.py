@@ -51,7 +51,7 @@ class StoredFiles(Protocol):
 
 @dataclass
 class Consolidation:
-    """Owns the backbone's weights between tasks. The order of calls per task: `begin_task`, training, `end_task`, `files`.
+    """Owns the backbone's weights between tasks. Order of calls per task: `begin_task`, training, `end_task`, `files`.
 
     A resumed run calls `open` on a fresh backbone, then `restore` with all commits so far: from then on every bit is as
     if it had never stopped.

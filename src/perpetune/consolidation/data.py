@@ -19,8 +19,8 @@ MEMORY = "memory.parquet"
 class Replay(Continue):
     """Keep `per_class` examples of every class and mix them into the training rows of later tasks.
 
-    The examples are those with the smallest content hash, so that the choice depends on neither order nor seed. They are
-    stored in the commits, in plain: use it only where they may be kept.
+    The examples are those with the smallest content hash, so that the choice depends on neither order nor seed. They
+    are stored in the commits, in plain: use it only where they may be kept.
     """
 
     per_class: int = 10

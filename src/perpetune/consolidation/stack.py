@@ -38,18 +38,18 @@ class Stack(Consolidation):
 
     def _add_past(self) -> None:
         model = self.backbone.model
-        config = copy.deepcopy(model.peft_config["default"])  # type: ignore[index]
+        config = copy.deepcopy(model.peft_config["default"])
         scaling = config.lora_alpha / config.r
         config.r *= len(self._past)
         config.lora_alpha = scaling * config.r  # the scale of every task stays s
-        model.add_adapter(PAST, config)  # type: ignore[operator]
+        model.add_adapter(PAST, config)
         stacked = {
             name: torch.cat([p[name] for p in self._past], dim=0 if "lora_A" in name else 1) for name in self._past[0]
         }
         import peft
 
         peft.set_peft_model_state_dict(model, stacked, adapter_name=PAST)
-        model.base_model.set_adapter(["default", PAST])  # type: ignore[union-attr, operator]
+        model.base_model.set_adapter(["default", PAST])
         for name, parameter in model.named_parameters():
             if f".{PAST}." in name:
                 parameter.requires_grad_(False)

@@ -23,8 +23,10 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
 }
 
 
-def make_head(name: str, **settings: Any) -> OpenedHead:
+def make_head(name: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
     """The head of this name, unopened: `make_head(head.name, **head.config())` is the same head.
+
+    A mapping holds the name as `type`, and the settings.
 
     Raises:
         ConfigError: an unknown name or setting, or a setting out of range.
@@ -32,6 +34,9 @@ def make_head(name: str, **settings: Any) -> OpenedHead:
     if not isinstance(name, str):
         given = dict(name)
         return make_head(str(given.pop("type", None)), **given, **settings)
+    classes = {type(make()).__name__: make for make in reversed(HEADS.values())}
+    if name in classes:
+        return classes[name](**settings)
     if name not in HEADS:
         raise ConfigError(f"no head is called `{name}`: {nearest(name, HEADS)}")
     known = HEADS[name]().config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,14 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        raise NotImplementedError
+
+    def label_prompts(self, labels: Sequence[str]) -> list[str]:
+        """The texts whose embeddings `open` is given as `label_embeddings`."""
+        return list(labels)
+
     def trainer(self) -> Head:
         """The head whose loss shapes the features when this head comes first: itself if it trains."""
         raise NotImplementedError
@@ -53,8 +62,11 @@ class Head(nn.Module):
         """Add samples to the statistics: order and batching do not matter. `ids` are the samples' content hashes."""
 
     def scores(self, features: Tensor, task: int | None = None) -> Tensor:
-        """(N x C) scores, -inf for classes not seen yet. `task`: 0-based index of the task where it is given, for heads
-        that keep something of their own for every task; the caller still restricts the columns to the task's classes."""
+        """(N x C) scores, -inf for classes not seen yet.
+
+        `task`: 0-based index of the task where it is given, for heads that keep something of their own for every task;
+        the caller still restricts the columns to the task's classes.
+        """
         raise NotImplementedError
 
     def knows(self, classes: Sequence[int]) -> bool:

@@ -1,4 +1,4 @@
-"""What every comparison needs beside it: no defence at all, no training at all, all data at once, a few kept examples."""
+"""What every comparison needs beside it: no defence, no training, all data at once, a few kept examples."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def olora(
     """O-LoRA: the new A orthogonal to all past A; past adapters merged, as in the paper.
 
     Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning, 2310.14152 (EMNLP Findings 2023).
-    Published: r = 8, alpha = 32, dropout 0.1, strength (lambda_1) 0.5 for most tasks, 5 for some. The squared form is our
-    reading of the paper's norm.
+    Published: r = 8, alpha = 32, dropout 0.1, strength (lambda_1) 0.5 for most tasks, 5 for some. The squared form is
+    our reading of the paper's norm.
     """
     return Recipe(
         lora_config(rank, alpha, target, dropout), [OrthogonalToPast(strength)], Merge(), training=LORA_TRAINING
@@ -79,9 +79,9 @@ def nlora(
 ) -> Recipe:
     """N-LoRA: l1 on the change itself, ||B A||_1, so that the changes of different tasks collide in few entries.
 
-    Yang et al., Is Parameter Collision Hindering Continual Learning in LLMs?, 2410.10179. The published 0.4 belongs to the
-    r x r product of the released code; this form sums d_out * d_in entries and needs a smaller strength, to be chosen on
-    validation data.
+    Yang et al., Is Parameter Collision Hindering Continual Learning in LLMs?, 2410.10179. The published 0.4 belongs to
+    the r x r product of the released code; this form sums d_out * d_in entries and needs a smaller strength, to be
+    chosen on validation data.
     """
     return Recipe(lora_config(rank, alpha, target, dropout), [ProductL1(strength)], Merge(), training=LORA_TRAINING)
 

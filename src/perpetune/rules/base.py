@@ -123,7 +123,7 @@ def attach(
         for rule in rules:
             rule.begin_task(context)
     inner = getattr(optimizer, "optimizer", optimizer)
-    watched = [(rule, list(rule.watches())) for rule in rules]
+    watched: list[tuple[Rule, list[Tensor]]] = [(rule, list(rule.watches())) for rule in rules]
     watched = [(rule, params) for rule, params in watched if params]
     before: list[list[Tensor]] = [[torch.empty_like(p) for p in params] for _, params in watched]
 
@@ -154,7 +154,7 @@ def attach(
 
     @torch.no_grad()
     def post_step(*_: object) -> None:
-        for (rule, _), copies in zip(watched, before, strict=True):
+        for (rule, _params), copies in zip(watched, before, strict=True):
             rule.on_update(copies)
 
     handles = [inner.register_step_pre_hook(pre_step)]

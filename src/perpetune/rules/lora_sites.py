@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
         for adapter in layer.active_adapters:
             # AdaLoRA's and embeddings' factors are bare parameters, convolutions' have four dimensions.
             if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear):
-                A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                A, B = (cast(nn.Parameter, factors[adapter].weight) for factors in (layer.lora_A, layer.lora_B))
                 if A.requires_grad or B.requires_grad:
                     live.append(
                         LoraPair(name, A, B, layer.scaling[adapter], getattr(layer.get_base_layer(), "weight", None))

@@ -96,12 +96,12 @@ class ProductL1(_LoraL1):
                 if dA is not None:
                     dA.addmm_(B[rows].T, S, alpha=self.strength)
             for p, d in ((pair.A, dA), (pair.B, dB)):
-                if d is not None and d is not p.grad:
+                if d is not None and p.grad is not None and d is not p.grad:
                     p.grad.add_(d)
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
-        total = 0.0
+        total: Tensor | float = 0.0
         for pair in self._pairs:
             total = total + sum(chunk.abs_().sum() for _, chunk in self._product(work(pair.A), work(pair.B)))
         return torch.as_tensor(total) * self.strength

@@ -47,7 +47,7 @@ class Tuner:
         raise NotImplementedError
 
     def files(self, model: nn.Module) -> dict[str, Any]:
-        """What a commit stores, by file name: dicts of tensors, and JSON-able dicts other libraries need to load them."""
+        """What a commit stores, by file name: dicts of tensors, and JSON-able dicts that other libraries read."""
         tensors = self.tensors(model)
         return {"weights.safetensors": tensors} if tensors else {}
 
@@ -57,7 +57,9 @@ class Tuner:
         Raises:
             ModelError: the change of this tuner is not a sum.
         """
-        raise ModelError(f"{type(self).__name__} has no additive change to merge: use another consolidation (`Continue`)")
+        raise ModelError(
+            f"{type(self).__name__} has no additive change to merge: use another consolidation (`Continue`)"
+        )
 
 
 @dataclass
@@ -133,10 +135,10 @@ class PeftTuner(Tuner):
         if isinstance(getattr(config, "target_modules", None), (str, set, list)):
             config.target_modules = resolve_targets(model, config.target_modules)
         model.requires_grad_(False)
-        return peft.get_peft_model(model, config)  # pyright: ignore
+        return peft.get_peft_model(model, config)
 
-    def detach(self, model: nn.Module) -> nn.Module:
-        return model.unload()  # type: ignore[operator, return-value]
+    def detach(self, model: Any) -> nn.Module:
+        return model.unload()
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         import peft
@@ -146,25 +148,26 @@ class PeftTuner(Tuner):
     def load(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         import peft
 
-        result = peft.set_peft_model_state_dict(model, dict(tensors))
+        result: Any = peft.set_peft_model_state_dict(model, dict(tensors))
         if result.unexpected_keys:
             raise ModelError(
                 f"the stored adapter does not fit this model: it has no place for {result.unexpected_keys[0]} "
                 f"({len(result.unexpected_keys)} tensors in all)"
             )
 
-    def files(self, model: nn.Module) -> dict[str, Any]:
-        config = model.peft_config["default"]  # type: ignore[index]
+    def files(self, model: Any) -> dict[str, Any]:
+        config = model.peft_config["default"]
         return {"adapter_model.safetensors": self.tensors(model), "adapter_config.json": peft_dict(config)}
 
-    def deltas(self, model: nn.Module) -> dict[str, Tensor]:
-        base_names = {id(p): n for n, p in model.get_base_model().named_parameters()}  # type: ignore[operator]
+    def deltas(self, model: Any) -> dict[str, Tensor]:
+        base_names = {id(p): n for n, p in model.get_base_model().named_parameters()}
         found = {}
         for module in model.modules():
-            if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
-                weight = module.get_base_layer().weight
+            layer: Any = module
+            if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
+                weight = layer.get_base_layer().weight
                 name = base_names[id(weight)].replace(".base_layer.", ".")
-                found[name] = module.get_delta_weight("default").detach().float()
+                found[name] = layer.get_delta_weight("default").detach().float()
         if not found:
             return super().deltas(model)
         return found

@@ -1,0 +1,114 @@
+"""Writes docs/ledger.md: for every recipe, which equations are tested and which tables were made, with which command.
+
+python docs/make_ledger.py          write it
+python docs/make_ledger.py --check  exit with 1 where it is not up to date
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+from perpetune.recipes import RECIPES
+
+ROOT = Path(__file__).resolve().parents[1]
+LEDGER = ROOT / "docs" / "ledger.md"
+
+# the tests that hold a piece to its equation; a name that is no test stops the ledger
+EQUATIONS = {
+    "ProductL1": [
+        "tests/rules/test_product_l1.py::test_gradient_is_that_of_the_equation",
+        "tests/rules/test_product_l1.py::test_product_of_any_shape_in_any_chunks",
+    ],
+    "ReleasedProductL1": [
+        "tests/rules/test_product_l1.py::test_gradient_is_that_of_the_equation",
+        "tests/rules/test_product_l1.py::test_released_form_of_any_square_shape",
+    ],
+    "OrthogonalToPast": [
+        "tests/rules/test_orthogonal.py::test_gradient_is_that_of_the_equation",
+        "tests/rules/test_orthogonal.py::test_any_shape_on_both_sides_of_the_switch",
+    ],
+    "Merge": [
+        "tests/test_learner.py::test_merge_and_stack_compute_the_same_function",
+        "tests/test_learner.py::test_adapters_load_in_plain_peft",
+    ],
+    "Stack": [
+        "tests/test_learner.py::test_merge_and_stack_compute_the_same_function",
+        "tests/test_learner.py::test_a_stacked_run_opens_with_all_its_branches",
+    ],
+    "RidgeHead": [
+        "tests/heads/test_ridge.py::test_ridge_from_moments_is_ridge_on_stacked_features",
+        "tests/heads/test_ridge.py::test_holdout_error_from_moments_is_the_direct_error",
+        "tests/heads/test_ridge.py::test_same_bits_under_any_order_of_tasks_labels_samples_and_any_batch_size",
+    ],
+    "PrototypeHead": [
+        "tests/heads/test_prototype.py::test_scores_are_cosines_to_class_means",
+        "tests/heads/test_prototype.py::test_same_bits_under_any_order_and_batch_size",
+    ],
+    "LinearHead": [
+        "tests/heads/test_linear.py::test_loss_is_cross_entropy_over_the_classes_of_the_loss",
+        "tests/heads/test_linear.py::test_old_rows_do_not_decay_under_adamw",
+    ],
+    "LabelTextHead": ["tests/heads/test_label_text.py::test_scores_are_cosines_over_the_temperature"],
+    "Replay": ["tests/test_learner.py::test_the_state_is_the_base_plus_the_commits"],
+    "Joint": ["tests/test_learner.py::test_joint_has_only_the_last_row"],
+    "Frozen": ["tests/test_learner.py::test_frozen_features_are_computed_once"],
+}
+# every recipe is run, opened again and asked for the same predictions
+FOR_ALL = "tests/test_learner.py::test_every_recipe_learns_predicts_and_opens_again"
+
+
+def check_tests_exist() -> None:
+    for name in {FOR_ALL, *(test for tests in EQUATIONS.values() for test in tests)}:
+        path, function = name.split("::")
+        defined = {n.name for n in ast.parse((ROOT / path).read_text()).body if isinstance(n, ast.FunctionDef)}
+        if function not in defined:
+            raise SystemExit(f"docs/make_ledger.py names {name}, but there is no such test")
+
+
+def pieces(name: str) -> list[str]:
+    recipe = RECIPES[name]()
+    found = [type(recipe.tuner).__name__, type(recipe.consolidation).__name__]
+    return [*found, *(type(r).__name__ for r in recipe.rules), *(type(h).__name__ for h in recipe.heads)]
+
+
+def tables() -> dict[str, list[tuple[str, str]]]:
+    """Recipe -> (table, command) of every result that is kept in docs/results."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for path in sorted((ROOT / "docs" / "results").glob("*.json")):
+        data = json.loads(path.read_text())
+        for recipe in {row["recipe"] for row in data["rows"]}:
+            found.setdefault(recipe, []).append((f"results/{path.stem}.md", data["command"]))
+    return found
+
+
+def ledger() -> str:
+    check_tests_exist()
+    made = tables()
+    lines = [
+        "# Ledger",
+        "",
+        "What each recipe is made of, which tests hold its pieces to their equations, and in which tables it stands.",
+        "Made by `python docs/make_ledger.py`; not edited by hand. Every recipe is also run, opened again and asked for",
+        f"the same predictions by `{FOR_ALL}`.",
+        "",
+    ]
+    for name in RECIPES:
+        lines += [f"## `{name}`", "", " ".join((RECIPES[name].__doc__ or "").split("\n\n")[0].split()), ""]
+        tested = [(piece, test) for piece in dict.fromkeys(pieces(name)) for test in EQUATIONS.get(piece, ())]
+        lines += [f"- {piece}: `{test}`" for piece, test in tested]
+        lines += [f"- table [{table}]({table}): `{command}`" for table, command in made.get(name, ())]
+        if name not in made:
+            lines.append("- no table yet")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    text = ledger()
+    if "--check" in sys.argv:
+        sys.exit(0 if LEDGER.is_file() and LEDGER.read_text() == text else f"{LEDGER.name} is out of date")
+    LEDGER.write_text(text)
+    print(f"wrote {LEDGER.relative_to(ROOT)}")

@@ -1,0 +1,42 @@
+"""Turns the results.json of a comparison into a page of docs/results and the small file that the ledger reads.
+
+python docs/make_results.py runs/text/results.json text --title "Five text tasks" --command "perpetune compare ..."
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from perpetune.metrics.records import aggregate, markdown_table, read_records
+
+RESULTS = Path(__file__).resolve().parent / "results"
+METRICS = ("final_accuracy", "forgetting", "plasticity", "average_incremental_accuracy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("name", help="docs/results/NAME.md and NAME.json are written")
+    parser.add_argument("--title", required=True)
+    parser.add_argument("--command", required=True, help="the command that made the records")
+    parser.add_argument("--text", type=Path, help="a file with what the figures say, put above the tables")
+    options = parser.parse_args()
+    records = read_records(options.records)
+    rows = aggregate(records)
+    lines = [f"# {options.title}", "", "```", options.command, "```", ""]
+    if options.text:
+        lines += [options.text.read_text().strip(), ""]
+    for scenario in dict.fromkeys(r.scenario for r in records):
+        lines += [f"## {scenario}-incremental", ""]
+        for metric in METRICS[:1] + METRICS[2:3]:
+            lines += [f"### {metric.replace('_', ' ')}", "", markdown_table(rows, scenario, metric), ""]
+    kept = [{k: v for k, v in row.items() if k not in ("model", "guarantees")} for row in rows]
+    (RESULTS / f"{options.name}.md").write_text("\n".join(lines))
+    data = {"command": options.command, "rows": kept}
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

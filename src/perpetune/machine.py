@@ -1,0 +1,49 @@
+"""Facts about the machine: where to compute, how much memory was used, which versions run."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+
+def default_device() -> torch.device:
+    """An accelerator where there is one, else the CPU."""
+    return (
+        torch.accelerator.current_accelerator() or torch.device("cpu")
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN: what is not a number is written as nothing."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory in use so far, bytes: of the accelerator where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("perpetune", "torch", "transformers", "peft", "datasets", "safetensors")
+    found = {name: version(name) for name in names if _installed(name)}
+    return {**found, "python": sys.version.split()[0], "threads": str(torch.get_num_threads())}
+
+
+def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
