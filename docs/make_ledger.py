@@ -91,8 +91,8 @@ def ledger() -> str:
         "# Ledger",
         "",
         "What each recipe is made of, which tests hold its pieces to their equations, and in which tables it stands.",
-        "Made by `python docs/make_ledger.py`; not edited by hand. Every recipe is also run, opened again and asked for",
-        f"the same predictions by `{FOR_ALL}`.",
+        "Made by `python docs/make_ledger.py`; not edited by hand. Every recipe is also run, opened again and asked",
+        f"for the same predictions by `{FOR_ALL}`.",
         "",
     ]
     for name in RECIPES:

@@ -64,6 +64,8 @@ def test_run_log_and_report(perpetune, tiny_bert, word_stream, tmp_path):
     assert code == 0 and all(task in printed for task in ("films", "mood", "news"))
     code, printed, _ = perpetune("report", out, "--convention", "mammoth")
     assert code == 0 and "mammoth" in printed
+    code, printed, _ = perpetune("report", out, "--geometry", "1e-4")
+    assert code == 0 and "average_collision_rate" in printed and "tolerance 0.0001" in printed
     code, printed, _ = perpetune("run", *options, "--heads", "linear,ncm")  # again: nothing left to do
     assert code == 0 and len(list((out / "commits").iterdir())) == 4
 

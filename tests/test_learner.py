@@ -249,3 +249,23 @@ def test_images_in_a_domain_stream(tiny_vit, tmp_path):
     assert [r.scenario for r in result.records()] == ["domain", "domain"]
     assert result.matrix("linear", "domain").values[0, 1] >= 0  # the next task is read before it is learned
     assert learner.predict(stream.tasks[0].test["image"][:3])
+
+
+def test_geometry_of_the_updates_is_that_of_the_dense_matrices(stream, model, tmp_path):
+    from perpetune.metrics.geometry import average_collision_rate
+
+    recipe = {
+        "tuner": {"type": "LoraConfig", "r": 2, "lora_alpha": 8, "target_modules": ["layer.0.attention.self.query"]}
+    }
+    recipe |= {"consolidation": "Merge"}
+    result = Learner(model, recipe, tmp_path / "r", training=TRAINING).learn(stream)
+    found = result.geometry(1e-3)
+    dense = []
+    for commit in result.commits[1:]:
+        A, B = (t for _, t in sorted(commit.tensors("adapter_model.safetensors").items()))
+        dense.append(4 * B @ A)
+    assert found["average_collision_rate"] == pytest.approx(average_collision_rate(dense, 1e-3), abs=1e-3)
+    norms = [torch.linalg.matrix_norm(d.double(), "nuc") for d in dense]
+    assert found["nuclear_norm"] == pytest.approx(float(sum(norms) / len(norms)), rel=1e-5)
+    with pytest.raises(ConfigError, match="no LoRA update of every task"):
+        Learner(model, "frozen_ncm", tmp_path / "f").learn(stream).geometry(1e-3)

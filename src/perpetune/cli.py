@@ -47,6 +47,7 @@ Training = Annotated[
     list[str] | None, typer.Option("--set", help="Any transformers.TrainingArguments setting: --set warmup_steps=10.")
 ]
 MaxLength = Annotated[int | None, typer.Option(help="Longest text, in tokens.")]
+Pooling = Annotated[str | None, typer.Option(help="mean, cls, last or pooler; default from the architecture.")]
 Validation = Annotated[
     float | None,
     typer.Option("--validation", help="Measure on this share of the training data instead of the test data."),
@@ -120,6 +121,7 @@ def run(
     learning_rate: LearningRate = None,
     training: Training = None,
     max_length: MaxLength = None,
+    pooling: Pooling = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the run will take: time, memory, disk.")] = False,
     json: JsonFile = None,
@@ -140,6 +142,7 @@ def run(
             "out": str(out) if out else None,
             "seed": seed,
             "max_length": max_length,
+            "pooling": pooling,
             "stream": _stream(
                 source=stream,
                 tasks=_names(tasks),
@@ -207,6 +210,7 @@ def compare(
     learning_rate: LearningRate = None,
     training: Training = None,
     max_length: MaxLength = None,
+    pooling: Pooling = None,
     json: JsonFile = None,
 ) -> None:
     """Several recipes and seeds on the same data and step budget; prints mean, spread and forgetting.
@@ -227,6 +231,7 @@ def compare(
             "heads": _names(heads),
             "out": str(out) if out else None,
             "max_length": max_length,
+            "pooling": pooling,
             "stream": _stream(
                 source=stream,
                 tasks=_names(tasks),
@@ -265,6 +270,12 @@ def report(
         str | None,
         typer.Option(help="Print the figures as other code computes them: pilot, mammoth, avalanche, gem, trace."),
     ] = None,
+    geometry: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TOLERANCE", help="Print how the LoRA updates of the tasks lie to each other (collisions above it)."
+        ),
+    ] = None,
 ) -> None:
     """Write the report of a run or a comparison again, from what its directory holds."""
     from .metrics.records import read_records
@@ -277,6 +288,12 @@ def report(
         return
     result = Result(path)
     typer.echo(result.summary())
+    if geometry is not None:
+        from .metrics.geometry import GEOMETRY_FORMULAS
+
+        for name, value in result.geometry(geometry).items():
+            figure = "undefined" if value is None else f"{value:.4g}"
+            typer.echo(f"{name} {figure}    {GEOMETRY_FORMULAS[name]}; tolerance {geometry:g}")
     if convention:
         from .metrics.conventions import in_convention
 

@@ -330,7 +330,7 @@ class Learner:
             RunError: no run is there, it is damaged, or its base model is another one now.
         """
         config = run_directory.read_config(Path(run))
-        model, settings = config["model"], {k: v for k, v in config["training"].items()}
+        model, settings = config["model"], config["training"]
         name = options.pop("model", None) or config["model_name"]
         loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
         learner = cls(name, config["recipe"], run, training=settings, seed=config["seed"], **loading, **options)
@@ -339,14 +339,10 @@ class Learner:
             raise RunError(
                 f"{run} was made with another base model than `{name}` is now: give the one that it was made with"
             )
-        directory = Run.open(run, config)
-        try:
-            learner._restore(directory, config["stream"]["labels"])
-            stream = config["stream"]
-            seen = directory.commits[-1].manifest["classes"] if directory.commits else []
-            learner._predicts = (stream["labels"], seen, stream["inputs"])
-        finally:
-            directory.close()
+        directory, stream = Run.read(run), config["stream"]
+        learner._restore(directory, stream["labels"])
+        seen = directory.commits[-1].manifest["classes"] if directory.commits else []
+        learner._predicts = (stream["labels"], seen, stream["inputs"])
         return learner
 
     def predict(

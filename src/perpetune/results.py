@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from .errors import ConfigError
 from .heads import make_head
 from .metrics.accuracy import AccuracyMatrix, flips, flips_share, summary
 from .metrics.records import ResultRecord, make_record
-from .run import COMMITS, Commit, read_config, read_journal
+from .run import Run, read_config, read_journal
 
 
 class Result:
@@ -28,8 +30,7 @@ class Result:
         self.path = Path(path)
         self.config = read_config(self.path)
         self.journal = read_journal(self.path)
-        folders = sorted(p for p in (self.path / COMMITS).iterdir() if not p.name.startswith("."))
-        self.commits = [Commit.read(p) for p in folders]
+        self.commits = Run.read(self.path).commits
 
     @cached_property
     def _predictions(self) -> list[dict[str, np.ndarray]]:
@@ -108,6 +109,39 @@ class Result:
             }
             out.append(make_record(matrix, facts))
         return out
+
+    def geometry(self, tolerance: float) -> dict[str, float | None]:
+        """How the tasks' LoRA updates lie to each other, over all layers; formulas in `metrics.geometry`.
+
+        Args:
+            tolerance: entries of dW up to this size count as zero in the collision rate (B A has no exact zeros).
+
+        Raises:
+            ConfigError: the run has no LoRA adapter of its own for every task.
+        """
+        from .metrics import geometry as g
+
+        name, config = "adapter_model.safetensors", "adapter_config.json"
+        if self.config["recipe"]["consolidation"]["type"] not in ("Merge", "Stack") or not all(
+            c.has(name) and c.json(config).get("peft_type") == "LORA" for c in self.commits[1:]
+        ):
+            raise ConfigError(f"{self.path} keeps no LoRA update of every task: geometry is for recipes such as `lora`")
+        tasks = []
+        for commit in self.commits[1:]:
+            tensors, settings = commit.tensors(name), commit.json(config)
+            scale = settings["lora_alpha"] / settings["r"]
+            layers = sorted(k for k in tensors if "lora_A" in k)
+            tasks.append([g.Factors(tensors[k.replace("lora_A", "lora_B")], tensors[k], scale) for k in layers])
+        layers = list(zip(*tasks, strict=True))
+        last = [updates[-1] for updates in layers]
+        return {
+            "average_collision_rate": g.pooled_collision_rate(layers, tolerance),
+            "subspace_overlap": sum(g.subspace_overlap([u.A for u in past], now.A) for *past, now in layers),
+            "awom": sum(g.awom(torch.cat([u.A for u in past]), now.A) for *past, now in layers if past),
+            "nuclear_norm": sum(g.nuclear_norm(*u) for task in tasks for u in task) / (len(tasks) * len(last)),
+            "zero_share": sum(g.sparsity(u).zero_share for u in last) / len(last),
+            "above_share": sum(g.sparsity(u).above_share for u in last) / len(last),
+        }
 
     def summary(self) -> str:
         """The accuracy matrix, the metrics and the guarantees, as text."""

@@ -89,12 +89,13 @@ def _mend(commit: Path) -> str:
 
 
 class Run:
-    """One run directory, held by one process at a time."""
+    """One run directory, written by one process at a time."""
 
     def __init__(self, path: Path, lock: Any) -> None:
         self.path = path
         self._lock = lock
-        self.commits = [Commit.read(p) for p in sorted((path / COMMITS).iterdir()) if not p.name.startswith(".")]
+        folders = (path / COMMITS).iterdir() if (path / COMMITS).is_dir() else ()
+        self.commits = [Commit.read(p) for p in sorted(folders) if not p.name.startswith(".")]
         for index, commit in enumerate(self.commits):
             parent = self.commits[index - 1].digest if index else None
             if commit.manifest["index"] != index or commit.manifest["parent"] != parent:
@@ -132,6 +133,16 @@ class Run:
                 with open(journal, "a") as file:  # a crash cut the last line short: the next event starts a new one
                     file.write("\n")
         return cls(path, lock)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Run:
+        """A run that is only looked at: nothing is locked or written, so it may lie on a read-only disk.
+
+        Raises:
+            RunError: no run is there, or it is damaged.
+        """
+        read_config(Path(path))
+        return cls(Path(path), None)
 
     def note(self, event: str, **facts: Any) -> None:
         """Append one line to the journal: what happened when. Clock times live here and nowhere else."""
@@ -171,7 +182,8 @@ class Run:
         return self.commits[-1]
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _write_config(path: Path, config: dict[str, Any]) -> None:
