@@ -24,11 +24,11 @@ SETTINGS = Pretraining(
     depth=4,
     heads=4,
     epochs=60,
-    batch_size=64,
-    learning_rate=2e-3,
-    shift=2.0,
-    tilt=10.0,
-    zoom=0.1,
+    batch_size=32,
+    learning_rate=1e-3,
+    shift=1.0,
+    tilt=5.0,
+    zoom=0.05,
     rotations=True,
 )
 

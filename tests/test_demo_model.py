@@ -97,7 +97,7 @@ def test_an_unwritable_cache_says_what_to_do(tmp_path):
 def test_learns_upright_digits_that_it_never_saw():
     facts = json.loads((demo_vit(settings=replace(DIGITS, epochs=12), progress=False) / "pretraining.json").read_text())
     assert facts["train_images"] + facts["held_out_images"] == 898
-    assert facts["held_out_accuracy"] > 0.75  # chance is 0.1; all 40 epochs reach 0.97
+    assert facts["held_out_accuracy"] > 0.75  # chance is 0.1; all 32 epochs reach 0.98
 
 
 def test_no_image_of_a_stream_is_seen():

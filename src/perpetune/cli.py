@@ -75,12 +75,33 @@ def _training(epochs: float | None, batch: int | None, rate: float | None, extra
     return training
 
 
+def _settings(config: Path | None, kind: Any, given: dict[str, Any]) -> Any:
+    """The configuration file and the options of a command (its `locals()`) as one checked configuration."""
+    from .config import load_config
+
+    stream = {
+        "source": given["stream"],
+        "tasks": _names(given["tasks"]),
+        "scenario": given["scenario"],
+        "train_limit": given["train_limit"],
+        "test_limit": given["test_limit"],
+        "validation_share": given["validation"],
+    }
+    plain = ("model", "recipe", "seed", "controls", "jobs", "max_length", "pooling")
+    overrides = {
+        **{name: given[name] for name in plain if name in given},
+        "heads": _names(given["heads"]),
+        "out": str(given["out"]) if given["out"] else None,
+        "recipes": _names(given.get("recipes")),
+        "seeds": _seeds(given["seeds"]) if given.get("seeds") else None,
+        "stream": {k: v for k, v in stream.items() if v is not None},
+        "training": _training(given["epochs"], given["batch_size"], given["learning_rate"], given["training"]),
+    }
+    return load_config(config, kind, overrides)
+
+
 def _names(text: str | None) -> list[str] | None:
     return [part.strip() for part in text.split(",") if part.strip()] if text else None
-
-
-def _stream(**options: Any) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if v is not None}
 
 
 def _report(results: list[Result], records: list[Any], path: Path, kind: str) -> Path:
@@ -130,50 +151,14 @@ def run(
 
     `perpetune run --model M --stream tasks/ --recipe nlora --out runs/nlora`
     """
-    from .config import RunConfig, load_config
+    from .config import RunConfig
 
-    settings = load_config(
-        config,
-        RunConfig,
-        {
-            "model": model,
-            "recipe": recipe,
-            "heads": _names(heads),
-            "out": str(out) if out else None,
-            "seed": seed,
-            "max_length": max_length,
-            "pooling": pooling,
-            "stream": _stream(
-                source=stream,
-                tasks=_names(tasks),
-                scenario=scenario,
-                train_limit=train_limit,
-                test_limit=test_limit,
-                validation_share=validation,
-            ),
-            "training": _training(epochs, batch_size, learning_rate, training),
-        },
-    )
+    settings = _settings(config, RunConfig, locals())
     from .learner import Learner
     from .progress import RichProgress
-    from .streams import load_stream
 
-    loaded = load_stream(**settings.stream.model_dump())
-    if settings.stream.validation_share:
-        loaded = loaded.on_validation()
-    learner = Learner(
-        settings.model,
-        settings.recipe,
-        settings.out or Path("runs") / _recipe_name(settings.recipe),
-        heads=settings.heads,
-        training=settings.training,
-        seed=settings.seed,
-        pooling=settings.pooling,
-        max_length=settings.max_length,
-        trust_remote_code=settings.trust_remote_code,
-        device=settings.device,
-        progress=RichProgress(),
-    )
+    loaded = settings.stream.load()
+    learner = Learner.from_config(settings, progress=RichProgress())
     if plan:
         from .plan import make_plan
 
@@ -217,46 +202,21 @@ def compare(
 
     `perpetune compare --model M --stream tasks/ --recipes olora,nlora --seeds 0,1,2 --out runs/compare`
     """
-    from .config import CompareConfig, load_config
+    from .config import CompareConfig
 
-    settings = load_config(
-        config,
-        CompareConfig,
-        {
-            "model": model,
-            "recipes": _names(recipes),
-            "seeds": _seeds(seeds) if seeds else None,
-            "controls": controls,
-            "jobs": jobs,
-            "heads": _names(heads),
-            "out": str(out) if out else None,
-            "max_length": max_length,
-            "pooling": pooling,
-            "stream": _stream(
-                source=stream,
-                tasks=_names(tasks),
-                scenario=scenario,
-                train_limit=train_limit,
-                test_limit=test_limit,
-                validation_share=validation,
-            ),
-            "training": _training(epochs, batch_size, learning_rate, training),
-        },
-    )
+    settings = _settings(config, CompareConfig, locals())
     from .compare import compare as run_comparison
-    from .metrics.records import aggregate, write_records
+    from .metrics.records import write_records
     from .progress import RichProgress
-    from .streams import load_stream
 
     folder = Path(settings.out or "runs/compare")
-    modality = load_stream(**settings.stream.model_dump()).modality
+    modality = settings.stream.load().modality
     records, failed = run_comparison(settings, folder, modality, RichProgress())
     write_records(folder / "results.json", records)
     _write_json(json, records)
     print_tables(records)
     if records:
         typer.echo(f"report: {_report([], records, folder / 'report' / 'index.html', 'compare')}")
-    aggregate(records)
     if failed:
         for label, reason in failed:
             typer.echo(f"failed: {label}: {reason}", err=True)
@@ -346,10 +306,6 @@ def _write_json(path: Path | None, records: list[Any]) -> None:
 
     if path is not None:
         write_records(path, records)
-
-
-def _recipe_name(recipe: Any) -> str:
-    return recipe if isinstance(recipe, str) else str(recipe.get("name", "custom"))
 
 
 def _seeds(text: str) -> list[int]:

@@ -87,29 +87,15 @@ def run_job(
     import torch
 
     from .learner import Learner
-    from .streams import load_stream
 
     if threads:
         torch.set_num_threads(threads)
-    stream = load_stream(**config.stream.model_dump())
-    if config.stream.validation_share:
-        stream = stream.on_validation()
     recipe = make_recipe(job.recipe)
     recipe.name = job.name
-    learner = Learner(
-        config.model,
-        recipe,
-        job.path,
-        heads=job.heads,
-        training=config.training,
-        seed=job.seed,
-        pooling=config.pooling,
-        max_length=config.max_length,
-        trust_remote_code=config.trust_remote_code,
-        device=config.device,
-        progress=progress,
+    learner = Learner.from_config(
+        config, recipe=recipe, run=job.path, heads=job.heads, seed=job.seed, progress=progress
     )
-    result = learner.learn(stream)
+    result = learner.learn(config.stream.load())
     return [r.model_dump() for r in result.records()]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import yaml
 
 from .errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from .streams import Stream
 
 
 class StreamConfig(pydantic.BaseModel):
@@ -30,6 +33,17 @@ class StreamConfig(pydantic.BaseModel):
     order_seed: int | None = None
     columns: dict[str, str] | None = None
     trust_remote_code: bool = False
+
+    def load(self) -> Stream:
+        """The stream; with a validation share, measured on that instead of the test data.
+
+        Raises:
+            StreamError: see `load_stream`.
+        """
+        from .streams import load_stream
+
+        stream = load_stream(**self.model_dump())
+        return stream.on_validation() if self.validation_share else stream
 
 
 class RunConfig(pydantic.BaseModel):

@@ -19,6 +19,7 @@ from transformers.trainer_utils import set_seed
 
 from . import run as run_directory
 from .backbone import Backbone, FixedFeatures, Pooling, load_backbone
+from .config import RunConfig
 from .consolidation import Step
 from .errors import ConfigError, RunError, StreamError, nearest
 from .evaluation import Evaluator
@@ -97,6 +98,15 @@ class Learner:
         self._surrogate: Head | None = None
         self._trainable = 0
         self._predicts: tuple[Sequence[str], Sequence[int], Sequence[str]] | None = None
+
+    @classmethod
+    def from_config(cls, config: RunConfig, **instead: Any) -> Learner:
+        """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
+        recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
+        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code")
+        settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
+        settings |= {name: getattr(config, name) for name in names}
+        return cls(config.model, **{**settings, **instead})
 
     # ---- the order in which things happen ----
 

@@ -130,8 +130,8 @@ class Result:
         for commit in self.commits[1:]:
             tensors, settings = commit.tensors(name), commit.json(config)
             scale = settings["lora_alpha"] / settings["r"]
-            layers = sorted(k for k in tensors if "lora_A" in k)
-            tasks.append([g.Factors(tensors[k.replace("lora_A", "lora_B")], tensors[k], scale) for k in layers])
+            names = sorted(k for k in tensors if "lora_A" in k)
+            tasks.append([g.Factors(tensors[k.replace("lora_A", "lora_B")], tensors[k], scale) for k in names])
         layers = list(zip(*tasks, strict=True))
         last = [updates[-1] for updates in layers]
         return {

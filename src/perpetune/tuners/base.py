@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,15 +129,15 @@ class PeftTuner(Tuner):
         Raises:
             ModelError: the model has no module of the targeted name; the message names those that it has.
         """
-        import copy
-
         import peft
 
         config = copy.deepcopy(self.config)
         if isinstance(getattr(config, "target_modules", None), (str, set, list)):
             config.target_modules = resolve_targets(model, config.target_modules)
         model.requires_grad_(False)
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is about to change
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(model, config)
 
     def detach(self, model: Any) -> nn.Module:
         return model.unload()
