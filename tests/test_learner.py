@@ -57,9 +57,18 @@ def test_a_learned_task_is_better_than_chance(stream, model, tmp_path):
 
 def test_the_state_is_the_base_plus_the_commits(stream, model, tmp_path, monkeypatch):
     """Stopped after each task and started again: the same files, to the bit."""
-    for recipe in ("olora_nlora", "olora_released", "sequential", "replay", "sequential_lora"):
+    for recipe in (
+        "olora_nlora",
+        "olora_released",
+        "sequential",
+        "replay",
+        "sequential_lora",
+        "tfidf_ridge",
+        "frozen_ncm",
+    ):
         whole, parts = tmp_path / f"{recipe}-whole", tmp_path / f"{recipe}-parts"
         heads = ["linear_seen" if recipe == "replay" else "linear", "ridge", "ncm"]
+        heads = None if recipe in ("tfidf_ridge", "frozen_ncm") else heads
         Learner(model, recipe, whole, heads=heads, training=TRAINING).learn(stream)
         original = Run.commit
         for _ in range(len(stream) + 1):
@@ -211,6 +220,9 @@ def test_frozen_features_are_computed_once(stream, model, tmp_path):
     result = learner.learn(stream)
     assert all(v == 0 for v, _ in learner._evaluator._features.values())
     assert [g["value"] for g in result.guarantees if g["source"] == "Frozen"] == [0.0] * 3
+    with torch.no_grad():
+        next(learner.backbone.model.parameters()).add_(1e-3)
+    assert not learner.recipe.consolidation.guarantee()[0].holds
 
 
 def test_joint_has_only_the_last_row(stream, model, tmp_path):
@@ -269,3 +281,33 @@ def test_geometry_of_the_updates_is_that_of_the_dense_matrices(stream, model, tm
     assert found["nuclear_norm"] == pytest.approx(float(sum(norms) / len(norms)), rel=1e-5)
     with pytest.raises(ConfigError, match="no LoRA update of every task"):
         Learner(model, "frozen_ncm", tmp_path / "f").learn(stream).geometry(1e-3)
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(stream, model, tmp_path):
+    """Lora sheet, check 6: batch 8 at once, or 4 times 2, penalties included."""
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        settings = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+            "max_grad_norm": 0,
+        }
+        learner = Learner(
+            model, {"name": "nlora", "strength": 1e-3}, tmp_path / str(size), training=TRAINING | settings
+        )
+        result = learner.learn(load_stream(stream.source["source"], tasks=["films"]))
+        found.append((result.per_task[0]["steps"], result.commits[1].tensors("adapter_model.safetensors")))
+    (steps, a), (other_steps, b) = found
+    assert steps == other_steps
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=2e-5), name
+
+
+def test_a_learner_can_learn_again(stream, model, tmp_path):
+    """The same object on a stream that has grown: as if a new process had resumed."""
+    learner = Learner(model, "olora", tmp_path / "r", training=TRAINING)
+    learner.learn(load_stream(stream.source["source"], tasks=["films", "news"]))
+    learner.learn(stream)
+    Learner(model, "olora", tmp_path / "whole", training=TRAINING).learn(stream)
+    name = "commits/0003-mood/adapter_model.safetensors"
+    assert commits(tmp_path / "r")[name] == commits(tmp_path / "whole")[name]

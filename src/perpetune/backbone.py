@@ -46,6 +46,10 @@ class Backbone(nn.Module):
         self.fingerprint = fingerprint(model)
         self.version = 0  # counted up by whoever changes weights, so that features can be cached
 
+    def weights_changed(self) -> bool:
+        """Whether any weight or buffer differs from what was loaded."""
+        return fingerprint(self.model) != self.fingerprint
+
     def prepare(self, rows: datasets.Dataset) -> Examples:
         """Rows of a task (see `Task`) to model inputs, once: tokenised text without padding, or pixel values."""
         if self.modality == "text":
@@ -254,6 +258,9 @@ class FixedFeatures(Backbone):
         self.register_buffer("idf", torch.zeros(0))
         self.pooling, self.max_length, self.version, self.processor = "mean", 0, 0, None
         self.fingerprint = f"{self.name}-{self.width}"
+
+    def weights_changed(self) -> bool:
+        return False  # there are none
 
     def prepare(self, rows: datasets.Dataset) -> Examples:
         values = self._words(rows) if self.modality == "text" else self._grey(rows["image"])

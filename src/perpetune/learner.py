@@ -78,9 +78,10 @@ class Learner:
         device: str | torch.device | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.recipe = copy.deepcopy(make_recipe(recipe))
+        self._recipe = make_recipe(recipe)
         if heads:
-            self.recipe = self.recipe.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
+            self._recipe = self._recipe.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
+        self.recipe = copy.deepcopy(self._recipe)
         self.model_name = str(model) if model is not None else None
         self.training = resolve_training(self.recipe.training, training or {})
         self.seed = seed
@@ -116,9 +117,9 @@ class Learner:
         Raises:
             PerpetuneError: whatever is wrong, with how to mend it; every finished task is safe.
         """
+        run = self._open(stream)
         recipe, consolidation = self.recipe, self.recipe.consolidation
         steps = consolidation.schedule(stream)
-        run = self._open(stream)
         try:
             with self.progress:
                 if not run.commits:
@@ -177,7 +178,9 @@ class Learner:
 
     def _restore(self, run: Run, labels: Sequence[str]) -> None:
         """Base model plus commits: nothing else decides what follows."""
-        backbone, recipe = self._need_backbone(), self.recipe
+        # rules, heads and consolidations hold state: every run starts from untouched ones
+        self.recipe = recipe = copy.deepcopy(self._recipe)
+        self.heads, backbone = recipe.heads, self._need_backbone()
         self._evaluator = Evaluator(backbone, int(self.training["per_device_eval_batch_size"]), self.progress)
         first = self.heads[0]
         self._surrogate = None if first.trains or not recipe.tuner.trains else first.trainer()

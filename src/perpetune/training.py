@@ -88,6 +88,8 @@ class TaskTrainer(Trainer):
         self.attached: Attached | None = None
         self.losses: list[Tensor] = []
         self.first_bad_step = torch.tensor(-1)
+        # ours is a mean over the batch, so that the Trainer must divide by the accumulation steps itself
+        self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -104,11 +106,12 @@ class TaskTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        loss = model(**inputs)["loss"]
+        loss = model(**inputs)["loss"].mean()  # several devices give several losses
         detached = loss.detach()
         self.losses.append(detached)
-        bad = (self.first_bad_step < 0) & ~torch.isfinite(detached.cpu())
-        self.first_bad_step = torch.where(bad, torch.tensor(self.state.global_step), self.first_bad_step)
+        first = self.first_bad_step.to(loss.device, non_blocking=True)  # stays there: no step waits for it
+        bad = (first < 0) & ~torch.isfinite(detached)
+        self.first_bad_step = torch.where(bad, self.state.global_step, first)
         return loss
 
 

@@ -33,7 +33,7 @@ class Continue(Consolidation):
         if commits:
             self.begin_task(None)  # type: ignore[arg-type]
             self.tuner.load(self._tuned(), stored_adapter(commits[-1]))
-            self.backbone.version = len(commits)
+            self.backbone.version = len(commits) if self.tuner.trains else 0
 
     def _tuned(self) -> torch.nn.Module:
         return self.backbone.model if self.tuner.wraps_model else self.backbone
@@ -41,5 +41,6 @@ class Continue(Consolidation):
     def guarantee(self) -> list[Measurement]:
         if self.tuner.trains:
             return []
-        changed = float(self.backbone.version)
-        return [Measurement("tasks that changed the features", changed, 0.0, "", "Frozen", "no weight is trained")]
+        changed = float(self.backbone.weights_changed())
+        note = "the weights are byte for byte those that were loaded (0), or not (1)"
+        return [Measurement("change of the frozen weights", changed, 0.0, "", type(self.tuner).__name__, note)]
