@@ -1,6 +1,6 @@
 """Turns the results.json of a comparison into a page of docs/results and the small file that the ledger reads.
 
-python docs/make_results.py runs/text/results.json text --title "Five text tasks" --command "perpetune compare ..."
+python docs/make_results.py runs/text/results.json --name text --title "Five text tasks" --command "perpetune ..."
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ METRICS = ("final_accuracy", "forgetting", "plasticity", "average_incremental_ac
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", type=Path)
-    parser.add_argument("name", help="docs/results/NAME.md and NAME.json are written")
+    parser.add_argument("records", type=Path, nargs="+", help="results.json of one comparison or several")
+    parser.add_argument("--name", required=True, help="docs/results/NAME.md and NAME.json are written")
     parser.add_argument("--title", required=True)
-    parser.add_argument("--command", required=True, help="the command that made the records")
+    parser.add_argument("--command", required=True, help="the command, or the commands, that made the records")
     parser.add_argument("--text", type=Path, help="a file with what the figures say, put above the tables")
     options = parser.parse_args()
-    records = read_records(options.records)
+    records = [record for path in options.records for record in read_records(path)]
     rows = aggregate(records)
     lines = [f"# {options.title}", "", "```", options.command, "```", ""]
     if options.text:

@@ -235,6 +235,8 @@ def test_zero_shot_baseline_of_a_head_that_knows_all_names(stream, model, tmp_pa
     result = Learner(model, "frozen_label_text", tmp_path / "r").learn(stream)
     matrix = result.matrix("label_text", "task")
     assert (matrix.baseline == matrix.values[-1]).all()
+    # nothing is learned, so nothing is transferred, in whichever reading
+    assert {r.forward_transfer for r in result.records()} == {0.0}
 
 
 def test_errors_teach(stream, model, tmp_path):
@@ -311,3 +313,65 @@ def test_a_learner_can_learn_again(stream, model, tmp_path):
     Learner(model, "olora", tmp_path / "whole", training=TRAINING).learn(stream)
     name = "commits/0003-mood/adapter_model.safetensors"
     assert commits(tmp_path / "r")[name] == commits(tmp_path / "whole")[name]
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_trained(stream, model, tmp_path):
+    import peft
+
+    from perpetune import Merge, ModelError, Recipe
+
+    with pytest.raises(ConfigError, match="`linear` is trained only where it stands first"):
+        Learner(model, "lora", heads=["ridge", "linear"])
+    with pytest.raises(ConfigError, match="is no sum: use Continue"):
+        oft = peft.OFTConfig(target_modules=["query"], oft_block_size=4)
+        Learner(model, Recipe(oft, consolidation=Merge()), tmp_path / "a").learn(stream)
+    with pytest.raises(ConfigError, match="heads that gather statistics"):
+        Learner(None, "tfidf_ridge", heads=["linear"])
+    with pytest.raises(ConfigError, match="must be a number above 0"):
+        Learner(model, "lora", training={"per_device_train_batch_size": 0})
+    with pytest.raises(ConfigError, match="`label_smoothing_factor` has no effect here"):
+        Learner(model, "lora", training={"label_smoothing_factor": 0.1})
+    with pytest.raises(ModelError, match="peft cannot put LoraConfig"):
+        Learner(model, {"tuner": {"type": "LoraConfig", "r": 0, "target_modules": ["query"]}}, tmp_path / "b").learn(
+            stream
+        )
+    assert Learner(model, "lora", training={"learning_rate": "1e-3"}).training["learning_rate"] == 1e-3
+
+
+def test_a_refused_stream_changes_nothing(stream, model, tmp_path):
+    source = stream.source["source"]
+    Learner(model, "frozen_ncm", tmp_path / "r").learn(load_stream(source, tasks=["films", "news"]))
+    before = (tmp_path / "r" / "run.yaml").read_bytes()
+    with pytest.raises(RunError):
+        Learner(model, "frozen_ncm", tmp_path / "r").learn(load_stream(source, tasks=["news", "films"]))
+    assert (tmp_path / "r" / "run.yaml").read_bytes() == before
+
+
+def test_joint_training_cannot_grow(stream, model, tmp_path):
+    few = load_stream(stream.source["source"], tasks=["films", "news"])
+    Learner(model, "joint", tmp_path / "r", training=TRAINING).learn(few)
+    with pytest.raises(RunError, match="all tasks of its stream at once"):
+        Learner(model, "joint", tmp_path / "r", training=TRAINING).learn(stream)
+
+
+def test_kept_pictures_are_in_the_commit(tiny_vit, tmp_path):
+    import io
+
+    from PIL import Image
+
+    for task, shade in (("dark", 0), ("light", 128)):
+        for split in ("train", "test"):
+            for label in ("a", "b"):
+                folder = tmp_path / "s" / task / split / f"{task}-{label}"
+                folder.mkdir(parents=True)
+                for i in range(4):
+                    Image.new("L", (8, 8), shade + 8 * i + (64 if label == "a" else 0)).save(folder / f"{i}.png")
+    stream = load_stream(tmp_path / "s")
+    learner = Learner(tiny_vit(), {"name": "replay", "per_class": 2}, tmp_path / "r", training=TRAINING)
+    result = learner.learn(stream)
+    rows = result.commits[1].rows("memory.parquet").data.table["image"].to_pylist()
+    assert len(rows) == 4 and all(Image.open(io.BytesIO(row["bytes"])).size == (8, 8) for row in rows)
+
+
+def test_a_result_outlives_a_learner_without_a_directory(stream, model):
+    assert "final accuracy" in Learner(model, "frozen_ncm").learn(stream).summary()

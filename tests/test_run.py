@@ -170,7 +170,10 @@ def test_another_configuration_is_refused(tmp_path, change, message):
 def test_other_versions_and_a_longer_stream_are_welcome(tmp_path):
     Run.open(tmp_path / "r", CONFIG).close()
     grown = {**CONFIG, "versions": {"torch": "2"}, "stream": {**CONFIG["stream"], "tasks": ["a", "b"]}}
-    Run.open(tmp_path / "r", grown).close()
+    run = Run.open(tmp_path / "r", grown)
+    assert read_config(tmp_path / "r")["stream"]["tasks"] == ["a"]  # nothing is written before it is known to fit
+    run.grow(grown)
+    run.close()
     assert read_config(tmp_path / "r")["stream"]["tasks"] == ["a", "b"]
 
 
@@ -195,3 +198,27 @@ def test_the_journal_survives_a_cut_last_line(tmp_path):
 def test_no_run_is_a_clear_error(tmp_path):
     with pytest.raises(RunError, match="is no run"):
         read_config(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a child process with a limit of its own")
+def test_the_systems_own_refusal_to_write_is_understood(tmp_path):
+    """safetensors hides the system's error in a text of its own: a real limit, not a stand-in."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from perpetune.run import Run\nfrom perpetune.errors import RunError\n"
+        "run = Run.open(sys.argv[1], {})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: run.commit('a', {'weights.safetensors': {'w': torch.zeros(10**5)}}, {})\n"
+        "except RunError as error: print('CLEAR', error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], capture_output=True, text=True)
+    assert "CLEAR the disk is full" in found.stdout, found.stderr
+    assert list((tmp_path / "r" / "commits").iterdir()) == []
+
+
+def test_tied_weights_are_written(tmp_path):
+    run = Run.open(tmp_path / "r", CONFIG)
+    shared = torch.ones(3)
+    run.commit("a", {"weights.safetensors": {"a": shared, "b": shared}}, {})
+    assert set(run.commits[0].tensors("weights.safetensors")) == {"a", "b"}

@@ -125,6 +125,8 @@ class Backbone(nn.Module):
 def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
     """(N x tokens x width) to (N x width)."""
     if pooling == "pooler":
+        if getattr(output, "pooler_output", None) is None:
+            raise ModelError("this model has no pooler: choose pooling mean, cls or last")
         return output.pooler_output
     hidden = output.last_hidden_state
     if pooling == "cls":
@@ -139,13 +141,24 @@ def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
-def choose_pooling(folder: Path | None, config: Any, modality: str) -> Pooling:
+def choose_pooling(source: str, model: nn.Module, modality: str) -> Pooling:
     """What the model was trained with, where it says so; else what its architecture suggests."""
-    if folder is not None and (folder / "1_Pooling" / "config.json").is_file():
-        saved = json.loads((folder / "1_Pooling" / "config.json").read_text())
-        return "cls" if saved.get("pooling_mode_cls_token") else "mean"
+    from transformers.utils import cached_file
+
+    missing = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")
+    }
+    saved = cached_file(source, "config.json", subfolder="1_Pooling", **missing)  # as sentence-transformers writes it
+    if saved is not None:
+        modes = json.loads(Path(saved).read_text())
+        chosen: dict[str, Pooling] = {"cls_token": "cls", "lasttoken": "last", "mean_tokens": "mean"}
+        for mode, pooling in chosen.items():
+            if modes.get(f"pooling_mode_{mode}"):
+                return pooling
     if modality == "image":
-        return "cls"
+        names = [name for name, _ in model.named_parameters()]
+        return "cls" if any(n.endswith(("cls_token", "class_embedding")) for n in names) else "mean"
+    config: Any = model.config
     causal = any("CausalLM" in a for a in getattr(config, "architectures", None) or [])
     return "last" if causal or getattr(config, "is_decoder", False) else "mean"
 
@@ -169,9 +182,9 @@ def load_backbone(
     Raises:
         ModelError: it cannot be loaded, or does not read this modality.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-    folder = Path(name) if Path(name).is_dir() else None
     source, trust = str(name), trust_remote_code
     auto = AutoTokenizer if modality == "text" else AutoImageProcessor
     try:
@@ -179,7 +192,7 @@ def load_backbone(
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
             model = _load_model(AutoModel, source, config, pooling, trust)
             processor = auto.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = "tokenizer" if modality == "text" else "image processor"
         raise ModelError(
@@ -197,7 +210,7 @@ def load_backbone(
         model,
         processor,
         modality=modality,
-        pooling=pooling or choose_pooling(folder, config, modality),
+        pooling=pooling or choose_pooling(source, model, modality),
         max_length=max_length or 0,
         name=str(name),
     )
@@ -235,7 +248,11 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            if tensor.numel()
+            else b""
+        )
     return digest.hexdigest()
 
 
@@ -289,6 +306,6 @@ class FixedFeatures(Backbone):
                 seen = (x > 0).sum(0)
                 self.idf = (1 + len(x)) / (1 + seen)
                 self.idf = self.idf.log() + 1
-            x = nn.functional.normalize(x * self.idf, dim=1)
+            x = nn.functional.normalize(x * self.idf.to(x.device), dim=1)
         advance(len(examples))
         return x

@@ -34,6 +34,9 @@ StreamOption = Annotated[
 ]
 Tasks = Annotated[str | None, typer.Option(help="Tasks to take, in this order: agnews,amazon,yelp.")]
 Scenario = Annotated[str | None, typer.Option(help="class, domain or task; default from the labels.")]
+SplitBy = Annotated[str | None, typer.Option(help="Divide one labelled dataset: by `class`, or by a column.")]
+ClassesPerTask = Annotated[int | None, typer.Option(help="With --split-by class.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default an accelerator where there is one.")]
 TrainLimit = Annotated[int | None, typer.Option(help="At most this many training examples a task (stratified).")]
 TestLimit = Annotated[int | None, typer.Option(help="At most this many test examples a task (stratified).")]
 Heads = Annotated[
@@ -66,12 +69,7 @@ def _training(epochs: float | None, batch: int | None, rate: float | None, extra
         key, separator, value = item.partition("=")
         if not separator:
             raise ConfigError(f"--set takes name=value, not `{item}`")
-        number = yaml.safe_load(value)
-        try:  # YAML 1.1 reads 1e-3 as text
-            number = float(number) if isinstance(number, str) else number
-        except ValueError:
-            pass
-        training[key.strip()] = number
+        training[key.strip()] = yaml.safe_load(value)
     return training
 
 
@@ -83,11 +81,13 @@ def _settings(config: Path | None, kind: Any, given: dict[str, Any]) -> Any:
         "source": given["stream"],
         "tasks": _names(given["tasks"]),
         "scenario": given["scenario"],
+        "split_by": given["split_by"],
+        "classes_per_task": given["classes_per_task"],
         "train_limit": given["train_limit"],
         "test_limit": given["test_limit"],
         "validation_share": given["validation"],
     }
-    plain = ("model", "recipe", "seed", "controls", "jobs", "max_length", "pooling")
+    plain = ("model", "recipe", "seed", "controls", "jobs", "max_length", "pooling", "device")
     overrides = {
         **{name: given[name] for name in plain if name in given},
         "heads": _names(given["heads"]),
@@ -134,6 +134,8 @@ def run(
     out: Out = None,
     tasks: Tasks = None,
     scenario: Scenario = None,
+    split_by: SplitBy = None,
+    classes_per_task: ClassesPerTask = None,
     train_limit: TrainLimit = None,
     test_limit: TestLimit = None,
     validation: Validation = None,
@@ -143,6 +145,7 @@ def run(
     training: Training = None,
     max_length: MaxLength = None,
     pooling: Pooling = None,
+    device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the run will take: time, memory, disk.")] = False,
     json: JsonFile = None,
@@ -187,6 +190,8 @@ def compare(
     out: Out = None,
     tasks: Tasks = None,
     scenario: Scenario = None,
+    split_by: SplitBy = None,
+    classes_per_task: ClassesPerTask = None,
     train_limit: TrainLimit = None,
     test_limit: TestLimit = None,
     validation: Validation = None,
@@ -196,6 +201,7 @@ def compare(
     training: Training = None,
     max_length: MaxLength = None,
     pooling: Pooling = None,
+    device: Device = None,
     json: JsonFile = None,
 ) -> None:
     """Several recipes and seeds on the same data and step budget; prints mean, spread and forgetting.
@@ -326,6 +332,3 @@ def main() -> None:
     except PerpetuneError as error:
         typer.echo(f"perpetune: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped: every finished task is safe; start again with the same --out to go on", err=True)
-        sys.exit(130)

@@ -46,7 +46,7 @@ def head_groups(heads: Sequence[HeadSpec]) -> list[tuple[HeadSpec, ...]]:
 def with_controls(recipes: Sequence[str | dict[str, Any]], modality: str, heads: Sequence[HeadSpec]) -> list[Any]:
     """The recipes, and the controls that are missing among them."""
     wanted = [*CONTROLS, "tfidf_ridge" if modality == "text" else "pixels_ridge"]
-    if "label_text" in heads and modality == "text":
+    if modality == "text" and any(make_head(h).name == "label_text" for h in heads):
         wanted.append("frozen_label_text")
     names = {r if isinstance(r, str) else r.get("name") for r in recipes}
     return [*recipes, *(c for c in wanted if c not in names)]
@@ -161,5 +161,6 @@ def _outcomes(config: CompareConfig, todo: list[Job], progress: Progress) -> Ite
         for future in as_completed(futures):
             problem = future.exception()
             if problem is not None and not isinstance(problem, PerpetuneError):
+                pool.shutdown(cancel_futures=True)
                 raise problem
             yield futures[future], problem or future.result()

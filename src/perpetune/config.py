@@ -91,7 +91,7 @@ def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, A
             raise ConfigError(f"{path} must hold settings (model:, stream:, recipe:, …)")
     if isinstance(data.get("stream"), str):
         data["stream"] = {"source": data["stream"]}
-    stream = {**data.get("stream", {}), **overrides.pop("stream", {})}
+    stream = {**(data.get("stream") or {}), **overrides.pop("stream", {})}
     training = {**(data.get("training") or {}), **overrides.pop("training", {})}
     merged = {**data, **{k: v for k, v in overrides.items() if v is not None}, "stream": stream, "training": training}
     if "source" not in stream:

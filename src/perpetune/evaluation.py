@@ -32,11 +32,13 @@ class Evaluator:
         version, features = self._features.get(key, (-1, None))
         if features is None or version != self.backbone.version:
             rows = getattr(task, split)
-            if key not in self._examples:
-                self._examples[key] = self.backbone.prepare(rows)
+            examples = self._examples.get(key) or self.backbone.prepare(rows)
             with self.progress.bar(f"features of {task.name}", len(rows)) as advance:
-                features = self.backbone.features(self._examples[key], self.batch_size, advance)
-            self._features[key] = (self.backbone.version, features)
+                features = self.backbone.features(examples, self.batch_size, advance)
+            if split == "test":  # read again after every task; training data is not
+                self._features[key] = (self.backbone.version, features)
+                if self.backbone.modality == "text":  # pixels would fill the memory
+                    self._examples[key] = examples
         return features
 
     def predictions(
@@ -57,6 +59,8 @@ class Evaluator:
         out: dict[str, Tensor] = {}
         for position, task in enumerate((*stream.tasks[:learned], *ahead)):
             known = position < learned
+            # b_j of the untouched model and a(j - 1, j) must choose among the same classes
+            before = {c for t in stream.tasks[:position] for c in t.classes} if step is None else seen
             able = [head for head in heads if known or head.knows(task.classes)]
             if not able:
                 continue
@@ -68,7 +72,7 @@ class Evaluator:
                     if scenario == "task" and step is not None and known:
                         own = consolidation.reads(learned_in[task.name], step.index)
                     scores = head.scores(features, own)
-                    allowed = sorted(task.classes) if scenario == "task" else sorted({*seen, *task.classes})
+                    allowed = sorted(task.classes) if scenario == "task" else sorted({*before, *task.classes})
                     choice = scores[:, allowed].argmax(1).cpu()
                     out[f"{head.name}/{scenario}/{task.name}"] = torch.tensor(allowed)[choice].to(torch.int32)
         return out

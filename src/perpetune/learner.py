@@ -148,10 +148,13 @@ class Learner:
                     measured += self._stale(step)
                     commit = run.commit(step.name, self._files(predictions), self._facts(stream, step, measured))
                     self._note(run, commit, step, log, trained - started, time.perf_counter() - trained)
+        except KeyboardInterrupt:
+            self.progress.say("stopped: every finished task is safe; start again with the same run directory to go on")
+            raise
         finally:
             run.close()
         self._predicts = (stream.labels, sorted({c for s in steps for c in s.classes}), stream.inputs)
-        return Result(self.path)
+        return Result(self.path, keep=self._temporary)
 
     # ---- opening ----
 
@@ -163,6 +166,14 @@ class Learner:
         try:
             self._restore(run, stream.labels)
             _check_learned(run, stream)
+            learned = run.commits[-1].manifest["learned"] if run.commits else []
+            if len(run.commits) > len(self.recipe.consolidation.schedule(stream)) and len(learned) < len(stream):
+                raise RunError(
+                    f"{self.path} learned all tasks of its stream at once; the stream has grown since: use another run "
+                    "directory (--out)"
+                )
+            run.grow(self.config(stream))
+            self._note_start(run)
         except BaseException:
             run.close()
             raise
@@ -250,7 +261,7 @@ class Learner:
         if not self._trainable:
             return TrainingLog(0, None, None)
         examples = backbone.prepare(self.recipe.consolidation.rows(step))
-        steps = count_steps(sum(len(task.train) for task in step.tasks), self.training)
+        steps = step_budget(step, self.training)
         with self.progress.bar(f"{self.recipe.name} · {step.name} ({step.index + 1}/{of}) · train", steps) as advance:
             return train_task(
                 backbone,
@@ -293,10 +304,17 @@ class Learner:
 
     def _commit_untouched(self, run: Run, stream: Stream) -> None:
         predictions = self._evaluator.predictions(stream, None, self.heads, self.recipe.consolidation)
-        run.note("start", command=sys.argv, versions=versions(), device=str(self.device))
         run.commit(
             UNTOUCHED, {"predictions.safetensors": predictions}, {"learned": [], "classes": [], "guarantees": []}
         )
+
+    def _note_start(self, run: Run) -> None:
+        """Journal a start, and warn where a run goes on under other versions: its bits may then differ."""
+        now, then = versions(), run_directory.read_config(self.path).get("versions", {})
+        run.note("resume" if run.commits else "start", command=sys.argv, versions=now, device=str(self.device))
+        other = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+        if run.commits and other:
+            self.progress.say(f"{self.path}: goes on with {', '.join(other)}; bits may differ from an undisturbed run")
 
     def _files(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
         rules = {f"{i}.{k}": v for i, rule in enumerate(self.recipe.rules) for k, v in rule.state().items()}
@@ -315,6 +333,7 @@ class Learner:
             "classes": sorted({c for task in stream.tasks[: step.learned] for c in task.classes}),
             "data": {task.name: fingerprint(task) for task in step.tasks},
             "guarantees": [{**m.to_dict(), "value": finite(m.value), "task": step.name} for m in measured],
+            "heads": [head.name for head in self.heads],
             "trainable_parameters": self._trainable,
         }
 
@@ -346,7 +365,15 @@ class Learner:
         model, settings = config["model"], config["training"]
         name = options.pop("model", None) or config["model_name"]
         loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
-        learner = cls(name, config["recipe"], run, training=settings, seed=config["seed"], **loading, **options)
+        learner = cls(
+            name,
+            options.pop("recipe", config["recipe"]),
+            run,
+            training=settings,
+            seed=config["seed"],
+            **loading,
+            **options,
+        )
         learner.backbone = learner._load_backbone(model["modality"])
         if learner.backbone.fingerprint != model["fingerprint"]:
             raise RunError(
@@ -430,6 +457,13 @@ def _check_learned(run: Run, stream: Stream) -> None:
                     f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run "
                     "directory (--out)"
                 )
+
+
+def step_budget(step: Step, training: dict[str, Any]) -> int:
+    """Optimizer steps of a bout of training: the same in sum, however the tasks are dealt to bouts."""
+    if training.get("max_steps", -1) > 0:
+        return int(training["max_steps"]) * len(step.tasks)
+    return count_steps(sum(len(task.train) for task in step.tasks), training)
 
 
 def task_seed(seed: int, index: int) -> int:

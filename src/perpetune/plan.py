@@ -9,10 +9,11 @@ from pathlib import Path
 
 from transformers.trainer_utils import set_seed
 
-from .learner import Learner
+from .learner import Learner, step_budget
 from .machine import peak_memory
+from .rules import TaskContext
 from .streams import Stream
-from .training import count_steps, train_task
+from .training import train_task
 
 TRIAL_STEPS = 3
 
@@ -73,6 +74,8 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         size = int(learner.training["per_device_train_batch_size"])
         rows = recipe.consolidation.rows(step)
         sample = backbone.prepare(rows.select(range(min(len(rows), TRIAL_STEPS * size))))
+        for rule in recipe.rules:  # a rule that finds nothing to act on says so now
+            rule.begin_task(TaskContext(backbone, 0))
         seconds_a_step = 0.0
         if trainable:
             started = time.perf_counter()
@@ -89,9 +92,7 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         tensors = [t for f in learner._files({}).values() if isinstance(f, dict) for t in f.values()]
         disk = sum(t.numel() * t.element_size() for t in tensors if hasattr(t, "element_size"))
     tasks = list(stream)
-    steps = count_steps(sum(len(t.train) for t in tasks), learner.training) if trainable else 0
-    if trainable and len(recipe.consolidation.schedule(stream)) > 1:
-        steps = sum(count_steps(len(t.train), learner.training) for t in tasks)
+    steps = sum(step_budget(s, learner.training) for s in recipe.consolidation.schedule(stream)) if trainable else 0
     read = sum(len(t.train) for t in tasks)
     moves = recipe.tuner.trains and len(recipe.consolidation.schedule(stream)) > 1
     read += sum(len(t.test) * (len(tasks) - i if moves else 1) for i, t in enumerate(tasks))

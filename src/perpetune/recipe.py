@@ -7,13 +7,12 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import pydantic
-
+from .checked import call_checked
 from .consolidation import CONSOLIDATIONS, Consolidation, Continue
 from .errors import ConfigError, nearest
-from .heads import HEADS, Head, LinearHead
+from .heads import Head, LinearHead, make_head
 from .rules import RULES, Rule
-from .tuners import TUNERS, PeftTuner, Tuner, as_tuner
+from .tuners import TUNERS, NoNetwork, PeftTuner, Tuner, as_tuner
 from .tuners.base import peft_dict
 
 
@@ -56,6 +55,11 @@ class Recipe:
         titles = [h.name for h in heads]
         if len(set(titles)) < len(titles):
             raise ConfigError(f"a recipe reads each head once, not {', '.join(titles)}")
+        late = [h.name for h in heads[1:] if isinstance(h, LinearHead)]
+        if late:
+            raise ConfigError(f"head `{late[0]}` is trained only where it stands first: put it first, or run it alone")
+        if isinstance(self.tuner, NoNetwork) and isinstance(heads[0], LinearHead):
+            raise ConfigError("NoNetwork gives features to heads that gather statistics: use ridge or ncm")
 
     def with_heads(self, heads: Sequence[Head]) -> Recipe:
         return Recipe(self.tuner, self.rules, self.consolidation, tuple(heads), training=self.training, name=self.name)
@@ -89,13 +93,12 @@ class Recipe:
         if "tuner" not in data:
             raise ConfigError("a recipe needs a `tuner`, for instance {type: LoraConfig, r: 8}")
         by_class = {rule.__name__: rule for rule in RULES.values()}
-        heads = data.get("heads") or ([data["head"]] if "head" in data else [])
-        classes = {c.__name__: c for c in {type(make()) for make in HEADS.values()}}
+        heads = data.get("heads") or ([data["head"]] if data.get("head") else [])
         return cls(
             _make_tuner(data["tuner"]),
-            [_make(rule, {**RULES, **by_class}, "rule") for rule in data.get("rules", ())],
-            _make(data["consolidation"], CONSOLIDATIONS, "consolidation") if "consolidation" in data else None,
-            [_make(head, {**HEADS, **classes}, "head") for head in heads],
+            [_make(rule, {**RULES, **by_class}, "rule") for rule in data.get("rules") or ()],
+            _make(data["consolidation"], CONSOLIDATIONS, "consolidation") if data.get("consolidation") else None,
+            [make_head(head) for head in heads],
             training=data.get("training"),
             name=data.get("name", "custom"),
         )
@@ -153,25 +156,3 @@ def _make(data: Any, known: dict[str, Any], slot: str) -> Any:
         if key not in accepted:
             raise ConfigError(f"{kind} has no setting `{key}`: {nearest(key, accepted) if accepted else 'it has none'}")
     return call_checked(kind, target, settings)
-
-
-def call_checked(kind: str, target: Any, settings: dict[str, Any]) -> Any:
-    """`target(**settings)` with the types of its annotations enforced.
-
-    Raises:
-        ConfigError: a value of the wrong type.
-    """
-    import typing
-
-    owner = target.__init__ if inspect.isclass(target) else target
-    try:
-        hints = typing.get_type_hints(owner)
-    except NameError:
-        hints = {}
-    checked = {}
-    for key, value in settings.items():
-        try:
-            checked[key] = pydantic.TypeAdapter(hints[key]).validate_python(value) if key in hints else value
-        except pydantic.ValidationError as error:
-            raise ConfigError(f"{kind}: `{key}` = {value!r}: {error.errors()[0]['msg']}") from error
-    return target(**checked)

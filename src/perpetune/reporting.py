@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import RunError
 from .metrics.accuracy import FORMULAS
 from .report import ReportData
 from .results import Result
@@ -23,6 +24,8 @@ def report_data(results: Sequence[Result], records: Sequence[Any], kind: str) ->
         records: `ResultRecord`s.
         kind: "run" or "compare".
     """
+    if not records:
+        raise RunError("there is nothing to report yet: no task is learned")
     runs = list(results) or [
         Result(p) for p in dict.fromkeys(r.run for r in records) if (Path(p) / "run.yaml").is_file()
     ]
@@ -40,7 +43,7 @@ def report_data(results: Sequence[Result], records: Sequence[Any], kind: str) ->
         tasks=records[0].tasks,
         labels=_labels(first) if first else {},
         model=records[0].model,
-        command=_command(sys.argv),
+        command=_command(start.get("command") or sys.argv),
         versions={k: str(v) for k, v in start.get("versions", {}).items()},
         created=time.strftime("%Y-%m-%d"),
         formulas=FORMULAS,
@@ -68,14 +71,19 @@ def _flips(result: Result) -> list[dict[str, Any]] | None:
 
     from .errors import PerpetuneError
     from .metrics.accuracy import flips
-    from .streams import load_stream
+    from .streams import fingerprint, load_stream
 
     if not result.readings:
         return None
     try:
         stream = load_stream(**result.config["stream"]["source"])
+        learned = {k: v for c in result.commits for k, v in c.manifest.get("data", {}).items()}
+        if result.config["stream"]["name"].endswith("(validation)"):
+            stream = stream.on_validation()
     except (PerpetuneError, TypeError):
         return None
+    if any(fingerprint(task) != learned.get(task.name) for task in stream):
+        return None  # the data is not what was learned any more
     rows, targets = result.predictions(*result.readings[0])
     found = []
     for task in stream:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from .errors import ConfigError
-from .heads import make_head
 from .metrics.accuracy import AccuracyMatrix, flips, flips_share, summary
 from .metrics.records import ResultRecord, make_record
 from .run import Run, read_config, read_journal
@@ -21,13 +20,14 @@ class Result:
 
     Args:
         path: a run directory, finished or not.
+        keep: something that must live as long as the directory is read (a temporary directory's owner).
 
     Raises:
         RunError: no run is there, or it is damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, keep: Any = None) -> None:
+        self.path, self._keep = Path(path), keep
         self.config = read_config(self.path)
         self.journal = read_journal(self.path)
         self.commits = Run.read(self.path).commits
@@ -46,7 +46,7 @@ class Result:
         """(head, scenario) pairs that this run was evaluated in."""
         names = [k.split("/") for found in self._predictions[1:] for k in found if not k.startswith("target/")]
         keys = {(name[0], name[1]) for name in names}
-        order = [make_head(head).name for head in self.config["recipe"]["heads"]]
+        order = self.commits[-1].manifest.get("heads", [])
         return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
 
     def predictions(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
@@ -129,6 +129,8 @@ class Result:
         tasks = []
         for commit in self.commits[1:]:
             tensors, settings = commit.tensors(name), commit.json(config)
+            if settings.get("use_rslora") or settings.get("rank_pattern"):
+                raise ConfigError("geometry needs one rank and the scale alpha / r for all layers")
             scale = settings["lora_alpha"] / settings["r"]
             names = sorted(k for k in tensors if "lora_A" in k)
             tasks.append([g.Factors(tensors[k.replace("lora_A", "lora_B")], tensors[k], scale) for k in names])

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(
                 f"the disk is full: could not write {path}; every finished task is safe: free space and start again"
             ) from error
@@ -120,10 +121,7 @@ class Run:
             for stale in (path / COMMITS).glob(".*"):
                 shutil.rmtree(stale)
             if (path / CONFIG).exists():
-                old = read_config(path)
-                _check_same(path, old, config)
-                if old.get("stream") != _plain(config).get("stream"):  # it has grown
-                    _write_config(path, {**old, "stream": config["stream"]})
+                _check_same(path, read_config(path), config)
             else:
                 if any(p for p in path.iterdir() if p.name not in (COMMITS, ".lock")):
                     raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
@@ -133,6 +131,12 @@ class Run:
                 with open(journal, "a") as file:  # a crash cut the last line short: the next event starts a new one
                     file.write("\n")
         return cls(path, lock)
+
+    def grow(self, config: dict[str, Any]) -> None:
+        """Write down that the stream has grown, once it is known that what was learned is still the same."""
+        old = read_config(self.path)
+        if old.get("stream") != _plain(config).get("stream"):
+            _write_config(self.path, {**old, "stream": config["stream"]})
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -246,9 +250,14 @@ def write_text(path: Path, text: str) -> None:
 
 def _write(path: Path, content: Any) -> None:
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        save_file({k: v.detach().cpu().contiguous() for k, v in content.items()}, path)
+        try:
+            save_file(_unshared(content), path)
+        except SafetensorError as error:  # hides the operating system's error in its text
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
     elif path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
@@ -256,6 +265,17 @@ def _write(path: Path, content: Any) -> None:
     else:
         path.write_text(json.dumps(_plain(content), indent=1, sort_keys=True))
     _sync(path)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that own their memory: tied weights are written twice, as safetensors demands."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return out
 
 
 def _sync(path: Path) -> None:

@@ -211,8 +211,8 @@ class FrequentDirections(InputMemory):
     """A sketch B (l x d) of the tokens with a certificate: 0 <= C - B^T B <= Delta I, for wide layers.
 
     A buffer of 2 l rows; when it is full, delta = the (l+1)-th sigma^2, the l leading rows are kept with
-    sigma^2 - delta, and Delta += delta. Delta is at most sum_{i > k} sigma_i^2 / (l - k) for every k < l: little where few directions
-    hold most of the energy. Where all rows of B are protected, sum_old |dW x|^2 <= Delta ||dW||_F^2.
+    sigma^2 - delta, and Delta += delta. Delta is at most sum_{i > k} sigma_i^2 / (l - k) for every k < l: little where
+    few directions hold most of the energy. Where all rows of B are protected, sum_old |dW x|^2 <= Delta ||dW||_F^2.
 
     Source: Frequent Directions (1501.01711); the certificate follows from it.
 
@@ -288,7 +288,7 @@ class FrequentDirections(InputMemory):
             return self._buffer.new_empty(self.width, 0)
         values, U = torch.linalg.eigh(self.B @ self.B.mT)
         V = self.B.mT @ U.flip(1)  # d x n, orthogonal columns of length sigma
-        return torch.linalg.qr(_leading(values.flip(0), V, self.total, energy, cap)).Q
+        return torch.linalg.qr(_leading(values.flip(0), V, self.total, energy, cap)).Q.contiguous()
 
     def stored(self, D: Tensor) -> Tensor:
         return (self.B @ D.mT).square().sum()

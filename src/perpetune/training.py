@@ -27,6 +27,11 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.01,
     "warmup_steps": 0,
 }
+REFUSED = {
+    "label_smoothing_factor": "the head computes the loss",
+    "gradient_checkpointing": "it is not supported yet",
+    "activation_checkpointing": "it is not supported yet",
+}
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_steps": 50}
 OURS = ("output_dir", "seed", "data_seed", "eval_strategy", "save_strategy", "remove_unused_columns")
 
@@ -129,10 +134,23 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
         for key, value in layer.items():
             if key in OURS:
                 raise ConfigError(f"`{key}` is set by the learner: use the run's own option (seed, out)")
+            if key in REFUSED:
+                raise ConfigError(f"`{key}` has no effect here: {REFUSED[key]}")
             if key not in known:
                 raise ConfigError(f"transformers.TrainingArguments has no `{key}`: {nearest(key, known)}")
-            settings[key] = value
+            settings[key] = _number(value)
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs"):
+        if not (isinstance(settings[key], (int, float)) and settings[key] > 0):
+            raise ConfigError(f"`{key}` must be a number above 0, not {settings[key]!r}")
     return settings
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def training_arguments(settings: dict[str, Any], folder: str, seed: int, use_cpu: bool) -> TrainingArguments:

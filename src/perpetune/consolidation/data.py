@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import datasets
+from datasets.table import embed_table_storage
 
 from ..streams.task import Stream
 from .base import Consolidation, Files, Step, StoredFiles, positive
@@ -46,7 +47,9 @@ class Replay(Continue):
         for i, (sample, label) in enumerate(zip(rows["id"], rows["label"], strict=True)):
             by_class.setdefault(label, []).append((hashlib.sha256(sample.encode()).hexdigest(), i))
         chosen = sorted(i for group in by_class.values() for _, i in sorted(group)[: self.per_class])
-        self._new = rows.select(chosen).flatten_indices()
+        # pictures themselves, not the paths they were read from: the memory must outlive the stream's folder
+        table = embed_table_storage(_flat(rows.select(chosen)).data.table)
+        self._new = datasets.Dataset(table)
         self._kept.append(self._new)
 
     def files(self) -> Files:
@@ -55,6 +58,16 @@ class Replay(Continue):
     def restore(self, commits: Sequence[StoredFiles]) -> None:
         super().restore(commits)
         self._kept = [commit.rows(MEMORY) for commit in commits]
+
+
+def _flat(rows: datasets.Dataset) -> datasets.Dataset:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return rows.flatten_indices()
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 @dataclass

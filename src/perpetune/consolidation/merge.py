@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..backbone import Backbone
+from ..errors import ConfigError
 from ..measurement import Measurement
+from ..tuners import Tuner
 from ..tuners.base import relative_change
 from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
 
@@ -26,6 +29,18 @@ class Merge(Consolidation):
     _sum: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _merge_error: float = field(default=0.0, init=False, repr=False, compare=False)
+
+    def open(self, backbone: Backbone, tuner: Tuner) -> None:
+        """
+        Raises:
+            ConfigError: the tuner's change is not a sum.
+        """
+        if not tuner.additive:
+            config = getattr(tuner, "config", tuner)
+            raise ConfigError(
+                f"Merge adds up changes, and that of this {type(config).__name__} is no sum: use Continue"
+            )
+        super().open(backbone, tuner)
 
     def begin_task(self, step: Step) -> None:
         self.backbone.model = self.tuner.attach(self.backbone.model)

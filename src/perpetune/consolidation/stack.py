@@ -29,6 +29,8 @@ class Stack(Consolidation):
     def begin_task(self, step: Step | None) -> None:
         if not isinstance(self.tuner, PeftTuner) or getattr(self.tuner.config, "peft_type", None) != "LORA":
             raise ConfigError("Stack concatenates LoRA adapters: use it with a LoraConfig, or use Merge")
+        if self.tuner.config.use_rslora or self.tuner.config.rank_pattern:
+            raise ConfigError("Stack needs one rank and the scale alpha / r for all layers: use Merge")
         if self._attached:
             self.backbone.model = self.tuner.detach(self.backbone.model)
         self.backbone.model = self.tuner.attach(self.backbone.model)
@@ -56,7 +58,7 @@ class Stack(Consolidation):
 
     def end_task(self, step: Step) -> None:
         self._files = self.tuner.files(self.backbone.model)
-        self._past.append({k: v.detach().clone() for k, v in self._files["adapter_model.safetensors"].items()})
+        self._past.append({k: v.detach().cpu().clone() for k, v in self._files["adapter_model.safetensors"].items()})
         self.backbone.version += 1
 
     def files(self) -> Files:

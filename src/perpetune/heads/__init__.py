@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
+from ..checked import call_checked
 from ..errors import ConfigError, nearest
 from .base import Head
 from .label_text import LabelTextHead
@@ -13,38 +13,44 @@ from .linear import LinearHead
 from .opened import OpenedHead
 from .prototype import PrototypeHead
 from .ridge import RidgeHead
+from .trained import Classes
+
+
+def linear_seen(loss: Classes = "seen") -> LinearHead:
+    """The linear head with its loss over all classes seen so far."""
+    return LinearHead(loss)
+
 
 HEADS: dict[str, Callable[..., OpenedHead]] = {
     "linear": LinearHead,
-    "linear_seen": partial(LinearHead, loss="seen"),
+    "linear_seen": linear_seen,
     "label_text": LabelTextHead,
     "ncm": PrototypeHead,
     "ridge": RidgeHead,
 }
 
 
-def make_head(name: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
+def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
     """The head of this name, unopened: `make_head(head.name, **head.config())` is the same head.
 
-    A mapping holds the name as `type`, and the settings.
+    Args:
+        head: a name in `HEADS`, a class name, or a mapping that holds either as `type`, beside the settings.
 
     Raises:
-        ConfigError: an unknown name or setting, or a setting out of range.
+        ConfigError: an unknown name or setting, or a setting of the wrong type or out of range.
     """
-    if not isinstance(name, str):
-        given = dict(name)
-        return make_head(str(given.pop("type", None)), **given, **settings)
-    classes = {type(make()).__name__: make for make in reversed(HEADS.values())}
-    if name in classes:
-        return classes[name](**settings)
-    if name not in HEADS:
+    if not isinstance(head, str):
+        settings = {**{k: v for k, v in head.items() if k != "type"}, **settings}
+    name = head if isinstance(head, str) else str(head.get("type"))
+    makers = {**{type(make()).__name__: make for make in reversed(HEADS.values())}, **HEADS}
+    if name not in makers:
         raise ConfigError(f"no head is called `{name}`: {nearest(name, HEADS)}")
-    known = HEADS[name]().config()
+    known = makers[name]().config()
     for setting in settings:
         if setting not in known:
             advice = nearest(setting, known) if known else "it has no settings"
             raise ConfigError(f"head `{name}` has no setting `{setting}`: {advice}")
-    return HEADS[name](**settings)
+    return call_checked(f"head `{name}`", makers[name], settings)
 
 
 __all__ = [

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..checked import call_checked
 from ..errors import ConfigError, nearest
-from ..recipe import Recipe, call_checked
+from ..recipe import Recipe
 from . import controls, lora_family
 
 RECIPES: dict[str, Callable[..., Recipe]] = {

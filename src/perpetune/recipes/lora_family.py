@@ -64,7 +64,10 @@ def olora_released(
     strength: float = 0.5,
     norm_strength: float = 0.0,
 ) -> Recipe:
-    """O-LoRA as its code computes it: sum of absolute values, past adapters concatenated and never merged."""
+    """O-LoRA as its code computes it: sum of absolute values, past adapters concatenated and never merged.
+
+    One difference remains: the released code drops out past and new branch with one mask, peft draws one for each.
+    """
     form: Literal["absolute"] = "absolute"
     rule = OrthogonalToPast(strength, form=form, norm_strength=norm_strength)
     return Recipe(lora_config(rank, alpha, target, dropout), [rule], Stack(), training=LORA_TRAINING)

@@ -55,6 +55,13 @@ class LinearSite:
         return values.mT if self.transposed else values
 
 
+def reshard(model: nn.Module) -> None:
+    """FSDP2 leaves a root's weights whole after a forward pass with no backward one: what trains are the shards."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # FSDPModule, whose import takes a second
+            module.reshard()  # type: ignore[operator]
+
+
 def linear_sites(model: nn.Module) -> tuple[list[LinearSite], dict[str, nn.Parameter]]:
     """The trained weights of linear layers in the order of the modules, and all other trained parameters by name.
 
@@ -63,6 +70,7 @@ def linear_sites(model: nn.Module) -> tuple[list[LinearSite], dict[str, nn.Param
     """
     from transformers.pytorch_utils import Conv1D
 
+    reshard(model)
     factors = {id(p): f"{q.name}.{key}" for q in lora_pairs(model) for key, p in (("A", q.A), ("B", q.B))}
     users: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
     for name, module in model.named_modules():
@@ -90,14 +98,15 @@ def see_inputs(
 ) -> None:
     """Run batches in eval mode without gradients; `see(site, X, mask)` gets every input X (... x d) of the sites.
 
-    `mask` is the batch's `attention_mask` where X has an entry for each of its own, else None.
+    `mask` is the batch's `attention_mask` (N x T) where X is N x T x d or N T x d; else None, and every row counts. So
+    it is, too, where a decoder's inputs have the shape of the encoder's and could be mistaken for them.
     """
     mask: Tensor | None = None
 
     def hook(site: LinearSite) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             X = args[0] if args else next(iter(kwargs.values()))
-            fits = mask is not None and mask.ndim == 2 and mask.numel() == X.shape[:-1].numel()
+            fits = mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),))
             see(site, X, mask if fits else None)
 
         return look
@@ -109,10 +118,15 @@ def see_inputs(
         with torch.no_grad():
             for batch in batches:
                 mask = batch.get("attention_mask")
+                if mask is not None and any(
+                    k.startswith("decoder_") and v.shape == mask.shape for k, v in batch.items()
+                ):
+                    mask = None
                 model(**batch)
     finally:
         for handle in handles:
             handle.remove()
+        reshard(model)
         for module, training in modes:
             module.training = training
 

@@ -210,7 +210,7 @@ class SubspaceProjection(Rule):
 
     @torch.no_grad()
     def on_update(self, before: Sequence[Tensor]) -> None:
-        for group in self._groups:
+        for group in self._groups if self.on != "gradient" else ():
             weights = [site.weight for site in group.sites]
             W = group.stacked(weights)
             DM = torch.bmm(W - group.W_ref, group.M)  # n x R x k

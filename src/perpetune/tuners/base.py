@@ -53,6 +53,11 @@ class Tuner:
         tensors = self.tensors(model)
         return {"weights.safetensors": tensors} if tensors else {}
 
+    @property
+    def additive(self) -> bool:
+        """Whether the change is a sum that `deltas` can hand out."""
+        return False
+
     def deltas(self, model: nn.Module) -> dict[str, Tensor]:
         """Change of every touched weight of the base model, by parameter name, fp32.
 
@@ -137,7 +142,19 @@ class PeftTuner(Tuner):
         model.requires_grad_(False)
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is about to change
             warnings.simplefilter("ignore", FutureWarning)
-            return peft.get_peft_model(model, config)
+            try:
+                return peft.get_peft_model(model, config)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                kind = f"{type(config).__name__} on {type(model).__name__}"
+                raise ModelError(f"peft cannot put {kind}: {reason}: change the tuner's settings") from error
+
+    @property
+    def additive(self) -> bool:
+        c = self.config
+        plain = not any(getattr(c, name, False) for name in ("use_dora", "lora_bias", "use_qalora"))
+        gaussian = getattr(c, "init_lora_weights", True) in (True, False, "gaussian")  # others change the base weights
+        return getattr(c.peft_type, "value", c.peft_type) in ("LORA", "LOHA", "LOKR") and plain and gaussian
 
     def detach(self, model: Any) -> nn.Module:
         return model.unload()
