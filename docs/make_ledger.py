@@ -79,6 +79,8 @@ def tables() -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
     for path in sorted((ROOT / "docs" / "results").glob("*.json")):
         data = json.loads(path.read_text())
+        if not isinstance(data, dict):
+            continue  # a benchmark's records
         for recipe in {row["recipe"] for row in data["rows"]}:
             found.setdefault(recipe, []).append((f"results/{path.stem}.md", data["command"]))
     return found
