@@ -23,6 +23,7 @@ _HOME = {
     "FactorL1": "rules",
     "ReleasedProductL1": "rules",
     "OrthogonalToPast": "rules",
+    "SubspaceProjection": "rules",
     "Continue": "consolidation",
     "Merge": "consolidation",
     "Stack": "consolidation",

@@ -22,7 +22,7 @@ RECIPES: list[str | dict[str, Any]] = [
     {"name": "joint", "rank": 4, "target": "all-linear"},
     "sequential",
     {"name": "frozen_ridge", "features": 256},
-    "pixels_ridge",
+    {"name": "pixels_ridge", "features": 256},
 ]
 
 
@@ -40,7 +40,7 @@ def run_demo(out: Path, *, jobs: int, seeds: list[int], progress: Progress) -> l
         heads=["linear", {"type": "ridge", "features": 256}],
         jobs=jobs,
         controls=False,  # they are in the list, with the demo's rank
-        training={"num_train_epochs": 6, "per_device_train_batch_size": 16, "learning_rate": 3e-3},
+        training={"num_train_epochs": 4, "per_device_train_batch_size": 16, "learning_rate": 3e-3},
     )
     records, failed = compare(config, out, "image", progress)
     write_records(out / "results.json", records)

@@ -141,14 +141,15 @@ def test_old_outputs_stay_under_adamw(tuner, dtype):
     for site in sites:
         W, M = site.weight.detach().double(), course.rule._memory.of(site).M
         assert ((W - before[site.name].double()) @ M).norm() / W.norm() <= 10 * torch.finfo(dtype).eps
-    assert course.loss < 0.3  # the head alone stays above 0.5, see below
+    assert course.loss < 0.4  # the head alone stays above 0.5, see below
     for measured in course.rule.guarantee():
         assert measured.holds is not False, measured
 
 
 def test_head_alone_does_not_learn_the_new_task():
     course = Course("none")
-    course.model.forward = lambda x, features=course.model(course.new[0]): features  # they never change
+    features = course.model(course.new[0])
+    course.model.forward = lambda x: features  # they never change
     course.learn(1, 300)
     assert course.loss > 0.5
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from perpetune.errors import RuleError
-from perpetune.rules import RULES, OrthogonalToPast, Rule, TaskContext, attach, lora_pairs
+from perpetune.rules import RULES, OrthogonalToPast, Rule, SubspaceProjection, TaskContext, attach, lora_pairs
 from perpetune.rules.product_l1 import FactorL1, ProductL1, ReleasedProductL1
 
 
@@ -33,6 +33,9 @@ CASES = {
     "OrthogonalToPast squared": Case(lambda: OrthogonalToPast(0.5)),
     "OrthogonalToPast absolute": Case(lambda: OrthogonalToPast(0.5, "absolute"), grows=True),
     "OrthogonalToPast with norms": Case(lambda: OrthogonalToPast(0.5, norm_strength=0.1)),
+    "SubspaceProjection": Case(lambda: SubspaceProjection(0.9)),
+    "SubspaceProjection both": Case(lambda: SubspaceProjection(0.9, "both")),
+    "SubspaceProjection sketched": Case(lambda: SubspaceProjection(0.9, "gradient", wide=4, sketch_rows=3)),
 }
 SHAPES = [(8, 8), (16, 16), (8, 8)]  # square, for the released form
 
@@ -50,7 +53,9 @@ def train(model, rule: Rule, index: int, steps: int = 4, end: bool = True) -> li
     """One task, from begin to end; the trained parameters."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-2)
-    attached = attach(model, optimizer, [rule], index=index, batches=lambda: iter([{"x": batch(index)}]))
+    attached = attach(
+        model, optimizer, [rule], index=index, batches=lambda: iter([{"x": batch(index, params[0].dtype)}])
+    )
     for number in range(steps):
         optimizer.zero_grad()
         model(batch(100 * index + number, params[0].dtype)).backward()
@@ -173,6 +178,9 @@ def test_works_inside_a_wrapped_model_and_optimizer(case, toy):
             super().__init__()
             self.inner = inner
 
+        def forward(self, x):
+            return self.inner(x)
+
     results = []
     for wrap in (False, True):
         rule = case.make()
@@ -182,7 +190,7 @@ def test_works_inside_a_wrapped_model_and_optimizer(case, toy):
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
             if wrap:
                 optimizer = Accelerator(cpu=True).prepare(optimizer)
-            attached = attach(outer, optimizer, [rule], index=index)
+            attached = attach(outer, optimizer, [rule], index=index, batches=lambda: [{"x": batch(0)}])
             model(batch(index)).backward()
             optimizer.step()
             attached.remove()

@@ -47,6 +47,6 @@ def tfidf_ridge(words: int = 4096) -> Recipe:
     return Recipe(NoNetwork(words=words), head=RidgeHead())
 
 
-def pixels_ridge() -> Recipe:
+def pixels_ridge(features: int = 1024) -> Recipe:
     """Ridge on random features of grey pixels: what can be had for images without any network."""
-    return Recipe(NoNetwork(), head=RidgeHead())
+    return Recipe(NoNetwork(), head=RidgeHead(features=features))

@@ -6,12 +6,14 @@ from .base import Attached, Rule, TaskContext, attach
 from .lora_sites import LoraPair, lora_pairs
 from .orthogonal import OrthogonalToPast
 from .product_l1 import FactorL1, ProductL1, ReleasedProductL1
+from .projection import SubspaceProjection
 
 RULES: dict[str, type[Rule]] = {
     "product_l1": ProductL1,
     "released_product_l1": ReleasedProductL1,
     "factor_l1": FactorL1,
     "orthogonal_to_past": OrthogonalToPast,
+    "subspace_projection": SubspaceProjection,
 }
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "ProductL1",
     "ReleasedProductL1",
     "Rule",
+    "SubspaceProjection",
     "TaskContext",
     "attach",
     "lora_pairs",

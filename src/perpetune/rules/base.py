@@ -123,8 +123,8 @@ def attach(
         for rule in rules:
             rule.begin_task(context)
     inner = getattr(optimizer, "optimizer", optimizer)
-    watched: list[tuple[Rule, list[Tensor]]] = [(rule, list(rule.watches())) for rule in rules]
-    watched = [(rule, params) for rule, params in watched if params]
+    updating = [rule for rule in rules if type(rule).on_update is not Rule.on_update]
+    watched: list[tuple[Rule, list[Tensor]]] = [(rule, list(rule.watches())) for rule in updating]
     before: list[list[Tensor]] = [[torch.empty_like(p) for p in params] for _, params in watched]
 
     @torch.no_grad()
@@ -135,7 +135,8 @@ def attach(
     @torch.no_grad()
     def pre_step(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for (_rule, params), copies in zip(watched, before, strict=True):
-            torch._foreach_copy_(copies, params)
+            if params:
+                torch._foreach_copy_(copies, params)
         # step(closure) computes the gradients inside the step (Lightning, L-BFGS): rules must act after that
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:

@@ -203,11 +203,6 @@ class SubspaceProjection(Rule):
             g = group.stacked(gradients)
             group.write(gradients, g.baddbmm_(torch.bmm(g, group.M), group.M.mT, alpha=-self.strength))
 
-    def watches(self) -> Sequence[nn.Parameter]:
-        """The smallest weight: `on_update` is called for rules that watch something, and W_ref is all it needs."""
-        weights = [site.weight for group in self._groups for site in group.sites]
-        return [min(weights, key=torch.numel)] if weights and self.on != "gradient" else []
-
     @torch.no_grad()
     def on_update(self, before: Sequence[Tensor]) -> None:
         for group in self._groups if self.on != "gradient" else ():
