@@ -264,7 +264,7 @@ class FixedFeatures(Backbone):
     Pixels: grey values of the picture resized to side x side.
     """
 
-    def __init__(self, modality: Literal["text", "image"], *, words: int = 4096, side: int = 28) -> None:
+    def __init__(self, modality: Literal["text", "image"], *, words: int = 2048, side: int = 28) -> None:
         nn.Module.__init__(self)
         self.modality = modality
         self.name = "tfidf" if modality == "text" else "pixels"

@@ -89,7 +89,7 @@ class Frozen(Tuner):
 class NoNetwork(Tuner):
     """No network at all: hashed TF-IDF `words`, or grey pixels of `side` x `side` (see `FixedFeatures`). A control."""
 
-    words: int = 4096
+    words: int = 2048
     side: int = 28
     trains = False
     wraps_model = False
