@@ -55,35 +55,30 @@ def test_a_learned_task_is_better_than_chance(stream, model, tmp_path):
     assert result.matrix("linear", "task").values.diagonal().min() > 0.7
 
 
-def test_the_state_is_the_base_plus_the_commits(stream, model, tmp_path, monkeypatch):
+RESUMED = ("olora_nlora", "olora_released", "sequential", "replay", "sequential_lora", "tfidf_ridge", "frozen_ncm")
+
+
+@pytest.mark.parametrize("recipe", RESUMED)
+def test_the_state_is_the_base_plus_the_commits(recipe, stream, model, tmp_path, monkeypatch):
     """Stopped after each task and started again: the same files, to the bit."""
-    for recipe in (
-        "olora_nlora",
-        "olora_released",
-        "sequential",
-        "replay",
-        "sequential_lora",
-        "tfidf_ridge",
-        "frozen_ncm",
-    ):
-        whole, parts = tmp_path / f"{recipe}-whole", tmp_path / f"{recipe}-parts"
-        heads = ["linear_seen" if recipe == "replay" else "linear", "ridge", "ncm"]
-        heads = None if recipe in ("tfidf_ridge", "frozen_ncm") else heads
-        Learner(model, recipe, whole, heads=heads, training=TRAINING).learn(stream)
-        original = Run.commit
-        for _ in range(len(stream) + 1):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    heads = ["linear_seen" if recipe == "replay" else "linear", "ridge", "ncm"]
+    heads = None if recipe in ("tfidf_ridge", "frozen_ncm") else heads
+    Learner(model, recipe, whole, heads=heads, training=TRAINING).learn(stream)
+    original = Run.commit
+    for _ in range(len(stream) + 1):
 
-            def stop_after(self, *args, original=original, **kwargs):
-                original(self, *args, **kwargs)
-                raise KeyboardInterrupt
+        def stop_after(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            raise KeyboardInterrupt
 
-            with monkeypatch.context() as patch:
-                patch.setattr(Run, "commit", stop_after)
-                with pytest.raises(KeyboardInterrupt):
-                    torch.manual_seed(random.randrange(10**6))  # what was drawn before must not matter
-                    Learner(model, recipe, parts, heads=heads, training=TRAINING).learn(stream)
-        Learner(model, recipe, parts, heads=heads, training=TRAINING).learn(stream)
-        assert commits(whole) == commits(parts), recipe
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "commit", stop_after)
+            with pytest.raises(KeyboardInterrupt):
+                torch.manual_seed(random.randrange(10**6))  # what was drawn before must not matter
+                Learner(model, recipe, parts, heads=heads, training=TRAINING).learn(stream)
+    Learner(model, recipe, parts, heads=heads, training=TRAINING).learn(stream)
+    assert commits(whole) == commits(parts)
 
 
 def _learn(model, stream, path):
@@ -375,3 +370,15 @@ def test_kept_pictures_are_in_the_commit(tiny_vit, tmp_path):
 
 def test_a_result_outlives_a_learner_without_a_directory(stream, model):
     assert "final accuracy" in Learner(model, "frozen_ncm").learn(stream).summary()
+
+
+@pytest.mark.real
+def test_a_real_encoder_on_real_tasks(streams_dir, minilm, tmp_path):
+    stream = load_stream(streams_dir / "cl-benchmark", tasks=["agnews", "sst2"], train_limit=64, test_limit=40)
+    result = Learner(
+        minilm, "olora", tmp_path / "r", heads=["linear", "ridge"], max_length=32, training={"num_train_epochs": 1}
+    ).learn(stream)
+    assert result.config["model"]["pooling"] == "mean"
+    assert result.matrix("ridge", "class").values[-1].mean() > 0.4  # six classes
+    zero_shot = Learner(minilm, "frozen_label_text", tmp_path / "z", max_length=32).learn(stream)
+    assert zero_shot.matrix("label_text", "task").baseline[0] > 0.4  # four topics, by their names alone
