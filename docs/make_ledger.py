@@ -101,7 +101,7 @@ def ledger() -> str:
         lines += [f"## `{name}`", "", " ".join((RECIPES[name].__doc__ or "").split("\n\n")[0].split()), ""]
         tested = [(piece, test) for piece in dict.fromkeys(pieces(name)) for test in EQUATIONS.get(piece, ())]
         lines += [f"- {piece}: `{test}`" for piece, test in tested]
-        lines += [f"- table [{table}]({table}): `{command}`" for table, command in made.get(name, ())]
+        lines += [f"- table [{table}]({table}): `{command.splitlines()[0]}`" for table, command in made.get(name, ())]
         if name not in made:
             lines.append("- no table yet")
         lines.append("")

@@ -32,7 +32,8 @@ def main() -> None:
         lines += [f"## {scenario}-incremental", ""]
         for metric in METRICS[:1] + METRICS[2:3]:
             lines += [f"### {metric.replace('_', ' ')}", "", markdown_table(rows, scenario, metric), ""]
-    kept = [{k: v for k, v in row.items() if k not in ("model", "guarantees")} for row in rows]
+    names = ("recipe", "scenario", "head", "stream", "seeds", *METRICS)
+    kept = [{name: row[name] for name in names} for row in rows]
     (RESULTS / f"{options.name}.md").write_text("\n".join(lines))
     data = {"command": options.command, "rows": kept}
     (RESULTS / f"{options.name}.json").write_text(json.dumps(data, indent=1) + "\n")
