@@ -44,9 +44,7 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
             f"{p.name}={p.default!r}" if p.default is not p.empty else p.name
             for p in inspect.signature(piece).parameters.values()
         ]
-        text = inspect.getdoc(
-            piece if inspect.isroutine(piece) else type(piece) if not inspect.isclass(piece) else piece
-        )
+        text = inspect.getdoc(piece)
         rows.append((name, " ".join((text or "").split("\n\n")[0].split()), ", ".join(settings)))
     return rows
 

@@ -13,6 +13,7 @@ from typing import Any
 from .config import CompareConfig
 from .errors import ConfigError, PerpetuneError
 from .heads import make_head
+from .metrics.accuracy import intransigence
 from .metrics.records import ResultRecord
 from .progress import Progress
 from .recipe import Recipe
@@ -138,12 +139,12 @@ def with_intransigence(records: Sequence[dict[str, Any]]) -> list[ResultRecord]:
         if r["recipe"] == "joint"
     }
     out = []
-    for r in records:
-        reference = joint.get((r["seed"], r["scenario"], r["head"]))
-        if reference is not None and r["recipe"] != "joint":
-            gaps = [reference[t] - r["matrix"][j][j] for j, t in enumerate(r["tasks"]) if r["matrix"][j][j] is not None]
-            r = {**r, "intransigence": sum(gaps) / len(gaps) if gaps else None}
-        out.append(ResultRecord(**r))
+    for record in (ResultRecord(**r) for r in records):
+        reference = joint.get((record.seed, record.scenario, record.head))
+        if reference is not None and record.recipe != "joint":
+            figure = intransigence(record.accuracy_matrix(), reference)
+            record = record.model_copy(update={"intransigence": figure})
+        out.append(record)
     return out
 
 
