@@ -9,122 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from perpetune.errors import ConfigError, RuleError
-from perpetune.rules.base import Rule, TaskContext, attach
+from perpetune.rules.base import TaskContext, attach
+from perpetune.rules.certificate import certificates
 from perpetune.rules.linear_sites import linear_sites, see_inputs, shared_inputs
 from perpetune.rules.projection import SubspaceProjection
-
-# ---- the toy of the sheet, section 3: a frozen residual network, LoRA on its layers or adapters beside them ----
-
-WIDTH, HIDDEN, BOTTLENECK = 96, 192, 64
-
-
-class Block(nn.Module):
-    """h + W_2 act(W_1 LN(h)), and an adapter W_u act(W_d LN(h)) beside it where one is asked for."""
-
-    def __init__(self, adapter: bool) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-        self.adapter = None
-        if adapter:
-            pair = nn.Linear(WIDTH, BOTTLENECK, bias=False), nn.Linear(BOTTLENECK, WIDTH, bias=False)
-            nn.init.zeros_(pair[1].weight)
-            self.adapter = nn.Sequential(pair[0], nn.GELU(), pair[1])
-
-    def forward(self, h: Tensor) -> Tensor:
-        x = self.norm(h)
-        out = self.down(F.gelu(self.up(x)))
-        return h + out if self.adapter is None else h + out + self.adapter(x)
-
-
-class Network(nn.Module):
-    def __init__(self, adapter: bool = False) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(adapter) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def network(tuner: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = Network(tuner == "adapter")
-    for name, p in model.named_parameters():
-        p.requires_grad_(tuner == "all" or "adapter" in name)
-    if tuner == "lora":
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["up", "down"]), autocast_adapter_dtype=False
-        )
-    return model.to(dtype)
-
-
-def data(rows: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(rows, n, generator=generator, dtype=torch.float64).to(dtype) for n in (WIDTH, 8))
-    return x, y
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-class Course:
-    """Two tasks on one model: 48 old samples, then 256 new ones."""
-
-    def __init__(self, tuner: str, dtype: torch.dtype = torch.float64, rule: Rule | None = None) -> None:
-        self.dtype, self.rule = dtype, rule
-        self.model = network(tuner, dtype)
-        self.old, self.new = data(48, 1, dtype), data(256, 2, dtype)
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.loss = math.nan
-
-    def learn(self, index: int, steps: int, make=None, carry: bool = False, autocast: bool = False, **kind) -> None:
-        """A task with a head of its own; `carry`: the optimizer's state (momentum) is that of the task before."""
-        x, y = (self.old, self.new)[index]
-        torch.manual_seed(7 + index)
-        head = nn.Linear(WIDTH, y.shape[1]).to(self.dtype)
-        params = [*trained(self.model), *head.parameters()]
-        optimizer = (make or torch.optim.AdamW)(params, **({"lr": 3e-3, "weight_decay": 0.01} | kind))
-        if carry:
-            optimizer.state.update({p: self.optimizer.state[p] for p in trained(self.model)})
-        self.optimizer = optimizer
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * steps)
-        rules = [self.rule] if self.rule else []
-        attached = attach(self.model, optimizer, rules, index=index, batches=lambda: [{"x": x}])
-        for _ in range(steps):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = F.mse_loss(head(self.model(x)), y)
-            loss.backward()
-            nn.utils.clip_grad_norm_(params, 10.0)
-            optimizer.step()
-            schedule.step()
-        attached.remove()
-        self.loss = loss.item()
-
-    def end(self, index: int) -> None:
-        if self.rule:
-            self.rule.end_task(TaskContext(self.model, index, lambda: [{"x": (self.old, self.new)[index][0]}]))
-
-    def first(self, steps: int = 30) -> Course:
-        self.learn(0, steps)
-        self.end(0)
-        return self
-
-    @torch.no_grad()
-    def outputs(self) -> Tensor:
-        return self.model(self.old[0]).double()
-
-    def drift(self, steps: int = 300, **how) -> float:
-        before = self.outputs()
-        self.learn(1, steps, **how)
-        return ((self.outputs() - before).norm() / before.norm()).item()
-
+from tests.rules.course import WIDTH, Course, network, trained
 
 EXACT = {torch.float64: 1e-13, torch.float32: 1e-6}
 
@@ -197,7 +88,7 @@ def test_certificate_bounds_the_drift_of_each_layer(energy):
     see_inputs(course.model, sites, [{"x": course.old[0]}], lambda site, x, _: X.update({site.name: x.clone()}))
     before = {site.name: site.weight.detach().clone() for site in sites}
     course.learn(1, 30)
-    found = {c.name: c for c in course.rule._certificates()}
+    found = {c.name: c for c in certificates(course.rule._memory, course.rule._split_references())}
     assert found.keys() == X.keys()
     for site in sites:
         drift = (X[site.name] @ (site.weight.detach() - before[site.name]).mT).norm() / X[site.name].norm()
@@ -206,7 +97,8 @@ def test_certificate_bounds_the_drift_of_each_layer(energy):
         D, M = site.weight.detach() - before[site.name], course.rule._memory.of(site).M
         kept = (X[site.name] @ M).norm() / X[site.name].norm()
         tight = torch.linalg.matrix_norm(D, 2) * (1 - kept.square()).clamp_min(0).sqrt()
-        assert found[site.name].drift_bound <= tight * 1.001 + 1e-6  # the bound as printed, and no looser
+        rounding = torch.finfo(torch.float32).eps * D.shape[1] * D.square().sum()  # of sums made in fp32
+        assert found[site.name].drift_bound <= (tight.square() + rounding).sqrt() * 1.001 + 1e-6  # and no looser
     measured = {m.name: m for m in course.rule.guarantee()}
     assert all(m.holds is not False for m in measured.values())
     assert 0 < measured["old inputs left unprotected"].value <= 1 - energy + 1e-9
@@ -232,10 +124,10 @@ def test_sketch_of_wide_layers_keeps_the_bound():
 
 def test_strength_and_cap_leave_room():
     free = Course("lora", rule=SubspaceProjection(energy=1, strength=0)).first(10)
-    soft = Course("lora", rule=SubspaceProjection(energy=1, strength=0.05)).first(10)
+    soft = Course("lora", rule=SubspaceProjection(energy=1, strength=0.5)).first(10)
     capped = Course("lora", rule=SubspaceProjection(energy=1, cap=0.25)).first(10)
     drifts = [course.drift(25) for course in (soft, free)]
-    assert 1e-3 < drifts[0] < 0.7 * drifts[1]
+    assert 1e-3 < drifts[0] < 0.8 * drifts[1]
     assert 1e-3 < capped.drift(25)
     assert soft.rule.guarantee()[0].bound is None
     assert all(len(kept.M) // 4 == kept.M.shape[1] for kept in capped.rule._memory.inputs)
@@ -266,7 +158,7 @@ def test_step_is_the_equation_for_any_mixture_of_shapes(shapes, rows, energy, st
     """W <- W_ref + D - strength (D M) M^T and g <- g - strength (g M) M^T, whatever is multiplied together."""
     torch.manual_seed(seed)
     model, x = Layers(shapes, torch.float64), torch.randn(rows, 9, dtype=torch.float64)
-    rule = SubspaceProjection(energy, "both", strength)
+    rule = SubspaceProjection(energy, "both", strength=strength)
     rule.observe(model, lambda: [{"x": x}])
     rule.begin_task(TaskContext(model, 1))
     ref = [layer.weight.detach().clone() for layer in model.layers]
@@ -282,7 +174,8 @@ def test_step_is_the_equation_for_any_mixture_of_shapes(shapes, rows, energy, st
         expected_W.append(W_ref + D - strength * (D @ M) @ M.mT)
         expected_g.append(g if g is None else g - strength * (g @ M) @ M.mT)
     rule.on_gradient()
-    rule.on_update([])
+    by_weight = {id(layer.weight): W for layer, W in zip(model.layers, ref, strict=True)}
+    rule.on_update([by_weight[id(p)] for p in rule.watches()])
     for layer, W, g in zip(model.layers, expected_W, expected_g, strict=True):
         torch.testing.assert_close(layer.weight.detach(), W, rtol=1e-12, atol=1e-12)
         assert layer.weight.grad is g is None or torch.allclose(layer.weight.grad, g, rtol=1e-12, atol=1e-12)
@@ -518,8 +411,8 @@ def test_a_memory_that_does_not_fit_is_refused():
     for wrong, match in (
         ({**state, "other": torch.zeros(1)}, "no part"),
         ({k: v for k, v in state.items() if not k.startswith("reads.")}, "incomplete"),
-        ({k: v for k, v in state.items() if k != "input.0.M"}, "no basis"),
-        ({k: v for k, v in state.items() if k != "input.0.C"}, "stored"),
+        ({k: v for k, v in state.items() if k != "input.0.C"}, "incomplete"),
+        ({**state, "input.0.M": torch.zeros(1)}, "stored"),
     ):
         with pytest.raises(RuleError, match=match):
             SubspaceProjection().load_state(wrong)

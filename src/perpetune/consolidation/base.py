@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import datasets
 from torch import Tensor
@@ -55,8 +55,12 @@ class Consolidation:
 
     A resumed run calls `open` on a fresh backbone, then `restore` with all commits so far: from then on every bit is as
     if it had never stopped.
+
+    Attributes:
+        branch: whether a task goes on with the tuner of the task before ("kept") or starts with a new one ("fresh").
     """
 
+    branch: ClassVar[Literal["kept", "fresh"]] = "kept"
     backbone: Backbone = field(init=False, repr=False, compare=False)
     tuner: Tuner = field(init=False, repr=False, compare=False)
 

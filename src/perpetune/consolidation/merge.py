@@ -25,6 +25,7 @@ class Merge(Consolidation):
     merged before it.
     """
 
+    branch = "fresh"
     _base: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sum: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -22,6 +22,7 @@ class Stack(Consolidation):
     columns of all past B; both are frozen. Its cost and memory grow with the number of tasks; `Merge` computes the same
     function at constant cost. LoRA only."""
 
+    branch = "fresh"
     _past: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _attached: bool = field(default=False, init=False, repr=False, compare=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class Rule:
     `on_gradient` runs before every optimizer step and edits `.grad` in place; `on_update(before)` runs after it, with
     the values that the parameters listed by `watches()` had before the step.
     """
+
+    @property
+    def needs_branch(self) -> Literal["kept", "fresh"] | None:
+        """What is taken for granted: that tasks share one tuner ("kept"), that each starts with a new one which is
+        merged or stacked afterwards ("fresh"), or nothing (None)."""
+        return None
 
     def begin_task(self, task: TaskContext) -> None:
         """Find the parameters to act on.

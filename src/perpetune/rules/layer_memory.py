@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RuleError
-from ..subspace import FrequentDirections, InputMemory, SecondMoment, restore
-from .linear_sites import Batches, LinearSite, linear_sites, see_inputs, shared_inputs
+from ..linear_map import LinearMap
+from ..subspace import DiagonalMoment, FrequentDirections, InputMemory, SecondMoment, restore
+from .linear_sites import Batches, see_inputs, shared_inputs
 
 
 @dataclass
@@ -26,24 +27,27 @@ class LayerMemory:
     """The inputs of all layers, tasks summed to equal parts, on the CPU; its size does not grow with the tasks.
 
     Attributes:
+        energy: share of sum sigma^2 that every M holds; cap: largest share of d that it may take.
         wide: layers of more inputs d than this keep a sketch (Frequent Directions) of `sketch_rows` rows.
         inputs: one for each tensor that is read; reads: layer -> number of its input.
     """
 
+    energy: float = 0.99
+    cap: float | None = None
     wide: int = 4096
     sketch_rows: int = 256
     inputs: list[Input] = field(default_factory=list)
     reads: dict[str, int] = field(default_factory=dict)
 
-    def of(self, site: LinearSite) -> Input:
+    def of(self, site: LinearMap) -> Input:
         return self.inputs[self.reads[site.name]]
 
     @property
     def exact(self) -> bool:
         """Whether no input is sketched."""
-        return all(isinstance(kept.memory, SecondMoment) for kept in self.inputs)
+        return not any(isinstance(kept.memory, FrequentDirections) for kept in self.inputs)
 
-    def check(self, sites: Sequence[LinearSite]) -> None:
+    def check(self, sites: Sequence[LinearMap]) -> None:
         """
         Raises:
             RuleError: these are not the layers that the memory is of.
@@ -59,28 +63,26 @@ class LayerMemory:
             )
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, batches: Batches, energy: float, cap: float | None) -> None:
+    def observe(self, model: nn.Module, sites: Sequence[LinearMap], batches: Batches) -> None:
         """Add one task's inputs, as the model computes them now, and make every M anew.
 
         Args:
-            model: its trained linear layers are those remembered; the tuner must be attached.
+            model: the tuner must be attached; sites: its trained linear maps.
             batches: yields keyword arguments of `model`; called twice.
-            energy: share of sum sigma^2 that M holds; cap: largest share of d that it may take.
 
         Raises:
             RuleError: no batches, a layer that is not called, or layers that shared an input and no longer do.
         """
-        sites = linear_sites(model)[0]
         shared = shared_inputs(model, sites, batches)
         reads = {site.name: i for i, group in enumerate(shared) for site in group}
         if self.inputs:
             self.check(sites)
             if reads != self.reads:
                 raise RuleError("layers that shared an input in earlier tasks do not now: their memory cannot be split")
-        moments = [self._new(group[0].width, group[0].weight.device) for group in shared]
+        moments = [self._new(group[0], group[0].weight.device) for group in shared]
         counts = [0] * len(shared)
 
-        def see(site: LinearSite, X: Tensor, mask: Tensor | None) -> None:
+        def see(site: LinearMap, X: Tensor, mask: Tensor | None) -> None:
             counts[reads[site.name]] += moments[reads[site.name]].add(X, mask)
 
         see_inputs(model, [group[0] for group in shared], batches(), see)
@@ -88,25 +90,33 @@ class LayerMemory:
             raise RuleError(f"`{shared[counts.index(0)][0].name}` saw padding alone: look at the attention masks")
         units = [moment.unit() for moment in moments]  # all are checked before anything is remembered
         if not self.inputs:
-            self.inputs = [Input(self._new(group[0].width, torch.device("cpu")), torch.empty(0)) for group in shared]
+            self.inputs = [Input(self._new(group[0], torch.device("cpu")), torch.empty(0)) for group in shared]
         for kept, unit in zip(self.inputs, units, strict=True):
             kept.memory.merge(unit)
-            width = kept.memory.width
-            kept.M = kept.memory.basis(energy, None if cap is None else max(1, int(cap * width)))
+            kept.M = self._basis(kept.memory)
         self.reads = reads
 
-    def _new(self, width: int, device: torch.device) -> InputMemory:
+    def _new(self, site: LinearMap, device: torch.device) -> InputMemory:
         on = torch.device("cpu") if device.type == "mps" else device  # mps has no fp64
-        if width > self.wide:
-            return FrequentDirections(width, self.sketch_rows, device=on)
-        return SecondMoment(width, device=on)
+        if site.elementwise:
+            return DiagonalMoment(site.width, device=on)
+        if site.width > self.wide:
+            return FrequentDirections(site.width, self.sketch_rows, device=on)
+        return SecondMoment(site.width, device=on, products=self.products)
+
+    @property
+    def products(self) -> torch.dtype:
+        """fp32 where a share of the energy is asked for; every direction that inputs have can be told in fp64 alone."""
+        return torch.float64 if self.energy == 1 else torch.float32
+
+    def _basis(self, memory: InputMemory) -> Tensor:
+        return memory.basis(self.energy, None if self.cap is None else max(1, int(self.cap * memory.width)))
 
     def state(self) -> dict[str, Tensor]:
-        """`reads.<layer>` (number of its input), `input.<number>.M` and `input.<number>.<tensors of its memory>`."""
+        """`reads.<layer>` (number of its input), `input.<number>.<tensors of its memory>`; every M is made of those."""
         state = {f"reads.{name}": torch.tensor(index) for name, index in self.reads.items()}
         for i, kept in enumerate(self.inputs):
-            parts = {"M": kept.M.clone(), **kept.memory.state()}
-            state.update({f"input.{i}.{key}": value for key, value in parts.items()})
+            state.update({f"input.{i}.{key}": value for key, value in kept.memory.state().items()})
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -129,8 +139,6 @@ class LayerMemory:
         numbers = [str(i) for i in range(len(parts))]
         if not parts.keys() == set(numbers) == {str(i) for i in reads.values()}:
             raise RuleError("the memory of old inputs is incomplete: inputs and the layers that read them do not match")
-        if any("M" not in part for part in parts.values()):
-            raise RuleError("the memory of old inputs is incomplete: an input has no basis M")
-        bases = [parts[n].pop("M").clone() for n in numbers]
-        self.inputs = [Input(restore(parts[n]), M) for n, M in zip(numbers, bases, strict=True)]
+        memories = [restore(parts[n]) for n in numbers]
+        self.inputs = [Input(memory, self._basis(memory)) for memory in memories]
         self.reads = reads

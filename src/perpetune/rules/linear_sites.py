@@ -1,58 +1,21 @@
-"""Where the trained weights of linear layers are, which of them read the same input, and what they read."""
+"""Where the trained weights of linear maps are, which of them read the same input, and what they read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import RuleError
+from ..linear_map import LinearMap
 from .lora_sites import lora_pairs
 
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
-
-
-@dataclass(frozen=True)
-class LinearSite:
-    """One trained weight W (out x d) of y = W x.
-
-    Attributes:
-        name: of the layer in the model; `<layer>.A` and `<layer>.B` for the factors of its LoRA, whatever the adapter
-            is called.
-        weight: W as the layer keeps it.
-        modules: the layers that use it, more than one where it is tied.
-        transposed: the layer keeps W^T (d x out), as `Conv1D` does.
-    """
-
-    name: str
-    weight: nn.Parameter
-    modules: tuple[nn.Module, ...]
-    transposed: bool = False
-
-    @property
-    def width(self) -> int:
-        """d."""
-        return self.weight.shape[0 if self.transposed else 1]
-
-    def matrix(self, values: Tensor) -> Tensor:
-        """A view, out x d, of the weight or of something of its shape; of sharded ones, the rows that are here.
-
-        Raises:
-            RuleError: it is sharded by columns of W, so that no row is here as a whole.
-        """
-        values = values.detach()
-        if hasattr(values, "to_local"):
-            columns = 0 if self.transposed else 1
-            if any(p.is_shard(columns) for p in values.placements):  # type: ignore[attr-defined]
-                raise RuleError(
-                    f"`{self.name}` is sharded by input columns: shard it by rows, as FSDP2 does by default"
-                )
-            values = values.to_local()
-        return values.mT if self.transposed else values
 
 
 def reshard(model: nn.Module) -> None:
@@ -62,8 +25,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def linear_sites(model: nn.Module) -> tuple[list[LinearSite], dict[str, nn.Parameter]]:
-    """The trained weights of linear layers in the order of the modules, and all other trained parameters by name.
+def linear_sites(model: nn.Module, prompts: str = "per_head") -> tuple[list[LinearMap], dict[str, nn.Parameter]]:
+    """The trained weights that act through linear maps in the order of the modules, and all others by name.
+
+    Found are the weights of linear layers, both factors of LoRA, IA3's vectors, and what a module offers of its own by
+    `linear_maps(prompts) -> list[LinearMap]` (prompts, prefixes, biases): what else trains in such a module is free.
+
+    Args:
+        prompts: under which conditions prompts and prefixes are protected: "per_head" or "published".
 
     Raises:
         RuleError: a layer trains two LoRA adapters at once.
@@ -72,29 +41,59 @@ def linear_sites(model: nn.Module) -> tuple[list[LinearSite], dict[str, nn.Param
 
     reshard(model)
     factors = {id(p): f"{q.name}.{key}" for q in lora_pairs(model) for key, p in (("A", q.A), ("B", q.B))}
+    sites: list[LinearMap] = []
+    known: set[int] = set()
+    for name, module in model.named_modules():
+        found = _scales(module)
+        if hasattr(module, "linear_maps"):
+            found = module.linear_maps(prompts)  # type: ignore[operator]
+            known |= {id(p) for key, p in module.named_parameters() if found and not key.startswith("base_layer.")}
+        sites += [replace(m, name=f"{name}.{m.name}" if name else m.name) for m in found if m.weight.requires_grad]
+    known |= {id(site.weight) for site in sites}
     users: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
     for name, module in model.named_modules():
         for key, p in module.named_parameters(recurse=False):
-            if p.requires_grad:
+            if p.requires_grad and id(p) not in known:
                 users.setdefault(id(p), []).append((name, module, key, p))
-    sites: list[LinearSite] = []
     others: dict[str, nn.Parameter] = {}
     for uses in users.values():
         name, first, key, p = uses[0]
         # One use that is no linear layer (an embedding tied to the output) spoils all: its inputs are not seen.
         if all(isinstance(m, nn.Linear | Conv1D) and k == "weight" and type(m) is type(first) for _, m, k, _ in uses):
             modules = tuple(m for _, m, _, _ in uses)
-            sites.append(LinearSite(factors.get(id(p), name), p, modules, isinstance(first, Conv1D)))
+            kept_transposed = isinstance(first, Conv1D)  # W^T (d x out)
+            view, rows = (_transposed, 1) if kept_transposed else (None, 0)
+            sites.append(LinearMap(factors.get(id(p), name), p, modules, view, rows))
         else:
             others[f"{name}.{key}" if name else key] = p
     return sites, others
 
 
+def _transposed(values: Tensor) -> Tensor:
+    return values.mT
+
+
+def _row(values: Tensor) -> Tensor:
+    return values.view(1, -1)
+
+
+def _scales(module: nn.Module) -> list[LinearMap]:
+    """IA3: the vector l of l * (W x), which reads W x, or of W (l * x) before a feed-forward layer, which reads x."""
+    from peft.tuners.ia3 import IA3Layer
+
+    if not isinstance(module, IA3Layer) or module.disable_adapters:
+        return []
+    base = module.get_base_layer()
+    vectors = [module.ia3_l[name] for name in module.active_adapters if name in module.ia3_l]
+    reader, what = (module, "input") if module.is_feedforward else (base, "output")
+    return [LinearMap("ia3", v, (reader,), _row, None, elementwise=True, reads=what) for v in vectors]  # type: ignore[arg-type]
+
+
 def see_inputs(
     model: nn.Module,
-    sites: Sequence[LinearSite],
+    sites: Sequence[LinearMap],
     batches: Iterable[dict[str, Tensor]],
-    see: Callable[[LinearSite, Tensor, Tensor | None], None],
+    see: Callable[[LinearMap, Tensor, Tensor | None], None],
 ) -> None:
     """Run batches in eval mode without gradients; `see(site, X, mask)` gets every input X (... x d) of the sites.
 
@@ -103,16 +102,20 @@ def see_inputs(
     """
     mask: Tensor | None = None
 
-    def hook(site: LinearSite) -> Callable[..., None]:
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            X = args[0] if args else next(iter(kwargs.values()))
-            fits = mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),))
-            see(site, X, mask if fits else None)
+    def show(site: LinearMap, X: Tensor) -> None:
+        fits = mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),))
+        see(site, X, mask if fits else None)
 
-        return look
+    def listen(site: LinearMap, module: nn.Module) -> RemovableHandle:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            show(site, args[0] if args else next(iter(kwargs.values())))
+
+        if site.reads == "input":
+            return module.register_forward_pre_hook(look, with_kwargs=True)
+        return module.register_forward_hook(lambda _, args, output: show(site, output))
 
     modes = [(m, m.training) for m in model.modules()]
-    handles = [m.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites for m in site.modules]
+    handles = [listen(site, module) for site in sites for module in site.modules]
     try:
         model.eval()
         with torch.no_grad():
@@ -131,7 +134,7 @@ def see_inputs(
             module.training = training
 
 
-def shared_inputs(model: nn.Module, sites: Sequence[LinearSite], batches: Batches) -> list[list[LinearSite]]:
+def shared_inputs(model: nn.Module, sites: Sequence[LinearMap], batches: Batches) -> list[list[LinearMap]]:
     """The sites in groups that read the very same tensors (query, key and value; gate and up), seen on one batch.
 
     Raises:
@@ -140,16 +143,16 @@ def shared_inputs(model: nn.Module, sites: Sequence[LinearSite], batches: Batche
     calls: dict[str, list[tuple[Any, ...]]] = {site.name: [] for site in sites}
     alive = []  # so that no address is used twice
 
-    def note(site: LinearSite, X: Tensor, _: Tensor | None) -> None:
+    def note(site: LinearMap, X: Tensor, _: Tensor | None) -> None:
         alive.append(X)
         calls[site.name].append((X.data_ptr(), X._version, X.dtype, X.shape, X.stride()))
 
     see_inputs(model, sites, islice(batches(), 1), note)
     if not alive:
         raise RuleError("no protected layer was called: give `batches` that yield the model's inputs, as keywords")
-    groups: dict[tuple[Any, ...], list[LinearSite]] = {}
+    groups: dict[tuple[Any, ...], list[LinearMap]] = {}
     for site in sites:
         if not calls[site.name]:
             raise RuleError(f"`{site.name}` trains but was not called, so that its inputs are not known: freeze it")
-        groups.setdefault(tuple(calls[site.name]), []).append(site)
+        groups.setdefault((site.elementwise, *calls[site.name]), []).append(site)
     return list(groups.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,15 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, RuleError
+from ..linear_map import LinearMap
 from ..measurement import Measurement
 from ..subspace import check_energy
 from .base import Rule, TaskContext
+from .certificate import certificates, worst
 from .layer_memory import LayerMemory
-from .linear_sites import Batches, LinearSite, linear_sites
+from .linear_sites import Batches, linear_sites
 from .lora_penalty import work
+from .lora_sites import lora_pairs
+from .probes import Probes
 
-# |dW M| / |W| that one projection and one rounding to the type of the weights leave.
-LEAK = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+CHOICES = {
+    "on": ("update", "gradient", "both"),
+    "branch": ("kept", "fresh"),
+    "prompts": ("per_head", "published"),
+    "unprotected": ("error", "freeze", "allow"),
+}
 BUCKET = 64  # bases of as many columns, rounded up to this, are padded with zeros and multiplied at once
 
 
@@ -30,7 +37,7 @@ class _Group:
     `sites` lists those of the first input, then those of the second, and so on: their rows laid end to end are W.
     """
 
-    sites: list[LinearSite]
+    sites: list[LinearMap]
     W_ref: Tensor
     M: Tensor
 
@@ -51,17 +58,6 @@ class _Group:
             torch._foreach_copy_([place for place, _ in chosen], [v for _, v in chosen])
 
 
-@dataclass(frozen=True)
-class _Certificate:
-    """What was measured at one weight: leak = |dW M| / |W|, drift = |dW X| / |X|, and what they cannot pass."""
-
-    name: str
-    leak: float
-    leak_bound: float
-    drift: float
-    drift_bound: float
-
-
 @dataclass
 class SubspaceProjection(Rule):
     """Keeps every change dW of a linear layer out of the space of its old inputs: dW M = 0, so W x stays.
@@ -80,10 +76,15 @@ class SubspaceProjection(Rule):
         sum_old |dW x|^2 <= ||dW||_2^2 (1 - kept share) sum_old |x|^2,
     and with energy=1, where nothing that trains is unprotected, old outputs do not move at all, layer after layer.
 
-    All trained weights of linear layers are protected: `nn.Linear`, `Conv1D`, and both factors of LoRA (A reads x, B
-    reads A x, so that B runs full after a few tokens and is frozen from the second task on). The tuner must be the same
-    from task to task (`Continue`): W_ref has to be what the old outputs were made with. Memory and time per step do not
-    grow with the number of tasks.
+    All trained weights that act through linear maps are protected: `nn.Linear`, `Conv1D`, both factors of LoRA (A reads
+    x, B reads A x), adapters, the queries' side and the values' side of prompts and prefixes, IA3's vectors and biases
+    (which read y element by element, and the constant 1: hardly any room, and none, see docs/projection.md). Memory and
+    time per step do not grow with the number of tasks.
+
+    branch="kept"   one tuner all the way (`Continue`): W_ref is what the old outputs were made with. LoRA's B reads r
+                    inputs only, runs full after a few tokens and is frozen from the second task on.
+    branch="fresh"  a new LoRA for every task, merged afterwards (`Merge`, `Stack`): A M = 0 from the start, so that
+                    B A x = 0 for old x whatever B does; the rank is new with every task.
 
     Sources: PEGP (2405.13383), PGP (ICLR 2024) for the condition; the form "update" is ours. GPM (2103.09762) is
     on="gradient" on all weights, with plain SGD.
@@ -91,11 +92,14 @@ class SubspaceProjection(Rule):
     Args:
         energy: share of sum sigma^2 of the old inputs that is protected; 1: every direction they have.
         on: "update", "gradient" or "both".
-        strength: below 1, only this share of the protected part is taken back at each step. With "update" a protected
-            step fades as (1 - strength)^n over n further steps: 0.01 is soft, from 0.5 on it is almost 1. No guarantee.
+        branch: "kept" or "fresh"; must match the recipe's consolidation.
+        prompts: conditions for prompts and prefixes: "per_head", sufficient; "published" (PEGP), not sufficient.
+        strength: below 1, only this share of the protected part of each step is taken back. No guarantee.
         cap: largest share of a layer's d directions to protect, 0.5 leaves half to learn with; None: no limit.
-        unprotected: trained parameters that no projection can protect (biases, norms, embeddings, heads' bare
-            parameters): "error"; "freeze", as soon as there is something to protect; or "allow", without a guarantee.
+        unprotected: trained parameters that no projection can protect (norms, embeddings, bare parameters): "error";
+            "freeze", as soon as there is something to protect; or "allow", without a guarantee.
+        probes: how many raw inputs of every task are kept with their outputs, to measure what became of them; they are
+            data of the user, and stored with every commit: 0 unless asked for.
         wide: layers of more inputs d than this keep a sketch (Frequent Directions) in place of C.
         sketch_rows: rows of such a sketch.
 
@@ -107,9 +111,12 @@ class SubspaceProjection(Rule):
 
     energy: float = 0.99
     on: Literal["update", "gradient", "both"] = "update"
+    branch: Literal["kept", "fresh"] = "kept"
+    prompts: Literal["per_head", "published"] = "per_head"
     strength: float = 1.0
     cap: float | None = None
     unprotected: Literal["error", "freeze", "allow"] = "error"
+    probes: int = 0
     wide: int = 4096
     sketch_rows: int = 256
     _memory: LayerMemory = field(init=False, repr=False, compare=False)
@@ -118,6 +125,8 @@ class SubspaceProjection(Rule):
     _begun: bool = field(init=False, repr=False, compare=False, default=False)
     _loose: int = field(init=False, repr=False, compare=False, default=0)
     _batches: Batches | None = field(init=False, repr=False, compare=False, default=None)
+    _model: nn.Module | None = field(init=False, repr=False, compare=False, default=None)
+    _probes: Probes = field(init=False, repr=False, compare=False, default_factory=Probes)
 
     def __post_init__(self) -> None:
         check_energy(self.energy, self.cap)
@@ -125,22 +134,38 @@ class SubspaceProjection(Rule):
             raise ConfigError(f"SubspaceProjection: cap={self.cap} is a share of a layer's inputs: at most 1")
         if not 0 <= self.strength <= 1:
             raise ConfigError(f"SubspaceProjection: strength={self.strength} must be between 0 and 1")
-        for name, known in (("on", ("update", "gradient", "both")), ("unprotected", ("error", "freeze", "allow"))):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"SubspaceProjection: {name}=`{getattr(self, name)}` must be {', '.join(known)}")
         if self.sketch_rows < 1:
             raise ConfigError(f"SubspaceProjection: sketch_rows={self.sketch_rows} must be at least 1")
-        self._memory = LayerMemory(self.wide, self.sketch_rows)
+        if self.probes < 0:
+            raise ConfigError(f"SubspaceProjection: probes={self.probes} is a number of inputs: 0 keeps none")
+        self._memory = LayerMemory(self.energy, self.cap, self.wide, self.sketch_rows)
+
+    @property
+    def needs_branch(self) -> Literal["kept", "fresh"]:
+        return self.branch
 
     @property
     def promises(self) -> bool:
-        """Whether dW M = 0 is enforced, and not merely hoped for."""
+        """Whether dW M = 0 is enforced, and enough for what is trained, and not merely hoped for."""
         return self.on != "gradient" and self.strength == 1
+
+    def _sites(self, model: nn.Module) -> tuple[list[LinearMap], dict[str, nn.Parameter]]:
+        """What is protected, and what trains and is not; a fresh branch's B may do as it likes."""
+        sites, loose = linear_sites(model, self.prompts)
+        if self.branch == "kept":
+            return sites, loose
+        pairs = lora_pairs(model)
+        A, B = {id(pair.A) for pair in pairs}, {id(pair.B) for pair in pairs}
+        other = {site.name: site.weight for site in sites if id(site.weight) not in A | B}
+        return [site for site in sites if id(site.weight) in A], {**loose, **other}
 
     # ---- the task ----
 
     def begin_task(self, task: TaskContext) -> None:
-        sites, loose = linear_sites(task.model)
+        sites, loose = self._sites(task.model)
         if not sites:
             raise RuleError(
                 "SubspaceProjection acts on weights of linear layers (all weights, LoRA, adapters), and this model "
@@ -157,6 +182,7 @@ class SubspaceProjection(Rule):
                 "keep the same rule for all tasks and call its end_task after each, or load its state"
             )
         self._begun, self._batches, self._groups, self._loose = True, task.batches, [], len(loose)
+        self._model = task.model
         if self._memory.inputs:
             self._memory.check(sites)
             for p in loose.values() if self.unprotected == "freeze" else ():
@@ -165,12 +191,13 @@ class SubspaceProjection(Rule):
             self._group(sites)
 
     @torch.no_grad()
-    def _group(self, sites: Sequence[LinearSite]) -> None:
+    def _group(self, sites: Sequence[LinearMap]) -> None:
         """Weights that read one input share its M; inputs of like shapes are multiplied at once."""
-        readers: dict[tuple, list[LinearSite]] = {}
+        readers: dict[tuple, list[LinearMap]] = {}
         for site in sites:
-            readers.setdefault((self._memory.reads[site.name], site.weight.dtype, site.weight.device), []).append(site)
-        alike: dict[tuple, list[tuple[Tensor, list[LinearSite]]]] = {}
+            where = (site.weight.dtype, site.weight.device, site.rows)  # rows and columns of one weight: one by one
+            readers.setdefault((self._memory.reads[site.name], *where), []).append(site)
+        alike: dict[tuple, list[tuple[Tensor, list[LinearMap]]]] = {}
         for (index, *kind), members in readers.items():
             M = self._memory.inputs[index].M
             if M.shape[1]:  # nothing to protect where all inputs were 0
@@ -183,10 +210,14 @@ class SubspaceProjection(Rule):
             padded = [nn.functional.pad(M, (0, k - M.shape[1])).to(W.device, W.dtype) for M, _ in inputs]
             self._groups.append(_Group(members, W.view(len(inputs), -1, W.shape[1]), torch.stack(padded)))
         self._references = {}
+        for group in self._groups if self.branch == "fresh" else ():
+            self._project(group, group.W_ref)
 
-    def _reference(self, site: LinearSite) -> Tensor:
-        """W_ref: what the state of a task in progress brought along, else the weight as it is."""
+    def _reference(self, site: LinearMap) -> Tensor:
+        """W_ref: what the state of a task in progress brought along, else the weight as it is; 0 for a fresh branch."""
         W = site.matrix(site.weight)
+        if self.branch == "fresh":
+            return work(torch.zeros_like(W))
         stored = self._references.get(site.name)
         if stored is None:
             return work(W)
@@ -203,13 +234,25 @@ class SubspaceProjection(Rule):
             g = group.stacked(gradients)
             group.write(gradients, g.baddbmm_(torch.bmm(g, group.M), group.M.mT, alpha=-self.strength))
 
+    def watches(self) -> Sequence[nn.Parameter]:
+        soft = self.strength < 1 and self.on != "gradient"
+        return [site.weight for group in self._groups for site in group.sites] if soft else ()
+
     @torch.no_grad()
     def on_update(self, before: Sequence[Tensor]) -> None:
-        for group in self._groups if self.on != "gradient" else ():
-            weights = [site.weight for site in group.sites]
-            W = group.stacked(weights)
-            DM = torch.bmm(W - group.W_ref, group.M)  # n x R x k
-            group.write(weights, W.baddbmm_(DM, group.M.mT, alpha=-self.strength))
+        if self.on == "gradient":
+            return
+        for group in self._groups:
+            start = group.W_ref
+            if self.strength < 1:
+                start, before = group.stacked(before[: len(group.sites)]), before[len(group.sites) :]
+            self._project(group, start)
+
+    def _project(self, group: _Group, start: Tensor) -> None:
+        weights = [site.weight for site in group.sites]
+        W = group.stacked(weights)
+        DM = torch.bmm(W - start, group.M)  # n x R x k
+        group.write(weights, W.baddbmm_(DM, group.M.mT, alpha=-self.strength))
 
     # ---- the memory ----
 
@@ -219,8 +262,10 @@ class SubspaceProjection(Rule):
         batches = task.batches or self._batches
         if batches is None:
             raise RuleError("SubspaceProjection reads the task's inputs when it ends: give `batches` to attach()")
-        self._begun, self._batches, self._groups = False, None, []
+        self._begun, self._batches, self._groups, self._model = False, None, [], None
         self.observe(task.model, batches)
+        if self.probes:
+            self._probes.add(task.model, batches(), self.probes)
 
     def observe(self, model: nn.Module, batches: Batches) -> None:
         """Protect what the model computes of these inputs from now on; called by `end_task`.
@@ -232,16 +277,17 @@ class SubspaceProjection(Rule):
         Raises:
             RuleError: no batches, a layer that is not called, or layers that shared an input and no longer do.
         """
-        self._memory.observe(model, batches, self.energy, self.cap)
+        self._memory.observe(model, self._sites(model)[0], batches)
 
     # ---- what survives, what is promised ----
 
     def state(self) -> dict[str, Tensor]:
-        """The memory (`LayerMemory.state`), and within a task W_ref as `reference.<layer>`."""
+        """The memory (`LayerMemory.state`), `probe.*`, and within a task W_ref as `reference.<layer>`."""
         references = {f"reference.{site.name}": W.cpu().clone() for site, W in self._split_references()}
-        return {**self._memory.state(), **references}
+        probes = {f"probe.{key}": value for key, value in self._probes.state().items()}
+        return {**self._memory.state(), **probes, **references}
 
-    def _split_references(self) -> list[tuple[LinearSite, Tensor]]:
+    def _split_references(self) -> list[tuple[LinearMap, Tensor]]:
         pairs = []
         for group in self._groups:
             sizes = [len(site.matrix(site.weight)) for site in group.sites]
@@ -254,35 +300,15 @@ class SubspaceProjection(Rule):
         Raises:
             RuleError: tensors that are not this rule's.
         """
-        prefix = "reference."
-        self._memory.load_state({k: v for k, v in state.items() if not k.startswith(prefix)})
-        self._references = {k[len(prefix) :]: v.clone() for k, v in state.items() if k.startswith(prefix)}
-        self._begun, self._batches, self._groups = False, None, []
-
-    @torch.no_grad()
-    def _certificates(self) -> list[_Certificate]:
-        found = []
-        for site, W_ref in self._split_references():
-            kept = self._memory.of(site)
-            memory, M = kept.memory, kept.M
-            W = site.matrix(site.weight).to("cpu", torch.float64)
-            D = W - W_ref.to(W)  # rows x d
-            norm, leak = W.norm(), (D @ M).norm()
-            promised = LEAK.get(site.weight.dtype, LEAK[torch.bfloat16])
-            # D = D (I - M M^T) + D M M^T: the bound holds for the first term, the promised leak for the second. The
-            # sums that C is made of round, too.
-            rounding = torch.finfo(M.dtype).eps * len(M) * memory.total * D.square().sum()
-            bound = (memory.bound(D, M).sqrt() + promised * norm * memory.total.sqrt()).square() + rounding
-            found.append(
-                _Certificate(
-                    site.name,
-                    (leak / norm.clamp_min(torch.finfo(norm.dtype).tiny)).item(),
-                    promised,
-                    (memory.drift(D) / memory.total).sqrt().item(),
-                    (bound / memory.total).sqrt().item(),
-                )
-            )
-        return found
+        parts: dict[str, dict[str, Tensor]] = {"reference": {}, "probe": {}, "memory": {}}
+        for key, value in state.items():
+            kind, _, rest = key.partition(".")
+            own = kind in ("reference", "probe")
+            parts[kind if own else "memory"][rest if own else key] = value
+        self._memory.load_state(parts["memory"])
+        self._references = {key: value.clone() for key, value in parts["reference"].items()}
+        self._probes = Probes.restore(parts["probe"])
+        self._begun, self._batches, self._groups, self._model = False, None, [], None
 
     @torch.no_grad()
     def guarantee(self) -> list[Measurement]:
@@ -290,21 +316,25 @@ class SubspaceProjection(Rule):
 
         Promised with "update" or "both" at strength 1; observed figures otherwise.
         """
-        found = self._certificates()
+        found = certificates(self._memory, self._split_references())
         if not found:
             return []
         source = type(self).__name__
-        leak = max(found, key=lambda c: _ratio(c.leak, c.leak_bound))
-        drift = max(found, key=lambda c: _ratio(c.drift, c.drift_bound))
+        leak, drift = worst(found)
         residuals = [float(kept.memory.residual(kept.M)) for kept in self._memory.inputs]
         exact = self.cap is None and self._memory.exact
         used = [kept.M.shape[1] / len(kept.M) for kept in self._memory.inputs]
         full = sum(share == 1 for share in used)
-        loose = (
-            f" {self._loose} trained parameters are not protected."
-            if self._loose and self.unprotected == "allow"
-            else ""
-        )
+        unsafe = self._loose and self.unprotected == "allow"
+        loose = f" {self._loose} trained parameters are not protected." if unsafe else ""
+        probed = []
+        if self._probes.tasks and self._model is not None:
+            whole = self.promises and self.energy == 1 and exact and not unsafe
+            note = (
+                f"{len(self._probes.tasks)} tasks' probes. Measured against the outputs right after each was learned."
+            )
+            value, bound = self._probes.drift(self._model), 10 * leak.leak_bound if whole else None
+            probed = [Measurement("worst change of outputs on probes", value, bound, "relative", source, note)]
         return [
             Measurement(
                 "change inside the protected space |dW M| / |W|", leak.leak,
@@ -324,8 +354,5 @@ class SubspaceProjection(Rule):
                 "input directions in use", sum(used) / len(used), None, "share", source,
                 f"1: nothing more can be learned. {full} of {len(used)} inputs are full.",
             ),
+            *probed,
         ]  # fmt: skip
-
-
-def _ratio(value: float, bound: float) -> float:
-    return math.inf if math.isnan(value) else value / bound if bound else value

@@ -1,0 +1,73 @@
+"""A few raw inputs of earlier tasks and what the model made of them then: the drift of its outputs, seen directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear_sites import reshard
+
+
+@dataclass
+class Probes:
+    """The first inputs of every task, each with the model's output right after that task was learned.
+
+    Attributes:
+        tasks: one (inputs as keyword arguments, output) for every task.
+    """
+
+    tasks: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
+
+    def add(self, model: nn.Module, batches: Iterable[dict[str, Tensor]], number: int) -> None:
+        """Keep the first `number` inputs of the first batch, and the model's output for them."""
+        for batch in islice(batches, 1):
+            inputs = {k: v[:number].cpu().clone() for k, v in batch.items()}
+            self.tasks.append((inputs, _output(model, inputs)))
+
+    def drift(self, model: nn.Module) -> float:
+        """Largest |f(x) - f_then(x)| / |f_then(x)| over all probes x; 0 where there are none."""
+        worst = 0.0
+        for inputs, then in self.tasks:
+            change = (_output(model, inputs).double() - then.double()).flatten(1).norm(dim=1)
+            worst = max(worst, float((change / then.double().flatten(1).norm(dim=1).clamp_min(1e-300)).max()))
+        return worst
+
+    def state(self) -> dict[str, Tensor]:
+        state = {}
+        for i, (inputs, output) in enumerate(self.tasks):
+            state.update({f"{i}.input.{k}": v.clone() for k, v in inputs.items()})
+            state[f"{i}.output"] = output.clone()
+        return state
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> Probes:
+        found: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            number, _, name = key.partition(".")
+            found.setdefault(int(number), {})[name] = value.clone()
+        tasks = [found[i] for i in sorted(found)]
+        return cls(
+            [({k[len("input.") :]: v for k, v in t.items() if k.startswith("input.")}, t["output"]) for t in tasks]
+        )
+
+
+@torch.no_grad()
+def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's first output tensor (N x ...) in eval mode, on the CPU."""
+    device = next(model.parameters()).device
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        output: Any = model(**{k: v.to(device) for k, v in inputs.items()})
+    finally:
+        reshard(model)
+        for module, training in modes:
+            module.training = training
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output.cpu()
