@@ -12,7 +12,7 @@ from .consolidation import CONSOLIDATIONS, Consolidation, Continue
 from .errors import ConfigError, nearest
 from .heads import Head, LinearHead, make_head
 from .rules import RULES, Rule
-from .tuners import TUNERS, NoNetwork, PeftTuner, Tuner, as_tuner
+from .tuners import OWN_CONFIGS, TUNERS, NoNetwork, PeftTuner, Tuner, as_tuner
 from .tuners.base import peft_dict
 
 
@@ -52,6 +52,14 @@ class Recipe:
             raise ConfigError(
                 f"{names} shape optimizer steps, but {type(self.tuner).__name__} trains nothing: remove one"
             )
+        for rule in self.rules:
+            if rule.needs_branch not in (None, self.consolidation.branch):
+                way = {"kept": "trains one tuner all the way", "fresh": "starts every task with a new tuner"}
+                name, given = type(rule).__name__, self.consolidation.branch
+                raise ConfigError(
+                    f"{name} with branch `{rule.needs_branch}` does not fit {type(self.consolidation).__name__}, which "
+                    f"{way[given]}: set branch to `{given}`, or use another consolidation"
+                )
         titles = [h.name for h in heads]
         if len(set(titles)) < len(titles):
             raise ConfigError(f"a recipe reads each head once, not {', '.join(titles)}")
@@ -124,10 +132,12 @@ def _make_tuner(data: Any) -> Any:
         return _make(data, TUNERS, "tuner")
     import peft
 
-    config = getattr(peft, kind, None)
+    from . import tuners
+
+    config = getattr(tuners if kind in OWN_CONFIGS else peft, kind, None)
     if not (inspect.isclass(config) and issubclass(config, peft.PeftConfig)):
         configs = [n for n in dir(peft) if n.endswith("Config")]
-        raise ConfigError(f"no tuner is called `{kind}`: {nearest(kind, [*TUNERS, *configs])}")
+        raise ConfigError(f"no tuner is called `{kind}`: {nearest(kind, [*TUNERS, *OWN_CONFIGS, *configs])}")
     settings = {k: v for k, v in data.items() if k != "type"}
     names = {f.name for f in dataclasses.fields(config)}
     for key in settings:

@@ -1,7 +1,41 @@
 """Where the change lives: peft's configurations, and what peft lacks."""
 
-from .base import QUERY_VALUE, AllWeights, Frozen, NoNetwork, PeftTuner, Tuner, as_tuner
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .base import KEY_VALUE_FFN, QUERY_VALUE, AllWeights, Frozen, NoNetwork, PeftTuner, Tuner, as_tuner
 
 TUNERS = {c.__name__: c for c in (AllWeights, Frozen, NoNetwork)}
 
-__all__ = ["QUERY_VALUE", "TUNERS", "AllWeights", "Frozen", "NoNetwork", "PeftTuner", "Tuner", "as_tuner"]
+# peft configurations of ours, and the module of each
+OWN_CONFIGS = {
+    "AdapterConfig": "adapter",
+    "BiasConfig": "bias",
+    "DeepPromptConfig": "prefix",
+    "PrefixConfig": "prefix",
+}
+
+_HOME = {**OWN_CONFIGS, "load_adapter": "registration"}
+
+__all__ = [
+    "KEY_VALUE_FFN",
+    "OWN_CONFIGS",
+    "QUERY_VALUE",
+    "TUNERS",
+    "AllWeights",
+    "Frozen",
+    "NoNetwork",
+    "PeftTuner",
+    "Tuner",
+    "as_tuner",
+    *_HOME,
+]
+
+
+def __getattr__(name: str) -> Any:
+    # peft takes seconds to import
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")

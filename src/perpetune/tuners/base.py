@@ -24,6 +24,53 @@ _QUERY_VALUE_NAMES = (
     ("Wqkv",),
     ("query_key_value",),
 )
+BLOCK_OUTPUTS = "block_outputs"
+KEY_VALUE_FFN = "key_value_ffn"
+_KEY_VALUE_NAMES = (
+    ("key", "value"),
+    ("k_proj", "v_proj"),
+    ("key_proj", "value_proj"),
+    ("k_lin", "v_lin"),
+    ("k", "v"),
+    ("c_attn",),
+    ("qkv",),
+    ("Wqkv",),
+    ("query_key_value",),
+)
+_ATTENTION_OUTPUTS = (  # ends of names, as transformers 5 calls them
+    "attention.output.dense",
+    "attention.attn.o",
+    "attention.dense",
+    "attention.o_proj",
+    "attention.out_lin",
+    "attention.out_proj",
+    "attn.Wo",
+    "attn.c_proj",
+    "attn.out_proj",
+    "crossattention.c_proj",
+    "encoder_attn.out_proj",
+    "self_attention.dense",
+    "self_attn.dense",
+    "self_attn.o_proj",
+    "self_attn.out_proj",
+    "SelfAttention.o",
+    "EncDecAttention.o",
+)
+_FEED_FORWARD_OUTPUTS = (
+    "output.dense",
+    "DenseReluDense.wo",
+    "down_proj",
+    "fc2",
+    "feed_forward.output_dense",
+    "ffn.lin2",
+    "ffn_output",
+    "mlp.Wo",
+    "mlp.c_proj",
+    "mlp.dense_4h_to_h",
+    "mlp.fc_out",
+)
+# They hand the weights of their parts to one function and do not (the second: not always) call the parts.
+UNCALLED_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Tuner:
@@ -123,7 +170,9 @@ class PeftTuner(Tuner):
     """Any `peft` configuration.
 
     Args:
-        config: a `PeftConfig`. `target_modules="query_value"` finds this model's query and value projections.
+        config: a `PeftConfig`. `target_modules="query_value"` finds this model's query and value projections,
+            "block_outputs" the output projections of attention and feed-forward network, "key_value_ffn" keys, values
+            and feed-forward outputs (the last alone in `feedforward_modules` of IA3).
     """
 
     def __init__(self, config: Any) -> None:
@@ -132,13 +181,19 @@ class PeftTuner(Tuner):
     def attach(self, model: nn.Module) -> nn.Module:
         """
         Raises:
-            ModelError: the model has no module of the targeted name; the message names those that it has.
+            ModelError: the model has no module of the targeted name; the message names those that it has. Or a part of
+                it is called as the adapter would be.
         """
         import peft
 
+        from .registration import check_adapter_name
+
+        check_adapter_name(model, "default")
         config = copy.deepcopy(self.config)
         if isinstance(getattr(config, "target_modules", None), (str, set, list)):
             config.target_modules = resolve_targets(model, config.target_modules)
+        if getattr(config, "feedforward_modules", None) == KEY_VALUE_FFN:
+            config.feedforward_modules = _feed_forward_outputs(model)
         model.requires_grad_(False)
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is about to change
             warnings.simplefilter("ignore", FutureWarning)
@@ -154,7 +209,11 @@ class PeftTuner(Tuner):
         c = self.config
         plain = not any(getattr(c, name, False) for name in ("use_dora", "lora_bias", "use_qalora"))
         gaussian = getattr(c, "init_lora_weights", True) in (True, False, "gaussian")  # others change the base weights
-        return getattr(c.peft_type, "value", c.peft_type) in ("LORA", "LOHA", "LOKR") and plain and gaussian
+        return (
+            getattr(c.peft_type, "value", c.peft_type) in ("LORA", "LOHA", "LOKR", "perpetune_bias")
+            and plain
+            and gaussian
+        )
 
     def detach(self, model: Any) -> nn.Module:
         return model.unload()
@@ -183,10 +242,11 @@ class PeftTuner(Tuner):
         found = {}
         for module in model.modules():
             layer: Any = module
-            if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
-                weight = layer.get_base_layer().weight
-                name = base_names[id(weight)].replace(".base_layer.", ".")
-                found[name] = layer.get_delta_weight("default").detach().float()
+            for key in ("weight", "bias"):
+                if hasattr(layer, f"get_delta_{key}") and hasattr(layer, "base_layer"):
+                    parameter = getattr(layer.get_base_layer(), key)
+                    name = base_names[id(parameter)].replace(".base_layer.", ".")
+                    found[name] = getattr(layer, f"get_delta_{key}")("default").detach().float()
         if not found:
             return super().deltas(model)
         return found
@@ -218,26 +278,63 @@ def resolve_targets(model: nn.Module, targets: str | set[str] | list[str]) -> st
     Raises:
         ModelError: one does not; names the nearest that does.
     """
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    linear = [n for n, m in model.named_modules() if _is_linear(m)]
     suffixes = {n.rsplit(".", 1)[-1] for n in linear}
     kind = type(model).__name__
     if targets == "all-linear":
         return "all-linear"
-    if targets == QUERY_VALUE:
-        for names in _QUERY_VALUE_NAMES:
+    if targets in (QUERY_VALUE, KEY_VALUE_FFN):
+        for names in _QUERY_VALUE_NAMES if targets == QUERY_VALUE else _KEY_VALUE_NAMES:
             if suffixes.issuperset(names):
-                return list(names)
-        raise ModelError(f"cannot tell the query and value projections of {kind}; it has {', '.join(sorted(suffixes))}")
+                return [*names, *(_feed_forward_outputs(model) if targets == KEY_VALUE_FFN else ())]
+        words = str(targets).split("_")[:2]
+        raise ModelError(
+            f"cannot tell the {' and '.join(words)} projections of {kind}; it has {', '.join(sorted(suffixes))}"
+        )
+    if targets == BLOCK_OUTPUTS:
+        return _block_outputs(model)
     if isinstance(targets, str):
         return targets  # a regular expression, peft's own convention
     modules = [n for n, _ in model.named_modules()]
     for target in sorted(targets):
-        if not any(n == target or n.endswith("." + target) for n in modules):
+        if not any(_ends(n, target) for n in modules):
             synonyms = [n for names in _QUERY_VALUE_NAMES if target in names for n in _counterparts(target, suffixes)]
             if synonyms:
                 raise ModelError(f"no module is called `{target}`; this {kind} calls it `{synonyms[0]}`")
             raise ModelError(f"no module is called `{target}` in this {kind}: {nearest(target, suffixes)}")
     return sorted(targets)
+
+
+def _block_outputs(model: nn.Module) -> list[str]:
+    modules = dict(model.named_modules())
+    closed = tuple(f"{n}." for n, m in modules.items() if isinstance(m, UNCALLED_PARTS))
+    names = [n for n in modules if not n.startswith(closed)]
+    found = [
+        [e for e in ends if any(_ends(n, e) for n in names)] for ends in (_ATTENTION_OUTPUTS, _FEED_FORWARD_OUTPUTS)
+    ]
+    if not all(found):
+        missing = "feed-forward" if found[0] else "attention"
+        linear = {n.rsplit(".", 1)[-1] for n, m in modules.items() if _is_linear(m)}
+        raise ModelError(
+            f"cannot tell the {missing} outputs of {type(model).__name__}: name some of its linear layers in "
+            f"`target_modules`: {', '.join(sorted(linear))}"
+        )
+    return [*found[0], *found[1]]
+
+
+def _feed_forward_outputs(model: nn.Module) -> list[str]:
+    """Whole names: some ends are those of attention outputs, too."""
+    names = [n for n, m in model.named_modules() if _is_linear(m)]
+    behind_attention = [n for n in names if any(_ends(n, e) for e in _ATTENTION_OUTPUTS)]
+    return [n for n in names if n not in behind_attention and any(_ends(n, e) for e in _FEED_FORWARD_OUTPUTS)]
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _counterparts(target: str, suffixes: set[str]) -> list[str]:
