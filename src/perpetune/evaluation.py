@@ -12,6 +12,7 @@ from .consolidation import Consolidation, Step
 from .heads import Head
 from .progress import Progress
 from .streams import Stream, Task
+from .tuners.base import relative_change
 
 
 class Evaluator:
@@ -19,23 +20,29 @@ class Evaluator:
 
     Args:
         batch_size: examples a forward pass.
+
+    Attributes:
+        drift: of every task's test inputs, the relative change of their features when the model last changed.
     """
 
     def __init__(self, backbone: Backbone, batch_size: int, progress: Progress) -> None:
         self.backbone, self.batch_size, self.progress = backbone, batch_size, progress
         self._examples: dict[tuple[str, str], Examples] = {}
         self._features: dict[tuple[str, str], tuple[int, Tensor]] = {}
+        self.drift: dict[str, float] = {}
 
     def features(self, task: Task, split: str) -> Tensor:
         """Features of a split (N x width) under the model as it is now."""
         key = (task.name, split)
-        version, features = self._features.get(key, (-1, None))
+        version, before = self._features.get(key, (-1, None))
+        features = before
         if features is None or version != self.backbone.version:
             rows = getattr(task, split)
             examples = self._examples.get(key) or self.backbone.prepare(rows)
             with self.progress.bar(f"features of {task.name}", len(rows)) as advance:
                 features = self.backbone.features(examples, self.batch_size, advance)
             if split == "test":  # read again after every task; training data is not
+                self.drift[task.name] = 0.0 if before is None else relative_change(features, before)
                 self._features[key] = (self.backbone.version, features)
                 if self.backbone.modality == "text":  # pixels would fill the memory
                     self._examples[key] = examples

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers.trainer_utils import set_seed
 
 from . import run as run_directory
-from .backbone import Backbone, FixedFeatures, Pooling, load_backbone
+from .backbone import Backbone, Examples, FixedFeatures, Pooling, load_backbone
 from .config import RunConfig
 from .consolidation import Step
 from .errors import ConfigError, RunError, StreamError, nearest
@@ -97,6 +96,7 @@ class Learner:
         self.backbone: Backbone | None = None
         self.heads = self.recipe.heads
         self._surrogate: Head | None = None
+        self._examples: Examples = []
         self._trainable = 0
         self._predicts: tuple[Sequence[str], Sequence[int], Sequence[str]] | None = None
 
@@ -125,19 +125,23 @@ class Learner:
                 if not run.commits:
                     self._commit_untouched(run, stream)
                 done = len(run.commits) - 1
+                for task in stream.tasks[: steps[done].first] if 0 < done < len(steps) else ():
+                    self._evaluator.features(task, "test")  # as they were before what is learned next
                 for step in steps[done:]:
                     started = time.perf_counter()
                     set_seed(task_seed(self.seed, step.index))
                     consolidation.begin_task(step)
+                    self._examples = self._prepare(step)
                     for head in self._all_heads():
                         head.begin_task(consolidation.classes(step))
-                    context = TaskContext(self._need_backbone(), step.index, partial(self._batches, step))
+                    context = TaskContext(self._need_backbone(), step.index, self._batches)
                     for rule in recipe.rules:
                         rule.begin_task(context)
                     log = self._train(step, len(steps))
                     measured = [m for rule in recipe.rules for m in rule.guarantee()]
                     for rule in recipe.rules:
                         rule.end_task(context)
+                    self._examples = []
                     for head in self._all_heads():
                         head.end_task()
                     consolidation.end_task(step)
@@ -145,7 +149,7 @@ class Learner:
                     self._observe(step)
                     predictions = self._evaluator.predictions(stream, step, self.heads, consolidation)
                     measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]
-                    measured += self._stale(step)
+                    measured += [*self._stale(step), *self._moved(step, stream)]
                     commit = run.commit(step.name, self._files(predictions), self._facts(stream, step, measured))
                     self._note(run, commit, step, log, trained - started, time.perf_counter() - trained)
         except KeyboardInterrupt:
@@ -255,19 +259,23 @@ class Learner:
 
     # ---- one step ----
 
+    def _prepare(self, step: Step) -> Examples:
+        """The rows that are trained on and shown to the rules, as model inputs; none where nothing looks at them."""
+        trains = self.recipe.tuner.trains or self._surrogate is not None or self.heads[0].trains
+        return self._need_backbone().prepare(self.recipe.consolidation.rows(step)) if trains else []
+
     def _train(self, step: Step, of: int) -> TrainingLog:
         backbone, head = self._need_backbone(), self._surrogate or self.heads[0]
         self._trainable = sum(p.numel() for m in (backbone, head) for p in m.parameters() if p.requires_grad)
         if not self._trainable:
             return TrainingLog(0, None, None)
-        examples = backbone.prepare(self.recipe.consolidation.rows(step))
         steps = step_budget(step, self.training)
         with self.progress.bar(f"{self.recipe.name} · {step.name} ({step.index + 1}/{of}) · train", steps) as advance:
             return train_task(
                 backbone,
                 head,
                 self.recipe.rules,
-                examples,
+                self._examples,
                 self.training,
                 task=step.name,
                 seed=task_seed(self.seed, step.index),
@@ -275,11 +283,10 @@ class Learner:
                 advance=advance,
             )
 
-    def _batches(self, step: Step) -> Iterable[dict[str, Tensor]]:
+    def _batches(self) -> Iterable[dict[str, Tensor]]:
         backbone, size = self._need_backbone(), int(self.training["per_device_eval_batch_size"])
-        examples = backbone.prepare(self.recipe.consolidation.rows(step))
-        for start in range(0, len(examples), size):
-            batch = backbone.collate(examples[start : start + size])
+        for start in range(0, len(self._examples), size):
+            batch = backbone.collate(self._examples[start : start + size])
             batch.pop("labels")
             yield {k: v.to(self.device) for k, v in batch.items()}
 
@@ -299,6 +306,15 @@ class Learner:
         note = "tasks whose class statistics were gathered with features that have changed since (order-dependent)"
         name = "tasks with stale statistics"
         return [Measurement(name, float(step.index), None, "", type(head).__name__, note) for head in watching]
+
+    def _moved(self, step: Step, stream: Stream) -> list[Measurement]:
+        """How far the features of earlier tasks' test inputs have moved: what forgetting is made of."""
+        drifts = [self._evaluator.drift[task.name] for task in stream.tasks[: step.first]]
+        if not drifts or not self.recipe.tuner.trains:
+            return []
+        note = "the task that moved most; test inputs were never shown to any rule"
+        name = "change of features on earlier tasks' test inputs"
+        return [Measurement(name, max(drifts), None, "relative", type(self.recipe.tuner).__name__, note)]
 
     # ---- committing ----
 

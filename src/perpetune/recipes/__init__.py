@@ -9,7 +9,7 @@ from typing import Any
 from ..checked import call_checked
 from ..errors import ConfigError, nearest
 from ..recipe import Recipe
-from . import controls, lora_family
+from . import controls, lora_family, projection
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     make.__name__: make
@@ -22,6 +22,19 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         lora_family.nlora,
         lora_family.nlora_released,
         lora_family.olora_nlora,
+        projection.pegp_adapter,
+        projection.pegp_adapter_released,
+        projection.pegp_lora,
+        projection.pegp_lora_released,
+        projection.pegp_lora_fresh,
+        projection.pegp_prompt,
+        projection.pegp_prompt_released,
+        projection.pegp_prefix,
+        projection.pegp_prefix_released,
+        projection.pegp_bias,
+        projection.pegp_ia3,
+        projection.gpm,
+        projection.gpm_released,
         controls.replay,
         controls.joint,
         controls.frozen_ncm,
