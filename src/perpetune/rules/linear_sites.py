@@ -46,7 +46,7 @@ def linear_sites(model: nn.Module, prompts: str = "per_head") -> tuple[list[Line
     for name, module in model.named_modules():
         found = _scales(module)
         if hasattr(module, "linear_maps"):
-            found = module.linear_maps(prompts)  # type: ignore[operator]
+            found = module.linear_maps(prompts)
             known |= {id(p) for key, p in module.named_parameters() if found and not key.startswith("base_layer.")}
         sites += [replace(m, name=f"{name}.{m.name}" if name else m.name) for m in found if m.weight.requires_grad]
     known |= {id(site.weight) for site in sites}

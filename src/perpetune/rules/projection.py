@@ -329,7 +329,8 @@ class SubspaceProjection(Rule):
         loose = f" {self._loose} trained parameters are not protected." if unsafe else ""
         probed = []
         if self._probes.tasks and self._model is not None:
-            whole = self.promises and self.energy == 1 and exact and not unsafe
+            sufficient = self.prompts == "per_head" and not unsafe
+            whole = self.promises and self.energy == 1 and exact and sufficient
             note = (
                 f"{len(self._probes.tasks)} tasks' probes. Measured against the outputs right after each was learned."
             )

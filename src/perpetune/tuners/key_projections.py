@@ -101,6 +101,5 @@ def key_projections(model: nn.Module) -> set[str]:
 def _is_key_projection(model: nn.Module, name: str) -> bool:
     *path, last = name.split(".")
     attention = model.get_submodule(".".join(path))
-    crossed = getattr(attention, "is_cross_attention", False) or not CROSS_ATTENTIONS.isdisjoint(path)
     known = last in VALUE_OF and hasattr(attention, VALUE_OF[last]) and any(hasattr(attention, a) for a in HEAD_DIM)
-    return known and not crossed
+    return known and CROSS_ATTENTIONS.isdisjoint(path)
