@@ -32,7 +32,7 @@ from .results import Result
 from .rules import TaskContext
 from .run import Commit, Run
 from .streams import Stream, fingerprint
-from .training import TrainingLog, count_steps, resolve_training, train_task
+from .training import TaskModel, TrainingLog, count_steps, resolve_training, train_task
 from .tuners import NoNetwork
 
 UNTOUCHED = "untouched"
@@ -134,7 +134,7 @@ class Learner:
                     self._examples = self._prepare(step)
                     for head in self._all_heads():
                         head.begin_task(consolidation.classes(step))
-                    context = TaskContext(self._need_backbone(), step.index, self._batches)
+                    context = TaskContext(self._need_backbone(), step.index, self._batches, self._losses)
                     for rule in recipe.rules:
                         rule.begin_task(context)
                     log = self._train(step, len(steps))
@@ -289,6 +289,13 @@ class Learner:
             batch = backbone.collate(self._examples[start : start + size])
             batch.pop("labels")
             yield {k: v.to(self.device) for k, v in batch.items()}
+
+    def _losses(self, size: int) -> Iterable[Tensor]:
+        backbone = self._need_backbone()
+        model = TaskModel(backbone, self._surrogate or self.heads[0])
+        for start in range(0, len(self._examples), size):
+            batch = backbone.collate(self._examples[start : start + size])
+            yield model(**{k: v.to(self.device) for k, v in batch.items()})["loss"]
 
     def _observe(self, step: Step) -> None:
         """Show the training samples to the heads that gather statistics, with the features as they are now."""

@@ -107,8 +107,10 @@ def test_a_module_without_live_tokens_is_left_alone():
     attention = _attention(2, 1, causal=True)
     q, k, v = _tensors(5, 5, 2, 1)
     expected, _ = sdpa_attention_forward(attention, q, k, v, None)
+    whole, _ = sdpa_attention_forward(attention, q, k, v, None, is_causal=False)
     attention["key"][0].enable_adapters(False)
-    assert torch.equal(attend(attention, q, k, v, None)[0], expected)
+    assert torch.equal(attend(attention, q, k, v, None)[0], expected) and not torch.equal(whole, expected)
+    assert torch.equal(attend(attention, q, k, v, None, is_causal=False)[0], whole)
     attention["key"] = nn.Identity()
     assert torch.equal(attend(attention, q, k, v, None)[0], expected)
 
@@ -190,6 +192,13 @@ def test_other_models_are_refused_and_left_as_they_were(kind, settings, message)
         peft.get_peft_model(model, PrefixConfig())
     assert model.config._attn_implementation == before
     assert not any(isinstance(m, PrefixLinear) for m in model.modules())
+
+
+def test_one_part_that_cannot_take_tokens_spoils_the_whole():
+    model = nn.ModuleDict({"one": _model("bert", **SMALL), "other": _model("deberta-v2", **SMALL)})
+    with pytest.raises(ModelError, match="DebertaV2Model lacks"):
+        peft.inject_adapter_in_model(PrefixConfig(target_modules=["key"]), model)
+    assert model["one"].config._attn_implementation == "sdpa"
 
 
 def test_prompts_need_projections_without_norms_behind_them():

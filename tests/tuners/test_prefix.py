@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel, T5Config, T5Model
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from perpetune.errors import ModelError, RuleError
@@ -150,8 +150,32 @@ def test_what_the_maps_read(families):
     scores[:, :, 5:] += torch.full((6, 6), -math.inf).triu(1)
     torch.testing.assert_close(S, scores.softmax(-1)[..., :5].flatten(0, 1), rtol=0, atol=1e-12)
 
-    layer.show = None  # type: ignore[assignment]
+    layer.show = None  # from here on nobody listens
     model(**inputs)
+
+
+def test_every_key_head_is_read_by_the_queries_that_share_it():
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 8}
+    model = _tuned(LlamaModel(LlamaConfig(**size, vocab_size=9, num_key_value_heads=2)).eval(), n=5)
+    (layer,), seen = _layers(model), []
+    layer.show = lambda query, weights: (seen.append((query, weights())), PrefixLinear.show(layer, query, weights))
+    maps = layer.linear_maps("per_head")
+    rows = rows_read(maps, lambda: model(input_ids=torch.tensor([[1, 2, 3]])))
+    ((query, weights),) = seen
+    for h, (Q, S) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+        assert torch.equal(Q, query[0, 2 * h : 2 * h + 2].flatten(0, 1))
+        assert torch.equal(S, weights[0, 2 * h : 2 * h + 2].flatten(0, 1))
+
+
+def test_published_reads_all_heads_in_one(families):
+    model = _tuned(families["bert"].model(torch.float64))
+    words = families["bert"].inputs(count=1)["input_ids"]
+    projection = model.get_base_model().encoder.layer[0].attention.self.query
+    expected: list[Tensor] = []
+    projection.register_forward_hook(lambda _, args, out: expected.append(out[0]))
+    Q = rows_read(_layers(model)[0].linear_maps("published"), lambda: model(input_ids=words))
+    assert torch.equal(Q[0], expected[0])
 
 
 def test_no_two_maps_seem_to_read_the_same(families):

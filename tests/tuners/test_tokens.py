@@ -30,7 +30,8 @@ from transformers import (
 import perpetune
 from perpetune.errors import ModelError
 from perpetune.recipe import Recipe
-from perpetune.tuners import DeepPromptConfig, PrefixConfig, load_adapter
+from perpetune.rules import SubspaceProjection, attach
+from perpetune.tuners import DeepPromptConfig, PeftTuner, PrefixConfig, load_adapter
 from perpetune.tuners.attention import IMPLEMENTATION
 from tests.tuners.imposing import maps_of, rows_read
 
@@ -268,6 +269,34 @@ def test_merging_is_refused_at_both_doors(config, families):
 def test_names_under_which_tensors_would_be_lost_are_refused(config, families, name):
     with pytest.raises(ModelError, match="task_0007"):
         peft.get_peft_model(families["bert"].model(), config(), adapter_name=name)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_projection_keeps_old_outputs(config, families, outputs, train, name):
+    """Under AdamW with decay: per head as good as exactly, and as published (where that fits) not at all."""
+    family = families[name]
+    old, new = family.inputs(1, count=1), family.inputs(2)
+    conditions = ["none", "per_head"] + (["published"] if (config, name) != (PrefixConfig, "llama") else [])
+    moved = {}
+    for condition in conditions:
+        torch.manual_seed(0)
+        model = PeftTuner(config(num_virtual_tokens=24)).attach(family.model(torch.float64)).double()
+        train(model, old, 10)
+        before = [outputs(model, x) for x in (old, new)]
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
+        if condition != "none":
+            rule = SubspaceProjection(energy=1.0, prompts=condition)
+            rule.observe(model, lambda: [old])
+            attach(model, optimizer, [rule], index=1)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (model(**new).last_hidden_state - 1).square().mean().backward()
+            optimizer.step()
+        after = [outputs(model, x) for x in (old, new)]
+        moved[condition] = [((a - b).norm() / b.norm()).item() for a, b in zip(after, before, strict=True)]
+    print(config.__name__, name, moved)
+    assert moved["per_head"][0] < 1e-12 and all(new > 0.02 for _, new in moved.values())
+    assert all(old > 0.02 for condition, (old, _) in moved.items() if condition != "per_head")
 
 
 def _hidden(model: Any, family: Any) -> list[float]:

@@ -24,11 +24,14 @@ class TaskContext:
         index: 0-based number of the task.
         batches: call it for an iterator over the task's training inputs, as keyword arguments of `model`
             (eval-time preprocessing, no augmentation), for rules that look at data; None where there is none to give.
+        losses: `losses(n)` iterates over the task's training loss, as the mean over n examples at a time, ready for
+            `backward()`; for rules that look at gradients before the task begins. None where there is none to give.
     """
 
     model: nn.Module
     index: int
     batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None
+    losses: Callable[[int], Iterable[Tensor]] | None = None
 
 
 @dataclass
@@ -98,6 +101,7 @@ def attach(
     *,
     index: int = 0,
     batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None,
+    losses: Callable[[int], Iterable[Tensor]] | None = None,
     begin: bool = True,
 ) -> Attached:
     """Hang rules on an optimizer, in any training loop: plain PyTorch, Trainer, TRL, Accelerate, Lightning.
@@ -110,7 +114,7 @@ def attach(
         optimizer: its optimizer (the torch one; a wrapper that has `.optimizer` is unwrapped).
         rules: in the order in which they act.
         index: 0-based number of the task.
-        batches: see `TaskContext.batches`.
+        batches, losses: see `TaskContext`.
         begin: call each rule's `begin_task` first; False where the caller has done so.
 
     Returns:
@@ -125,7 +129,7 @@ def attach(
         >>> attached.remove()
     """
     if begin:
-        context = TaskContext(model=model, index=index, batches=batches)
+        context = TaskContext(model, index, batches, losses)
         for rule in rules:
             rule.begin_task(context)
     inner = getattr(optimizer, "optimizer", optimizer)
