@@ -30,6 +30,31 @@ EQUATIONS = {
         "tests/rules/test_orthogonal.py::test_gradient_is_that_of_the_equation",
         "tests/rules/test_orthogonal.py::test_any_shape_on_both_sides_of_the_switch",
     ],
+    "SubspaceProjection": [
+        "tests/rules/test_projection.py::test_step_is_the_equation_for_any_mixture_of_shapes",
+        "tests/rules/test_projection.py::test_old_outputs_stay_under_adamw",
+        "tests/rules/test_projection.py::test_projecting_the_gradient_alone_drifts_under_adam",
+        "tests/rules/test_projection_branches.py::test_fresh_lora_leaves_old_outputs_alone_whatever_b_does",
+        "tests/benchmarks/test_drift.py::test_old_outputs_stay",
+    ],
+    "AdapterConfig": [
+        "tests/tuners/test_adapter.py::test_equation",
+        "tests/tuners/test_adapter.py::test_projection_keeps_old_outputs",
+    ],
+    "BiasConfig": [
+        "tests/tuners/test_bias.py::test_equation",
+        "tests/tuners/test_bias.py::test_projection_freezes_biases_after_the_first_task",
+    ],
+    "PrefixConfig": [
+        "tests/tuners/test_prefix.py::test_equation_bert",
+        "tests/tuners/test_prefix.py::test_equation_llama",
+        "tests/tuners/test_prefix.py::test_what_the_conditions_are_worth",
+    ],
+    "DeepPromptConfig": [
+        "tests/tuners/test_prompt.py::test_equation",
+        "tests/tuners/test_prompt.py::test_what_the_conditions_are_worth",
+    ],
+    "IA3Config": ["tests/rules/test_projection_branches.py::test_ia3_is_protected_element_by_element"],
     "Merge": [
         "tests/test_learner.py::test_merge_and_stack_compute_the_same_function",
         "tests/test_learner.py::test_adapters_load_in_plain_peft",
@@ -70,7 +95,8 @@ def check_tests_exist() -> None:
 
 def pieces(name: str) -> list[str]:
     recipe = RECIPES[name]()
-    found = [type(recipe.tuner).__name__, type(recipe.consolidation).__name__]
+    tuner = getattr(recipe.tuner, "config", recipe.tuner)
+    found = [type(tuner).__name__, type(recipe.consolidation).__name__]
     return [*found, *(type(r).__name__ for r in recipe.rules), *(type(h).__name__ for h in recipe.heads)]
 
 

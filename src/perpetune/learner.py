@@ -23,8 +23,8 @@ from .consolidation import Step
 from .errors import ConfigError, RunError, StreamError, nearest
 from .evaluation import Evaluator
 from .heads import Head, make_head
-from .machine import default_device, finite, peak_memory, versions
-from .measurement import Measurement
+from .machine import default_device, peak_memory, versions
+from .measurement import Measurement, finite
 from .progress import Progress
 from .recipe import Recipe
 from .recipes import make_recipe
@@ -355,7 +355,7 @@ class Learner:
             "learned": [task.name for task in stream.tasks[: step.learned]],
             "classes": sorted({c for task in stream.tasks[: step.learned] for c in task.classes}),
             "data": {task.name: fingerprint(task) for task in step.tasks},
-            "guarantees": [{**m.to_dict(), "value": finite(m.value), "task": step.name} for m in measured],
+            "guarantees": [{**m.to_dict(), "task": step.name} for m in measured],
             "heads": [head.name for head in self.heads],
             "trainable_parameters": self._trainable,
         }

@@ -63,9 +63,9 @@ class LinearMap:
         """
         values = values.detach()
         if hasattr(values, "to_local"):
-            if any(p.is_shard() and not p.is_shard(self.rows) for p in values.placements):  # type: ignore[attr-defined]
-                raise RuleError(
-                    f"`{self.name}` is sharded by input columns: shard it by rows, as FSDP2 does by default"
-                )
+            sharded = [p for p in values.placements if p.is_shard()]  # type: ignore[attr-defined]
+            if any(self.rows is None or not p.is_shard(self.rows) for p in sharded):
+                rows = "leave it whole" if self.rows is None else "shard it by rows, as FSDP2 does by default"
+                raise RuleError(f"`{self.name}` is sharded by input columns: {rows}")
             values = values.to_local()
         return values if self.view is None else self.view(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 import torch
@@ -15,11 +14,6 @@ def default_device() -> torch.device:
         if torch.accelerator.is_available()
         else torch.device("cpu")
     )
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has no NaN: what is not a number is written as nothing."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def peak_memory(device: torch.device) -> int:

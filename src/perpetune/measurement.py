@@ -18,6 +18,7 @@ class Measurement:
         unit: "" for pure numbers, else for instance "relative", "share", "bytes".
         source: the piece that promises it (class name of the rule, head, consolidation or tuner).
         note: one sentence for somebody who does not know the method.
+        parts: (name, value, bound) of everything of which `value` is the worst (layers), where that can be told.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Measurement:
     unit: str = ""
     source: str = ""
     note: str = ""
+    parts: tuple[tuple[str, float, float | None], ...] = ()
 
     @property
     def holds(self) -> bool | None:
@@ -35,4 +37,11 @@ class Measurement:
         return not math.isnan(self.value) and self.value <= self.bound
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "holds": self.holds}
+        """JSON-able; figures that are not finite are None."""
+        parts = [[name, finite(value), finite(bound)] for name, value, bound in self.parts]
+        return {**asdict(self), "value": finite(self.value), "parts": parts, "holds": self.holds}
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN: what is not a number is written as nothing."""
+    return value if value is not None and math.isfinite(value) else None

@@ -123,6 +123,13 @@ def test_a_broken_promise_is_a_red_line(result, page_of, promise):
     assert "broken" not in clean.text
 
 
+def test_the_parts_of_a_promise_can_be_unfolded(result, page_of, promise):
+    parts = [["layer.0.query", 0.25, 0.5], ["layer.1.query", 0.125, None]]
+    page = render(page_of([result(guarantees=[promise(0.25, 0.5, parts=parts)])]))
+    assert "all 2 parts" in page and "layer.1.query" in page and "≤ 0.5" in page
+    assert "parts</summary>" not in render(page_of([result(guarantees=[promise(0.25, 0.5)])]))
+
+
 def test_a_promise_of_one_training_is_counted_once_over_its_readings(result, page_of, promise):
     records = [result("lora", head=head, guarantees=[promise(2.0, 1.0)]) for head in ("ridge", "linear")]
     assert "1 promise was broken." in Page(render(page_of(records))).text_of()

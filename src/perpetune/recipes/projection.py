@@ -134,15 +134,14 @@ def _adapter(bottleneck: int, form: Literal["sequential", "parallel"]) -> Any:
 def _prompt(tokens: int) -> Any:
     from ..tuners import DeepPromptConfig
 
-    return DeepPromptConfig(num_virtual_tokens=tokens, init_std=TOKEN_STD)
+    return DeepPromptConfig(num_virtual_tokens=tokens)
 
 
 def _prefix(tokens: int) -> Any:
     from ..tuners import PrefixConfig
 
-    return PrefixConfig(num_virtual_tokens=tokens, init_std=TOKEN_STD)
+    return PrefixConfig(num_virtual_tokens=tokens)
 
 
 ADAPTER_TRAINING = {"learning_rate": 1e-3}
 TOKEN_TRAINING = {"learning_rate": 1e-2}
-TOKEN_STD = 0.1  # at 1, untrained tokens change the features of MiniLM by 0.5 to 1, relative; at 0.1 by 0.2

@@ -77,6 +77,7 @@ class Promise:
     source: str
     note: str
     task: str
+    parts: tuple[tuple[str, float | None, float | None], ...] = ()
 
     @property
     def holds(self) -> bool | None:
@@ -184,4 +185,5 @@ def _promise(item: Any, tasks: Sequence[str]) -> Promise:
         source=str(row.get("source") or ""),
         note=str(row.get("note") or ""),
         task="" if task is None else str(task),
+        parts=tuple((str(name), number(v), number(b)) for name, v, b in row.get("parts") or ()),
     )

@@ -346,6 +346,7 @@ class SubspaceProjection(Rule):
                 "drift of a layer on old inputs |dW X| / |X|", drift.drift,
                 drift.drift_bound if self.promises else None, "relative", source,
                 f"Worst layer: `{drift.name}`. The bound is that of the directions left unprotected.{loose}",
+                tuple((c.name, c.drift, c.drift_bound if self.promises else None) for c in found),
             ),
             Measurement(
                 "old inputs left unprotected", max(residuals), 1 - self.energy + 1e-9 if exact else None, "share",

@@ -74,11 +74,13 @@ class TokenLayer(OwnLayer):
 
     def trained_slots(self) -> slice:
         """Where the tokens of the trained adapter are among all live tokens."""
-        lengths = {name: len(getattr(self, self.adapter_layer_names[0])[name]) for name in self.live()}
-        names, trained = list(lengths), self.trained()
-        before = names[: names.index(trained)] if trained else names
-        first = sum(lengths[name] for name in before)
-        return slice(first, first + lengths.get(trained or "", 0))
+        trained, first = self.trained(), 0
+        for name in self.live():
+            last = first + len(getattr(self, self.adapter_layer_names[0])[name])
+            if name == trained:
+                return slice(first, last)
+            first = last
+        return slice(0, 0)
 
     def tap(self, name: str) -> Tap:
         return self.taps.setdefault(name, Tap())
