@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .errors import RuleError
@@ -53,7 +54,7 @@ class LinearMap:
     @property
     def width(self) -> int:
         """d."""
-        return (self.weight if self.view is None else self.view(self.weight)).shape[-1]
+        return self._shape()[-1]
 
     def matrix(self, values: Tensor) -> Tensor:
         """A view, out x d, of the weight or of something of its shape; of sharded ones, the rows that are here.
@@ -69,3 +70,33 @@ class LinearMap:
                 raise RuleError(f"`{self.name}` is sharded by input columns: {rows}")
             values = values.to_local()
         return values if self.view is None else self.view(values)
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, from those that are here, as `matrix` gives them. A collective call where it is
+        sharded: every process must make it."""
+        if not self._sharded():
+            return rows
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        weight: Any = self.weight
+        shape = self._shape()
+        placements = [Shard(0) if p.is_shard() else Replicate() for p in weight.placements]
+        parts = DTensor.from_local(rows, weight.device_mesh, placements, shape=shape, stride=(shape[1], 1))
+        return parts.full_tensor()
+
+    def here(self, whole: Tensor) -> Tensor:
+        """Inverse of `whole`."""
+        if not self._sharded():
+            return whole
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        weight: Any = self.weight
+        placements = [Shard(0) if p.is_shard() else Replicate() for p in weight.placements]
+        return distribute_tensor(whole, weight.device_mesh, placements).to_local()
+
+    def _sharded(self) -> bool:
+        return any(p.is_shard() for p in getattr(self.weight, "placements", ()))
+
+    def _shape(self) -> torch.Size:
+        like = torch.empty(self.weight.shape, device="meta")
+        return (like if self.view is None else self.view(like)).shape

@@ -9,7 +9,7 @@ from typing import Any
 from ..checked import call_checked
 from ..errors import ConfigError, nearest
 from ..recipe import Recipe
-from . import controls, lora_family, projection
+from . import controls, lora_family, masks, projection
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     make.__name__: make
@@ -35,6 +35,12 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         projection.pegp_ia3,
         projection.gpm,
         projection.gpm_released,
+        masks.child_tuning_f,
+        masks.child_tuning_f_update,
+        masks.child_tuning_d,
+        masks.child_tuning_d_released,
+        masks.sam,
+        masks.sam_released,
         controls.replay,
         controls.joint,
         controls.frozen_ncm,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .base import Attached, Rule, TaskContext, attach
+from .fixed_mask import FixedMask
 from .lora_sites import LoraPair, lora_pairs
 from .orthogonal import OrthogonalToPast
 from .product_l1 import FactorL1, ProductL1, ReleasedProductL1
 from .projection import SubspaceProjection
+from .step_mask import StepMask
 
 RULES: dict[str, type[Rule]] = {
     "product_l1": ProductL1,
@@ -14,17 +16,21 @@ RULES: dict[str, type[Rule]] = {
     "factor_l1": FactorL1,
     "orthogonal_to_past": OrthogonalToPast,
     "subspace_projection": SubspaceProjection,
+    "step_mask": StepMask,
+    "fixed_mask": FixedMask,
 }
 
 __all__ = [
     "RULES",
     "Attached",
     "FactorL1",
+    "FixedMask",
     "LoraPair",
     "OrthogonalToPast",
     "ProductL1",
     "ReleasedProductL1",
     "Rule",
+    "StepMask",
     "SubspaceProjection",
     "TaskContext",
     "attach",

@@ -29,7 +29,7 @@ class Certificate:
 
 @torch.no_grad()
 def certificates(memory: LayerMemory, changes: Sequence[tuple[LinearMap, Tensor]]) -> list[Certificate]:
-    """One for every protected weight.
+    """One for every protected weight. Where weights are sharded, every process must call it, and gets the same.
 
     Args:
         memory: of the old inputs.
@@ -39,8 +39,8 @@ def certificates(memory: LayerMemory, changes: Sequence[tuple[LinearMap, Tensor]
     for site, W_ref in changes:
         kept = memory.of(site)
         moments, M = kept.memory, kept.M
-        W = site.matrix(site.weight).to("cpu", torch.float64)
-        D = W - W_ref.to(W)  # rows x d
+        W = site.whole(site.matrix(site.weight)).to("cpu", torch.float64)
+        D = W - site.whole(W_ref).to(W)  # rows x d
         norm, leak = W.norm(), (D @ M).norm()
         promised = LEAK.get(site.weight.dtype, LEAK[torch.bfloat16])
         # D = D (I - M M^T) + D M M^T: the bound holds for the first term, the promised leak for the second. The

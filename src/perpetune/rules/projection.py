@@ -74,7 +74,8 @@ class SubspaceProjection(Rule):
     gathered from the task's training inputs after it is learned, in eval mode, padding left out. They hold at least the
     share `energy` of sum sigma^2. Then, for layer inputs that did not move,
         sum_old |dW x|^2 <= ||dW||_2^2 (1 - kept share) sum_old |x|^2,
-    and with energy=1, where nothing that trains is unprotected, old outputs do not move at all, layer after layer.
+    and with energy=1, where nothing that trains is unprotected, old outputs do not move at all, layer after layer. The
+    bound is that of one task's dW; with energy < 1 the drifts of many tasks add up (docs/results/certificate.md).
 
     All trained weights that act through linear maps are protected: `nn.Linear`, `Conv1D`, both factors of LoRA (A reads
     x, B reads A x), adapters, the queries' side and the values' side of prompts and prefixes, IA3's vectors and biases
@@ -221,9 +222,10 @@ class SubspaceProjection(Rule):
         stored = self._references.get(site.name)
         if stored is None:
             return work(W)
-        if stored.shape != W.shape:
+        rows = site.here(stored.to(W.device))
+        if rows.shape != W.shape:
             raise RuleError(f"the reference of `{site.name}` in the state of SubspaceProjection has another shape")
-        return stored.to(W.device)
+        return rows
 
     # ---- the step ----
 
@@ -283,7 +285,7 @@ class SubspaceProjection(Rule):
 
     def state(self) -> dict[str, Tensor]:
         """The memory (`LayerMemory.state`), `probe.*`, and within a task W_ref as `reference.<layer>`."""
-        references = {f"reference.{site.name}": W.cpu().clone() for site, W in self._split_references()}
+        references = {f"reference.{site.name}": site.whole(W).cpu().clone() for site, W in self._split_references()}
         probes = {f"probe.{key}": value for key, value in self._probes.state().items()}
         return {**self._memory.state(), **probes, **references}
 

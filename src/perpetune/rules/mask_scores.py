@@ -1,0 +1,73 @@
+"""How much each entry matters to a task, judged before anything is trained, and leaving no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .lora_penalty import work
+
+Clip = Literal["none", "per_tensor", "global"]
+
+
+@contextmanager
+def burn_in(model: nn.Module, *, dropout: bool, seed: int) -> Iterator[None]:
+    """Gradients may be taken inside; random states, the modes of the modules and their buffers are then as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]  # in train mode a batch norm goes on averaging
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
+            torch.manual_seed(seed)
+            model.train(dropout)
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for b, kept in buffers:
+                b.copy_(kept)
+
+
+def gradient_scores(
+    losses: Iterable[Tensor],
+    params: Sequence[nn.Parameter],
+    score: Literal["fisher", "gradient", "absolute"],
+    clip: Clip,
+    at_most: int | None,
+) -> list[Tensor] | None:
+    """Of the gradients g of the losses: "fisher" sum g^2, "gradient" |sum g|, "absolute" sum |g|.
+
+    `.grad` is left alone. Returns one tensor per parameter, fp64 where that is its type and fp32 otherwise; None where
+    there is no loss.
+    """
+    sums = [torch.zeros_like(work(p)) for p in params]
+    count = 0
+    for loss in islice(losses, at_most):
+        count += 1
+        gradients = torch.autograd.grad(loss, params, materialize_grads=True)  # zeros where the loss does not reach
+        g = clipped([work(gradient) for gradient in gradients], clip)
+        with torch.no_grad():
+            if score == "fisher":
+                torch._foreach_addcmul_(sums, g, g)
+            else:
+                torch._foreach_add_(sums, torch._foreach_abs(g) if score == "absolute" else g)
+    if not count:
+        return None
+    torch._foreach_abs_(sums)
+    return sums
+
+
+def clipped(gradients: list[Tensor], clip: Clip) -> list[Tensor]:
+    """Scaled to norm 1 where it is above: each tensor alone, all together, or not at all."""
+    if clip == "none":
+        return gradients
+    norms = list(torch._foreach_norm(gradients))
+    if clip == "global":
+        total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+        norms = [total.to(norm.device) for norm in norms]
+    return [g / (norm + 1e-6).clamp(min=1) for g, norm in zip(gradients, norms, strict=True)]

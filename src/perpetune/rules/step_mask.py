@@ -1,0 +1,80 @@
+"""Child-Tuning-F: at every step, only a fresh random share of the entries is listened to, or may move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, RuleError
+from .base import Rule, TaskContext
+from .mask_selection import check_keep, mixed
+
+
+@dataclass
+class StepMask(Rule):
+    """A mask M_t ~ Bernoulli(keep), fresh for every entry at every step.
+
+    "gradient"  g <- M_t * g / keep before the step, as published. Under Adam the 1/keep cancels and the moments move
+                nearly all entries at every step: in the long run it is plain Adam with learning rate * sqrt(keep).
+                Under SGD the mean step is that of all gradients, its variance larger.
+    "update"    w <- M_t * w + (1 - M_t) * w_before after the step, to the bit: what lies outside the mask has not
+                moved, whatever Adam's moments and weight decay did. Nothing is multiplied by 1/keep.
+
+    It acts on every parameter of the model that trains, embeddings, norms and biases included. It supplies noise, and
+    protects nothing of earlier tasks. The draws come from a generator of the rule's own, seeded by (seed, number of the
+    task): the global one is left alone.
+
+    Source: Child-Tuning-F, Xu et al., 2109.05687; the factor 1/keep is that of its code.
+
+    Args:
+        keep: probability that an entry is in the mask; 1 is plain training.
+        on: "gradient" or "update".
+        seed: what the masks are drawn from.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        RuleError: (from `begin_task`) the model trains nothing.
+    """
+
+    keep: float = 0.3
+    on: Literal["gradient", "update"] = "gradient"
+    seed: int = 0
+    _params: list[nn.Parameter] = field(init=False, repr=False, compare=False, default_factory=list)
+    _generators: dict[torch.device, torch.Generator] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        check_keep(self, self.keep, self.seed)
+        if self.on not in ("gradient", "update"):
+            raise ConfigError(f"StepMask: on=`{self.on}` must be gradient or update")
+
+    def begin_task(self, task: TaskContext) -> None:
+        self._params = [p for p in task.model.parameters() if p.requires_grad]
+        if not self._params:
+            raise RuleError(
+                "StepMask acts on weights that train, and this model trains none: use a tuner that trains some "
+                "(AllWeights, LoRA), or take the rule out"
+            )
+        seed = mixed(self.seed, task.index)
+        self._generators = {d: torch.Generator(d).manual_seed(seed) for d in {p.device for p in self._params}}
+
+    @torch.no_grad()
+    def on_gradient(self) -> None:
+        for p in self._params if self.on == "gradient" else ():
+            if p.grad is not None:
+                M = torch.empty_like(p.grad).bernoulli_(self.keep, generator=self._generators[p.device])
+                p.grad.mul_(M).div_(self.keep)
+
+    def watches(self) -> Sequence[nn.Parameter]:
+        return self._params if self.on == "update" else ()
+
+    @torch.no_grad()
+    def on_update(self, before: Sequence[Tensor]) -> None:
+        for p, w in zip(self.watches(), before, strict=True):
+            M = torch.empty_like(p, dtype=torch.bool).bernoulli_(self.keep, generator=self._generators[p.device])
+            torch.where(M, p, w, out=p)
