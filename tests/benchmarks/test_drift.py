@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.drift import RECIPES, Row, course, main, random_task, small
+from benchmarks.drift import RECIPES, Row, course, main, random_task, real, small
 
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-6}
 OPEN = ("pegp_adapter", "pegp_lora", "pegp_lora_fresh", "gpm")  # the theory leaves them room for a new task
@@ -40,3 +40,12 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path, capsys):
     rows = main(["--small", "--recipes", "pegp_lora", "--steps", "2", "3", "--json", str(tmp_path / "rows.json")])
     assert [r.protected for r in rows] == ["none", "gradient", "update", "both"]
     assert "| pegp_lora |" in capsys.readouterr().out and (tmp_path / "rows.json").is_file()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("recipe", ["pegp_lora_fresh", "pegp_adapter"])
+def test_old_outputs_of_minilm_stay(recipe, minilm, streams_dir):
+    """The benchmark's own course of 300 steps is in docs/projection.md."""
+    base, old, new = real(str(minilm), streams_dir / "cl-benchmark", torch.float32)
+    row = course(base, recipe, "update", old, new, (8, 25), 1e-3)
+    assert 0 < row.drift <= 1e-6 and row.promises_kept is True
