@@ -20,6 +20,7 @@ from .linear_sites import Batches, linear_sites
 from .lora_penalty import work
 from .lora_sites import lora_pairs
 from .probes import Probes
+from .stacked_maps import StackedMaps, stack
 
 CHOICES = {
     "on": ("update", "gradient", "both"),
@@ -27,35 +28,6 @@ CHOICES = {
     "prompts": ("per_head", "published"),
     "unprotected": ("error", "freeze", "allow"),
 }
-BUCKET = 64  # bases of as many columns, rounded up to this, are padded with zeros and multiplied at once
-
-
-@dataclass
-class _Group:
-    """n inputs of one width d, read by R rows of weights each: W_ref (n x R x d), M (n x d x k).
-
-    `sites` lists those of the first input, then those of the second, and so on: their rows laid end to end are W.
-    """
-
-    sites: list[LinearMap]
-    W_ref: Tensor
-    M: Tensor
-
-    def stacked(self, values: Sequence[Tensor | None]) -> Tensor:
-        """(n x R x d) of the weights, or of as many tensors of their shapes; None counts as zeros."""
-        rows = [
-            s.matrix(torch.zeros_like(s.weight) if v is None else v) for s, v in zip(self.sites, values, strict=True)
-        ]
-        return work(torch.cat(rows)).view(self.W_ref.shape)
-
-    def write(self, targets: Sequence[Tensor | None], values: Tensor) -> None:
-        """values (n x R x d) back to where they came from, rounded once where that is half precision."""
-        places = [None if t is None else s.matrix(t) for s, t in zip(self.sites, targets, strict=True)]
-        sizes = [len(s.matrix(s.weight)) for s in self.sites]
-        pairs = zip(places, values.flatten(0, 1).split(sizes), strict=True)
-        chosen = [(place, v) for place, v in pairs if place is not None]
-        if chosen:
-            torch._foreach_copy_([place for place, _ in chosen], [v for _, v in chosen])
 
 
 @dataclass
@@ -122,7 +94,7 @@ class SubspaceProjection(Rule):
     sketch_rows: int = 256
     _memory: LayerMemory = field(init=False, repr=False, compare=False)
     _references: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
-    _groups: list[_Group] = field(init=False, repr=False, compare=False, default_factory=list)
+    _groups: list[StackedMaps] = field(init=False, repr=False, compare=False, default_factory=list)
     _begun: bool = field(init=False, repr=False, compare=False, default=False)
     _loose: int = field(init=False, repr=False, compare=False, default=0)
     _batches: Batches | None = field(init=False, repr=False, compare=False, default=None)
@@ -189,30 +161,11 @@ class SubspaceProjection(Rule):
             for p in loose.values() if self.unprotected == "freeze" else ():
                 p.requires_grad_(False)
                 p.grad = None  # an optimizer that holds it leaves it alone, decay included
-            self._group(sites)
-
-    @torch.no_grad()
-    def _group(self, sites: Sequence[LinearMap]) -> None:
-        """Weights that read one input share its M; inputs of like shapes are multiplied at once."""
-        readers: dict[tuple, list[LinearMap]] = {}
-        for site in sites:
-            where = (site.weight.dtype, site.weight.device, site.rows)  # rows and columns of one weight: one by one
-            readers.setdefault((self._memory.reads[site.name], *where), []).append(site)
-        alike: dict[tuple, list[tuple[Tensor, list[LinearMap]]]] = {}
-        for (index, *kind), members in readers.items():
-            M = self._memory.inputs[index].M
-            if M.shape[1]:  # nothing to protect where all inputs were 0
-                R = sum(len(site.matrix(site.weight)) for site in members)
-                alike.setdefault((*kind, R, len(M), -(-M.shape[1] // BUCKET)), []).append((M, members))
-        for inputs in alike.values():
-            members = [site for _, group in inputs for site in group]
-            W = work(torch.cat([self._reference(site) for site in members]))
-            k = max(M.shape[1] for M, _ in inputs)
-            padded = [nn.functional.pad(M, (0, k - M.shape[1])).to(W.device, W.dtype) for M, _ in inputs]
-            self._groups.append(_Group(members, W.view(len(inputs), -1, W.shape[1]), torch.stack(padded)))
-        self._references = {}
-        for group in self._groups if self.branch == "fresh" else ():
-            self._project(group, group.W_ref)
+            with torch.no_grad():
+                self._groups = stack(sites, self._memory, self._reference)
+                for group in self._groups if self.branch == "fresh" else ():
+                    self._project(group, group.W_ref)
+            self._references = {}
 
     def _reference(self, site: LinearMap) -> Tensor:
         """W_ref: what the state of a task in progress brought along, else the weight as it is; 0 for a fresh branch."""
@@ -250,7 +203,7 @@ class SubspaceProjection(Rule):
                 start, before = group.stacked(before[: len(group.sites)]), before[len(group.sites) :]
             self._project(group, start)
 
-    def _project(self, group: _Group, start: Tensor) -> None:
+    def _project(self, group: StackedMaps, start: Tensor) -> None:
         weights = [site.weight for site in group.sites]
         W = group.stacked(weights)
         DM = torch.bmm(W - start, group.M)  # n x R x k
@@ -290,11 +243,7 @@ class SubspaceProjection(Rule):
         return {**self._memory.state(), **probes, **references}
 
     def _split_references(self) -> list[tuple[LinearMap, Tensor]]:
-        pairs = []
-        for group in self._groups:
-            sizes = [len(site.matrix(site.weight)) for site in group.sites]
-            pairs += list(zip(group.sites, group.W_ref.flatten(0, 1).split(sizes), strict=True))
-        return pairs
+        return [pair for group in self._groups for pair in group.references()]
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`. Loaded within a task, `begin_task` takes its W_ref from it and not from the weights.
