@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def catalogue(what: str) -> list[tuple[str, str, str]]:
-    """(name, first paragraph of the docstring, settings with defaults) of every recipe, head, rule, consolidation or
-    stream.
+    """(name, first paragraph of the docstring, settings with defaults) of all recipes, tuners, rules, consolidations,
+    heads or streams.
 
     Raises:
         ConfigError: an unknown kind.
@@ -28,9 +28,10 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
 
     kinds: dict[str, Any] = {
         "recipes": RECIPES,
-        "heads": HEADS,
+        "tuners": _tuners() if what == "tuners" else {},
         "rules": RULES,
         "consolidations": CONSOLIDATIONS,
+        "heads": HEADS,
         "streams": BUILTINS,
     }
     if what not in kinds:
@@ -40,13 +41,29 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
         if what == "streams":
             rows.append((name, piece.about, ""))
             continue
+        inherited = _inherited(piece) if what == "tuners" else ()
         settings = [
             f"{p.name}={p.default!r}" if p.default is not p.empty else p.name
             for p in inspect.signature(piece).parameters.values()
+            if p.name not in inherited
         ]
         text = inspect.getdoc(piece)
         rows.append((name, " ".join((text or "").split("\n\n")[0].split()), ", ".join(settings)))
     return rows
+
+
+def _inherited(piece: Any) -> set[str]:
+    """What every configuration of peft has besides."""
+    from peft import PeftConfig
+
+    return set(inspect.signature(PeftConfig).parameters) if issubclass(piece, PeftConfig) else set()
+
+
+def _tuners() -> dict[str, Any]:
+    """Ours; any configuration of peft may stand in their place."""
+    from . import tuners
+
+    return {**tuners.TUNERS, **{name: getattr(tuners, name) for name in tuners.OWN_CONFIGS}}
 
 
 def log_table(result: Result) -> Table:

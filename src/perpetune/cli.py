@@ -271,7 +271,7 @@ def report(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="recipes, heads, rules, consolidations or streams.")] = "recipes",
+    what: Annotated[str, typer.Argument(help="recipes, tuners, rules, consolidations, heads or streams.")] = "recipes",
 ) -> None:
     """What can be chosen from, each with what it does and where it comes from."""
     from rich.console import Console

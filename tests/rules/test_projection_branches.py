@@ -177,3 +177,21 @@ def test_probes_promise_nothing_where_the_rule_does_not():
     course = Course("lora", torch.float32, SubspaceProjection(energy=0.9, probes=5)).first(5)
     course.learn(1, 5)
     assert course.rule.guarantee()[-1].bound is None and course.rule.guarantee()[-1].value > 0
+
+
+# ---- in a recipe, beside other rules ----
+
+
+def test_composes_with_other_rules_and_any_head(word_stream, tiny_bert):
+    rules = [pt.ProductL1(1e-3), pt.OrthogonalToPast(0.5), SubspaceProjection(0.9, branch="fresh", probes=4)]
+    heads = [pt.LinearHead(), pt.RidgeHead(features=64), pt.PrototypeHead()]
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"])
+    training = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    learner = pt.Learner(tiny_bert(), pt.Recipe(config, rules, pt.Merge(), heads, training=training))
+    result = learner.learn(pt.load_stream(word_stream, tasks=["films", "news", "mood"]))
+    assert all(g["holds"] is not False for g in result.guarantees), result.guarantees
+    names = {g["name"] for g in result.guarantees}
+    assert {"worst change of outputs on probes", "change of features on earlier tasks' test inputs"} <= names
+    layers = [g for g in result.guarantees if g["name"].startswith("drift of a layer")]
+    assert len(layers) == 2 and all(len(g["parts"]) == 4 for g in layers)  # A of query and value, two layers
+    assert all(value <= bound for g in layers for _, value, bound in g["parts"])
