@@ -55,7 +55,17 @@ def test_a_learned_task_is_better_than_chance(stream, model, tmp_path):
     assert result.matrix("linear", "task").values.diagonal().min() > 0.7
 
 
-RESUMED = ("olora_nlora", "olora_released", "sequential", "replay", "sequential_lora", "tfidf_ridge", "frozen_ncm")
+RESUMED = (
+    "sotu",
+    "pegp_lora_fresh",
+    "olora_nlora",
+    "olora_released",
+    "sequential",
+    "replay",
+    "sequential_lora",
+    "tfidf_ridge",
+    "frozen_ncm",
+)
 
 
 @pytest.mark.parametrize("recipe", RESUMED)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import cli_finished
+
 if TYPE_CHECKING:
     from .results import Result
 
@@ -294,6 +296,10 @@ def log(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     from .results import Result
 
     Console().print(log_table(Result(path)))
+
+
+for command in (cli_finished.export, cli_finished.diff, cli_finished.gate):
+    app.command()(command)
 
 
 def print_tables(records: list[Any]) -> None:

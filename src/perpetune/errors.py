@@ -30,6 +30,10 @@ class HeadError(PerpetuneError):
     """A head cannot read this model or this stream, or no longer fits its checkpoint."""
 
 
+class DeltaError(PerpetuneError):
+    """A stored delta is damaged, of an unknown version, or belongs to another base model."""
+
+
 class TrainingError(PerpetuneError):
     """Training cannot go on: a loss that is not finite, for instance."""
 

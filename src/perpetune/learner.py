@@ -7,9 +7,9 @@ import hashlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -18,8 +18,9 @@ from transformers.trainer_utils import set_seed
 
 from . import run as run_directory
 from .backbone import Backbone, Examples, FixedFeatures, Pooling, load_backbone
+from .compose import choose, plain
 from .config import RunConfig
-from .consolidation import Step
+from .consolidation import Consolidation, Step
 from .errors import ConfigError, RunError, StreamError, nearest
 from .evaluation import Evaluator
 from .heads import Head, make_head
@@ -146,7 +147,7 @@ class Learner:
                         head.end_task()
                     consolidation.end_task(step)
                     trained = time.perf_counter()
-                    self._observe(step)
+                    self._observe(step, stream)
                     predictions = self._evaluator.predictions(stream, step, self.heads, consolidation)
                     measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]
                     measured += [*self._stale(step), *self._moved(step, stream)]
@@ -297,17 +298,20 @@ class Learner:
             batch = backbone.collate(self._examples[start : start + size])
             yield model(**{k: v.to(self.device) for k, v in batch.items()})["loss"]
 
-    def _observe(self, step: Step) -> None:
-        """Show the training samples to the heads that gather statistics, with the features as they are now."""
+    def _observe(self, step: Step, stream: Stream) -> None:
+        """Show training samples to the heads that gather statistics, with the features as they are now."""
         watching = [head for head in self.heads if type(head).observe is not Head.observe]
-        for task in step.tasks if watching else ():
+        anew = [head for head in watching if head.refresh]
+        for head in anew:
+            head.clear()
+        for task in stream.tasks[0 if anew else step.first : step.learned] if watching else ():
             features = self._evaluator.features(task, "train")
             labels = torch.tensor(task.train["label"])
-            for head in watching:
+            for head in watching if task in step.tasks else anew:
                 head.observe(features, labels, task.train["id"])
 
     def _stale(self, step: Step) -> list[Measurement]:
-        watching = [head for head in self.heads if type(head).observe is not Head.observe]
+        watching = [h for h in self.heads if type(h).observe is not Head.observe and not h.refresh]
         if not watching or not self.recipe.tuner.trains:
             return []
         note = "tasks whose class statistics were gathered with features that have changed since (order-dependent)"
@@ -397,11 +401,7 @@ class Learner:
             **loading,
             **options,
         )
-        learner.backbone = learner._load_backbone(model["modality"])
-        if learner.backbone.fingerprint != model["fingerprint"]:
-            raise RunError(
-                f"{run} was made with another base model than `{name}` is now: give the one that it was made with"
-            )
+        learner.backbone = learner._load_base(model["modality"], model["fingerprint"])
         directory, stream = Run.read(run), config["stream"]
         learner._restore(directory, stream["labels"])
         seen = directory.commits[-1].manifest["classes"] if directory.commits else []
@@ -445,18 +445,66 @@ class Learner:
         scores = by_name[head or self.heads[0].name].scores(features)
         return [labels[allowed[i]] for i in scores[:, allowed].argmax(1).tolist()]
 
-    def export(self, folder: str | Path) -> Path:
-        """Write the model as it is now as a plain transformers folder, adapters merged; the run stays as it is.
+    def _load_base(self, modality: Any, expected: str) -> Backbone:
+        backbone = self._load_backbone(modality)
+        if backbone.fingerprint != expected:
+            raise RunError(
+                f"{self.path} was made with another base model than `{self.model_name}` is now: give the one that it "
+                "was made with (--model)"
+            )
+        return backbone
+
+    def fresh(self) -> tuple[Backbone, Consolidation]:
+        """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.
 
         Raises:
-            ConfigError: nothing is learned yet, or there is no network to export.
+            ConfigError: nothing is learned yet.
+            RunError: the base model is another one now.
+        """
+        backbone, recipe = self._need_backbone(), copy.deepcopy(self._recipe)
+        base = self._load_base(backbone.modality, backbone.fingerprint)
+        recipe.consolidation.open(base, recipe.tuner)
+        return base, recipe.consolidation
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        only: Sequence[str] | None = None,
+        without: Collection[str] = (),
+        scales: Mapping[str, float] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> Path:
+        """Write a plain transformers folder, adapters merged; the run stays as it is.
+
+        Without a choice of tasks this is the model as it is now; with one, the base model and what the chosen tasks
+        left on its weights, added up in fp32: the same bits as if the other deltas had never been.
+
+        Args:
+            only: tasks to take, None all; without: tasks to leave out.
+            scales: factors of tasks, times the consolidation's own.
+            dtype: what the fp32 weights are rounded to, once.
+
+        Raises:
+            ConfigError: nothing is learned yet, there is no network to export, no weights could hold the adapter; an
+                unknown task; tasks that leave nothing to choose from.
         """
         backbone = self._need_backbone()
         if isinstance(backbone, FixedFeatures):
             raise ConfigError(f"recipe `{self.recipe.name}` has no network to export")
-        model = copy.deepcopy(backbone.model)
-        if hasattr(model, "merge_and_unload"):
-            model = model.merge_and_unload(safe_merge=True)
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype is float32 or bfloat16, not `{dtype}`")
+        commits = Run.read(self.path).commits
+        if not commits:
+            raise ConfigError("nothing is learned yet: call learn(stream) first")
+        if only is None and not without and not scales:
+            model: Any = plain(copy.deepcopy(backbone.model), commits[-1].path)
+        else:
+            chosen = choose(commits[-1].manifest["learned"], only, without, scales)
+            backbone, consolidation = self.fresh()
+            consolidation.compose({c.manifest["task"]: c for c in commits[1:]}, chosen)
+            model = backbone.model
+        model = model.to(dtype=getattr(torch, dtype))
         with run_directory.writing(Path(folder)):
             model.save_pretrained(str(folder))
             backbone.processor.save_pretrained(str(folder))

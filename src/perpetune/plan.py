@@ -74,8 +74,10 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         size = int(learner.training["per_device_train_batch_size"])
         rows = recipe.consolidation.rows(step)
         sample = backbone.prepare(rows.select(range(min(len(rows), TRIAL_STEPS * size))))
+        learner._examples = sample
+        context = TaskContext(backbone, 0, learner._batches, learner._losses)
         for rule in recipe.rules:  # a rule that finds nothing to act on says so now
-            rule.begin_task(TaskContext(backbone, 0))
+            rule.begin_task(context)
         seconds_a_step = 0.0
         if trainable:
             started = time.perf_counter()
@@ -86,6 +88,8 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         started = time.perf_counter()
         backbone.features(sample, int(learner.training["per_device_eval_batch_size"]))
         seconds_an_example = (time.perf_counter() - started) / max(1, len(sample))
+        for rule in recipe.rules if trainable else ():
+            rule.end_task(context)  # so that what it remembers counts
         for head in learner._all_heads():
             head.end_task()
         recipe.consolidation.end_task(step)

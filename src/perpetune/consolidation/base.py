@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -46,6 +46,7 @@ class StoredFiles(Protocol):
 
     def tensors(self, name: str) -> dict[str, Tensor]: ...
     def rows(self, name: str) -> datasets.Dataset: ...
+    def json(self, name: str) -> Any: ...
     def has(self, name: str) -> bool: ...
 
 
@@ -98,6 +99,26 @@ class Consolidation:
     def restore(self, commits: Sequence[StoredFiles]) -> None:
         """Put the backbone into the state after these commits."""
         raise NotImplementedError
+
+    def compose(self, commits: Mapping[str, StoredFiles], scales: Mapping[str, float]) -> None:
+        """Instead of `restore`: put the backbone's weights to the base + sum_t scale_t * (what task t left on them).
+
+        Args:
+            commits: by the name of the task, in the order of learning.
+            scales: of the chosen tasks; the others are left out.
+
+        Raises:
+            ConfigError: tasks leave nothing on the weights that could be left out or scaled.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} keeps no change of each task on the weights, so no task can be chosen, left out or "
+            "scaled: use a recipe with SparseSum (`sotu`) or Merge (`lora`), or export the model as it is"
+        )
+
+    @property
+    def independent(self) -> bool:
+        """Whether what a task leaves is made without what earlier tasks left."""
+        return False
 
     def guarantee(self) -> list[Measurement]:
         return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,7 +58,7 @@ class Merge(Consolidation):
         return self.backbone.prepare(step.tasks[0].test.select(range(min(16, len(step.tasks[0].test)))))
 
     @torch.no_grad()
-    def _absorb(self) -> None:
+    def _absorb(self, scale: float = 1.0) -> None:
         deltas = self.tuner.deltas(self.backbone.model)
         self.backbone.model = self.tuner.detach(self.backbone.model)
         parameters = dict(self.backbone.model.named_parameters())
@@ -66,7 +66,7 @@ class Merge(Consolidation):
             weight = parameters[name]
             base = self._base.setdefault(name, weight.detach().clone())
             total = self._sum.setdefault(name, torch.zeros_like(base, dtype=torch.float32))
-            total += delta
+            total.add_(delta, alpha=scale)
             weight.copy_(base.float() + total)
         self.backbone.version += 1
 
@@ -75,9 +75,19 @@ class Merge(Consolidation):
 
     def restore(self, commits: Sequence[StoredFiles]) -> None:
         for commit in commits:
-            self.backbone.model = self.tuner.attach(self.backbone.model)
-            self.tuner.load(self.backbone.model, stored_adapter(commit))
-            self._absorb()
+            self._add(commit, 1.0)
+
+    def compose(self, commits: Mapping[str, StoredFiles], scales: Mapping[str, float]) -> None:
+        """See `Consolidation.compose`. An adapter was trained on top of those merged before it: without them, it may do
+        something else than it learned."""
+        for task, commit in commits.items():
+            if task in scales:
+                self._add(commit, scales[task])
+
+    def _add(self, commit: StoredFiles, scale: float) -> None:
+        self.backbone.model = self.tuner.attach(self.backbone.model)
+        self.tuner.load(self.backbone.model, stored_adapter(commit))
+        self._absorb(scale)
 
     def guarantee(self) -> list[Measurement]:
         return [

@@ -21,12 +21,24 @@ def linear_seen(loss: Classes = "seen") -> LinearHead:
     return LinearHead(loss)
 
 
+def ncm_refresh(refresh: bool = True) -> PrototypeHead:
+    """Nearest class mean, with the means of all classes taken anew after every task."""
+    return PrototypeHead(refresh)
+
+
+def ridge_refresh(features: int = 1024, refresh: bool = True) -> RidgeHead:
+    """Ridge on random features, with the statistics of all tasks taken anew after every task."""
+    return RidgeHead(features, refresh=refresh)
+
+
 HEADS: dict[str, Callable[..., OpenedHead]] = {
     "linear": LinearHead,
     "linear_seen": linear_seen,
     "label_text": LabelTextHead,
     "ncm": PrototypeHead,
+    "ncm_refresh": ncm_refresh,
     "ridge": RidgeHead,
+    "ridge_refresh": ridge_refresh,
 }
 
 

@@ -19,13 +19,14 @@ class Head(nn.Module):
     Classes are global indices, rows of `Stream.labels`; scores have one column per class of the stream.
 
     Life of a head: `open(...)` once per run, then per task `begin_task`, (training through `loss`), `end_task`,
-    `observe` over the training samples in eval mode, then any number of `scores`. A finished task is saved with
-    `state()`; a resumed run calls `open` and `load_state`.
+    `observe` over the task's training samples in eval mode (with `refresh`: `clear`, then those of all tasks so far),
+    then any number of `scores`. A finished task is saved with `state()`; a resumed run calls `open` and `load_state`.
     """
 
     name: str = ""
     trains: bool = False
     needs_label_embeddings: bool = False
+    refresh: bool = False  # statistics are gathered anew from all tasks, after every task
 
     def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
         """Start from nothing: features have `width` columns, `labels` are the label texts of all classes, C of them.
@@ -60,6 +61,9 @@ class Head(nn.Module):
 
     def observe(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
         """Add samples to the statistics: order and batching do not matter. `ids` are the samples' content hashes."""
+
+    def clear(self) -> None:
+        """As if no sample had been observed."""
 
     def scores(self, features: Tensor, task: int | None = None) -> Tensor:
         """(N x C) scores, -inf for classes not seen yet.

@@ -42,6 +42,7 @@ class RidgeHead(StatisticsHead):
         holdout: share of the samples that choose lambda.
         bits: of the grid on which h is rounded, over a fixed range (0..512 before scaling; +-32 where `features` is
             0). 2 * bits + log2(n) must stay below 53: 17 bits allow 524,287 samples, 16 bits four times as many.
+        refresh: see `StatisticsHead`.
 
     Raises:
         ConfigError: an argument out of range.
@@ -52,9 +53,14 @@ class RidgeHead(StatisticsHead):
     symmetric: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __init__(
-        self, features: int = 1024, regularisation: float | None = None, holdout: float = 0.2, bits: int = 17
+        self,
+        features: int = 1024,
+        regularisation: float | None = None,
+        holdout: float = 0.2,
+        bits: int = 17,
+        refresh: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(refresh)
         if features < 0:
             raise ConfigError(f"ridge head: features={features}; give their number, or 0 for none")
         if regularisation is not None and not (math.isfinite(regularisation) and regularisation > 0):

@@ -28,6 +28,12 @@ class StatisticsHead(OpenedHead):
     class_axis: ClassVar[dict[str, int]] = {}
     symmetric: ClassVar[frozenset[str]] = frozenset()
 
+    def __init__(self, refresh: bool = False) -> None:
+        super().__init__()
+        self.refresh = refresh
+        if refresh:
+            self.name = f"{self.name}_refresh"
+
     def shapes(self, classes: int) -> dict[str, Shape]:
         raise NotImplementedError
 
@@ -35,7 +41,11 @@ class StatisticsHead(OpenedHead):
         super().open(width, labels, seed=seed)
         if width > WIDEST:
             raise HeadError(f"head `{self.name}`: features of width {width}; exact sums allow {WIDEST}")
-        shapes = self.shapes(len(labels))
+        self.clear()
+
+    def clear(self) -> None:
+        """As if nothing had been observed."""
+        shapes = self.shapes(len(self.labels))
         self.statistics = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
         self.changed()
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..checked import call_checked
 from ..errors import ConfigError, nearest
 from ..recipe import Recipe
-from . import controls, lora_family, masks, projection
+from . import controls, deltas, lora_family, masks, projection
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     make.__name__: make
@@ -41,6 +41,10 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         masks.child_tuning_d_released,
         masks.sam,
         masks.sam_released,
+        deltas.sotu,
+        deltas.sotu_disjoint,
+        deltas.soup,
+        deltas.task_arithmetic,
         controls.replay,
         controls.joint,
         controls.frozen_ncm,

@@ -1,0 +1,135 @@
+"""Commands that read a finished run: export, diff, gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Run = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+Model = Annotated[str | None, typer.Option(help="The base model, if it is not where it was when the run was made.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="Leave this task out; may be given again.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="A,B", help="Take these tasks alone.")] = None,
+    scale: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=0.5", help="Multiply what this task left; may be given again.")
+    ] = None,
+    model: Model = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16, to which the sum is rounded once.")] = "float32",
+) -> None:
+    """Write a plain transformers folder, which AutoModel.from_pretrained loads without perpetune.
+
+    `perpetune export runs/sotu --out model/ --without 2026-week-07`
+
+    Without options: the model as it is. With them: the base model and what the chosen tasks left on its weights, for
+    recipes with SparseSum (`sotu`) and Merge (`lora`, `olora`, ...), to the bit as if the others had left nothing.
+
+    The deltas of SparseSum are made from the base, each without the others, unless `sequential` is set. Adapters that
+    Merge merged later were trained on top of earlier ones: leaving an earlier one out is not forgetting with proof.
+    """
+    from .learner import Learner
+
+    learner = Learner.open(run, model=model)
+    names = None if only is None else [part.strip() for part in only.split(",") if part.strip()]
+    factors = dict(_factor(text) for text in scale or ())
+    choice: dict[str, Any] = {"only": names, "without": without or (), "scales": factors}
+    folder = learner.export(out, **choice, dtype=dtype)  # type: ignore[arg-type]
+    typer.echo(f"{folder}: {_composed(learner, choice)}")
+
+
+def _factor(text: str) -> tuple[str, float]:
+    from .errors import ConfigError
+
+    task, _, number = text.rpartition("=")
+    try:
+        return task, float(number)
+    except ValueError:
+        raise ConfigError(f"--scale takes task=number, not `{text}`") from None
+
+
+def _composed(learner: Any, choice: dict[str, Any]) -> str:
+    """What an exported model is made of, and what can be said of the tasks that were left out."""
+    from .compose import choose, ties
+    from .results import Result
+
+    result = Result(learner.path)
+    if choice["only"] is None and not choice["without"] and not choice["scales"]:
+        return f"the model as it is, after {', '.join(result.tasks) or 'no task'}"
+    scales = choose(result.tasks, **choice)
+    parts = ", ".join(task if scale == 1 else f"{scale:g} x {task}" for task, scale in scales.items())
+    tied = ties(learner.recipe, result)
+    if tied is None:
+        return f"the base and {parts}; each delta was made from the base alone, without the data of other tasks"
+    return f"the base and {parts}; of these deltas {tied}, so leaving a task out is not forgetting it with proof"
+
+
+def diff(
+    run: Run,
+    before: Annotated[str | None, typer.Argument(metavar="[A]", help="A task, its number, or untouched.")] = None,
+    after: Annotated[str | None, typer.Argument(metavar="[B]", help="The same; default the newest task.")] = None,
+    model: Model = None,
+    all_: Annotated[bool, typer.Option("--all", help="All weights that changed, not the first 20.")] = False,
+    json: AsJson = False,
+) -> None:
+    """What changed in the weights between two points of a run; by default, what the newest task changed.
+
+    `perpetune diff runs/sotu untouched news`
+
+    For every weight W the change ||W_b - W_a|| / ||W_a|| (Frobenius), the largest first, and the share of entries that
+    changed; where tasks leave masked deltas, how many entries the masks share. The points are the base (`untouched`,
+    or 0) and each learned task (by name, or 1, 2, ...).
+    """
+    from .difference import difference
+
+    found = difference(run, before, after, model=model)
+    _show(found.to_dict() if json else found.table(None if all_ else 20))
+
+
+def gate(
+    run: Run,
+    max_forgetting: Annotated[float, typer.Option(help="What any earlier task may lose: 0.02 is two points.")] = 0.02,
+    min_gain: Annotated[float, typer.Option(help="What the newest task must gain: 0.01 is one point.")] = 0.01,
+    max_flips: Annotated[
+        int | None, typer.Option(help="Examples of earlier tasks that may be wrong now and were right before.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Which head; default the first.")] = None,
+    scenario: Annotated[str | None, typer.Option(help="class, task or domain; default that of the stream.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Judge the newest task of a run, for a weekly job: exit code 0 if it may stay, 1 if not, 2 for an error.
+
+    `perpetune run week.yaml && perpetune gate runs/weekly --max-forgetting 0.02 --min-gain 0.01`
+
+    No earlier task may lose more than --max-forgetting. The newest must gain --min-gain over the model before it; over
+    the untouched model, or else chance, where the head could not name the classes before. A broken promise of the
+    newest task closes the gate too. Reads the predictions stored in the run; no model is loaded.
+    """
+    from .gate import judge
+    from .results import Result
+
+    limits = {"max_forgetting": max_forgetting, "min_gain": min_gain, "max_flips": max_flips}
+    verdict = judge(Result(run), **limits, head=head, scenario=scenario)  # type: ignore[arg-type]
+    _show(verdict.to_dict() if json else verdict.table())
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _show(found: Any) -> None:
+    import json
+
+    from rich.console import Console
+
+    if isinstance(found, dict):
+        typer.echo(json.dumps(found, indent=1, allow_nan=False))
+    else:
+        console = Console(soft_wrap=True, highlight=False)
+        if not console.is_terminal:
+            console.width = 200  # a log has no edge: names stay whole
+        console.print(found)

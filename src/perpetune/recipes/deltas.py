@@ -1,0 +1,45 @@
+"""Sums of deltas: every task tuned on its own, from the base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..consolidation import SparseSum
+from ..heads import PrototypeHead
+from ..recipe import Recipe
+from ..tuners import AllWeights
+
+DELTA_TRAINING = {"learning_rate": 1e-4}
+
+
+def sotu(keep: float = 0.1, storage: Literal["fp32", "bf16", "int8"] = "fp32", sequential: bool = False) -> Recipe:
+    """SoTU: a random share of every task's delta, summed as it is.
+
+    Sparse orthogonal parameters tuning, 2411.02813 (no code published; masks after tuning, from the base, no rescaling,
+    class means: our reading). `soup` is its expectation at keep = 1/T.
+    """
+    return Recipe(
+        AllWeights(),
+        [],
+        SparseSum(keep, storage=storage, sequential=sequential),
+        PrototypeHead(),
+        training=DELTA_TRAINING,
+    )
+
+
+def sotu_disjoint(keep: float = 0.1) -> Recipe:
+    """SoTU with masks that never meet, for up to 1/keep tasks."""
+    return Recipe(AllWeights(), [], SparseSum(keep, "disjoint"), PrototypeHead(), training=DELTA_TRAINING)
+
+
+def soup() -> Recipe:
+    """The average of all tuned models: theta_0 + (1/T) sum d_t, dense (model soups, Wortsman et al., 2203.05482)."""
+    return Recipe(AllWeights(), [], SparseSum(1.0, scale="1/T"), PrototypeHead(), training=DELTA_TRAINING)
+
+
+def task_arithmetic(scale: float = 0.3) -> Recipe:
+    """theta_0 + scale * sum d_t, dense: Ilharco et al., Editing models with task arithmetic, 2212.04089.
+
+    Published scales lie about 0.3 to 0.5 and are chosen on validation data: `perpetune compare --validation 0.2`.
+    """
+    return Recipe(AllWeights(), [], SparseSum(1.0, scale=scale), PrototypeHead(), training=DELTA_TRAINING)
