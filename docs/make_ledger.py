@@ -37,6 +37,16 @@ EQUATIONS = {
         "tests/rules/test_projection_branches.py::test_fresh_lora_leaves_old_outputs_alone_whatever_b_does",
         "tests/benchmarks/test_drift.py::test_old_outputs_stay",
     ],
+    "StepMask": [
+        "tests/rules/test_step_mask.py::test_gradient_is_that_of_the_equation",
+        "tests/rules/test_step_mask.py::test_update_is_that_of_the_equation_to_the_bit",
+        "tests/rules/test_step_mask.py::test_under_adam_it_is_a_smaller_learning_rate",
+    ],
+    "FixedMask": [
+        "tests/rules/test_fixed_mask.py::test_mask_is_that_of_the_equation",
+        "tests/rules/test_fixed_mask.py::test_largest_is_a_sort",
+        "tests/rules/test_fixed_mask.py::test_outside_the_mask_no_bit_moves",
+    ],
     "AdapterConfig": [
         "tests/tuners/test_adapter.py::test_equation",
         "tests/tuners/test_adapter.py::test_projection_keeps_old_outputs",

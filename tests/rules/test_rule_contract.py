@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -14,16 +14,28 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from perpetune.errors import RuleError
-from perpetune.rules import RULES, OrthogonalToPast, Rule, SubspaceProjection, TaskContext, attach, lora_pairs
+from perpetune.rules import (
+    RULES,
+    FixedMask,
+    OrthogonalToPast,
+    Rule,
+    StepMask,
+    SubspaceProjection,
+    TaskContext,
+    attach,
+    lora_pairs,
+)
 from perpetune.rules.product_l1 import FactorL1, ProductL1, ReleasedProductL1
 
 
 @dataclass(frozen=True)
 class Case:
-    """`make`: a new rule, strong enough to matter. `grows`: its cost per step grows with the number of tasks."""
+    """`make`: a new rule, strong enough to matter. `grows`: its cost per step grows with the number of tasks.
+    `any_weights`: it acts on whatever trains, LoRA or not."""
 
     make: Callable[[], Rule]
     grows: bool = False
+    any_weights: bool = False
 
 
 CASES = {
@@ -36,6 +48,11 @@ CASES = {
     "SubspaceProjection": Case(lambda: SubspaceProjection(0.9)),
     "SubspaceProjection both": Case(lambda: SubspaceProjection(0.9, "both")),
     "SubspaceProjection sketched": Case(lambda: SubspaceProjection(0.9, "gradient", wide=4, sketch_rows=3)),
+    "StepMask gradient": Case(lambda: StepMask(0.3), any_weights=True),
+    "StepMask update": Case(lambda: StepMask(0.3, "update"), any_weights=True),
+    "FixedMask Fisher": Case(lambda: FixedMask(0.3), any_weights=True),
+    "FixedMask gradient": Case(lambda: FixedMask(0.1, "gradient", "per_tensor", batch=2), any_weights=True),
+    "FixedMask each task": Case(lambda: FixedMask(0.3, "absolute", each_task=True), any_weights=True),
 }
 SHAPES = [(8, 8), (16, 16), (8, 8)]  # square, for the released form
 
@@ -49,12 +66,18 @@ def batch(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(4, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def losses(model, seed: int = 0) -> Callable[[int], Iterator[torch.Tensor]]:
+    dtype = next(model.parameters()).dtype
+    return lambda n: (model(x) for x in batch(seed, dtype).split(n))
+
+
 def train(model, rule: Rule, index: int, steps: int = 4, end: bool = True) -> list[torch.Tensor]:
     """One task, from begin to end; the trained parameters."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-2)
+    inputs = {"x": batch(index, params[0].dtype)}
     attached = attach(
-        model, optimizer, [rule], index=index, batches=lambda: iter([{"x": batch(index, params[0].dtype)}])
+        model, optimizer, [rule], index=index, batches=lambda: iter([inputs]), losses=losses(model, index)
     )
     for number in range(steps):
         optimizer.zero_grad()
@@ -72,7 +95,7 @@ def remember(rule: Rule, toy, tasks: int):
     """The rule after so many tasks, each with an A of its own, and the model of the next one, begun."""
     model = toy(SHAPES)
     for index in range(tasks + 1):
-        context = TaskContext(model, index, lambda: iter([{"x": batch(0)}]))
+        context = TaskContext(model, index, lambda: iter([{"x": batch(0)}]), losses(model))
         for pair in lora_pairs(model):
             nn.init.normal_(pair.A)
         rule.begin_task(context)
@@ -145,7 +168,7 @@ def test_one_step_is_the_same_under_accumulation(case, toy):
         train(toy(SHAPES, dtype=torch.float64), rule, 0)
         model = toy(SHAPES, seed=1, dtype=torch.float64)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        attach(model, optimizer, [rule], index=1)
+        attach(model, optimizer, [rule], index=1, losses=losses(model))
         for x in batch(7, torch.float64).chunk(parts):
             (model(x) / parts).backward()
         optimizer.step()
@@ -190,7 +213,9 @@ def test_works_inside_a_wrapped_model_and_optimizer(case, toy):
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
             if wrap:
                 optimizer = Accelerator(cpu=True).prepare(optimizer)
-            attached = attach(outer, optimizer, [rule], index=index, batches=lambda: [{"x": batch(0)}])
+            attached = attach(
+                outer, optimizer, [rule], index=index, batches=lambda: [{"x": batch(0)}], losses=losses(outer)
+            )
             model(batch(index)).backward()
             optimizer.step()
             attached.remove()
@@ -218,8 +243,9 @@ def test_remove_takes_it_off(case, toy):
 
 
 def test_nothing_to_act_on_is_an_error_that_says_what_is(case):
+    model = nn.Linear(2, 2).requires_grad_(not case.any_weights)
     with pytest.raises(RuleError, match="LoRA"):
-        attach(model := nn.Linear(2, 2), torch.optim.SGD(model.parameters()), [case.make()])
+        attach(model, torch.optim.SGD(model.parameters()), [case.make()])
 
 
 def test_settings_are_fields_and_state_is_not_compared(case, toy):
