@@ -13,30 +13,21 @@ from torch import Tensor, nn
 from ..errors import ModelError, nearest
 
 QUERY_VALUE = "query_value"
-_QUERY_VALUE_NAMES = (
-    ("query", "value"),
-    ("q_proj", "v_proj"),
-    ("query_proj", "value_proj"),
-    ("q_lin", "v_lin"),
-    ("q", "v"),
-    ("c_attn",),
-    ("qkv",),
-    ("Wqkv",),
-    ("query_key_value",),
-)
 BLOCK_OUTPUTS = "block_outputs"
 KEY_VALUE_FFN = "key_value_ffn"
-_KEY_VALUE_NAMES = (
-    ("key", "value"),
-    ("k_proj", "v_proj"),
-    ("key_proj", "value_proj"),
-    ("k_lin", "v_lin"),
-    ("k", "v"),
+_PROJECTIONS = (  # query, key, value; or all in one
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
     ("c_attn",),
     ("qkv",),
     ("Wqkv",),
     ("query_key_value",),
 )
+_QUERY_VALUE_NAMES = tuple(tuple(dict.fromkeys((n[0], n[-1]))) for n in _PROJECTIONS)
+_KEY_VALUE_NAMES = tuple(n[-2:] for n in _PROJECTIONS)
 _ATTENTION_OUTPUTS = (  # ends of names, as transformers 5 calls them
     "attention.output.dense",
     "attention.attn.o",
