@@ -69,6 +69,11 @@ EQUATIONS = {
         "tests/test_learner.py::test_merge_and_stack_compute_the_same_function",
         "tests/test_learner.py::test_adapters_load_in_plain_peft",
     ],
+    "SparseSum": [
+        "tests/consolidation/test_sparse_sum.py::test_the_model_is_the_base_plus_the_stored_deltas",
+        "tests/consolidation/test_sparse_sum.py::test_soup_is_the_average_of_the_tuned_models",
+        "tests/test_delta.py::test_a_merge_is_the_base_and_the_masked_deltas",
+    ],
     "Stack": [
         "tests/test_learner.py::test_merge_and_stack_compute_the_same_function",
         "tests/test_learner.py::test_a_stacked_run_opens_with_all_its_branches",
