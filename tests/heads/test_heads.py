@@ -156,5 +156,5 @@ def test_unknown_names_and_settings_get_advice():
         make_head("rigde")
     with pytest.raises(ConfigError, match="no setting `regularization`: did you mean `regularisation`"):
         make_head("ridge", regularization=1.0)
-    with pytest.raises(ConfigError, match="has no settings"):
+    with pytest.raises(ConfigError, match="head `ncm` has no setting `features`: did you mean `refresh`"):
         make_head("ncm", features=3)

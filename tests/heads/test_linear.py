@@ -60,7 +60,8 @@ def test_old_rows_do_not_decay_under_adamw():
     old = head.weight[[0, 1]].clone(), head.bias[[0, 1]].clone(), head.scores(batch([0])[0])[:, :2]
     learn(head, [2, 3], steps=50)
     assert torch.equal(head.weight[[0, 1]], old[0]) and torch.equal(head.bias[[0, 1]], old[1])
-    assert torch.equal(head.scores(batch([0])[0])[:, :2], old[2])
+    # equal weights; a product with more columns may round otherwise
+    torch.testing.assert_close(head.scores(batch([0])[0])[:, :2], old[2], rtol=1e-6, atol=1e-6)
     assert [(m.value, m.holds) for m in head.guarantee()] == [(0.0, True)]
 
     plain = torch.nn.Linear(WIDTH, 5)  # the trap: one module for all classes

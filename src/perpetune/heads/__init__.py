@@ -26,9 +26,15 @@ def ncm_refresh(refresh: bool = True) -> PrototypeHead:
     return PrototypeHead(refresh)
 
 
-def ridge_refresh(features: int = 1024, refresh: bool = True) -> RidgeHead:
+def ridge_refresh(
+    features: int = 1024,
+    regularisation: float | None = None,
+    holdout: float = 0.2,
+    bits: int = 17,
+    refresh: bool = True,
+) -> RidgeHead:
     """Ridge on random features, with the statistics of all tasks taken anew after every task."""
-    return RidgeHead(features, refresh=refresh)
+    return RidgeHead(features, regularisation, holdout, bits, refresh)
 
 
 HEADS: dict[str, Callable[..., OpenedHead]] = {
@@ -60,8 +66,7 @@ def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
     known = makers[name]().config()
     for setting in settings:
         if setting not in known:
-            advice = nearest(setting, known) if known else "it has no settings"
-            raise ConfigError(f"head `{name}` has no setting `{setting}`: {advice}")
+            raise ConfigError(f"head `{name}` has no setting `{setting}`: {nearest(setting, known)}")
     return call_checked(f"head `{name}`", makers[name], settings)
 
 
