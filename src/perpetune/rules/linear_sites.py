@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import RuleError
 from ..linear_map import LinearMap
 from .lora_sites import lora_pairs
+from .modes import modes_kept
 
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
 
@@ -114,11 +115,10 @@ def see_inputs(
             return module.register_forward_pre_hook(look, with_kwargs=True)
         return module.register_forward_hook(lambda _, args, output: show(site, output))
 
-    modes = [(m, m.training) for m in model.modules()]
     handles = [listen(site, module) for site in sites for module in site.modules]
     try:
-        model.eval()
-        with torch.no_grad():
+        with modes_kept(model), torch.no_grad():
+            model.eval()
             for batch in batches:
                 mask = batch.get("attention_mask")
                 if mask is not None and any(
@@ -130,8 +130,6 @@ def see_inputs(
         for handle in handles:
             handle.remove()
         reshard(model)
-        for module, training in modes:
-            module.training = training
 
 
 def shared_inputs(model: nn.Module, sites: Sequence[LinearMap], batches: Batches) -> list[list[LinearMap]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora_penalty import work
+from .modes import modes_kept
 
 Clip = Literal["none", "per_tensor", "global"]
 
@@ -18,16 +19,13 @@ Clip = Literal["none", "per_tensor", "global"]
 @contextmanager
 def burn_in(model: nn.Module, *, dropout: bool, seed: int) -> Iterator[None]:
     """Gradients may be taken inside; random states, the modes of the modules and their buffers are then as before."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]  # in train mode a batch norm goes on averaging
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
+        with modes_kept(model), torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
             torch.manual_seed(seed)
             model.train(dropout)
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for b, kept in buffers:
                 b.copy_(kept)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear_sites import reshard
+from .modes import modes_kept
 
 
 @dataclass
@@ -60,14 +61,12 @@ class Probes:
 def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The model's first output tensor (N x ...) in eval mode, on the CPU."""
     device = next(model.parameters()).device
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
-        output: Any = model(**{k: v.to(device) for k, v in inputs.items()})
+        with modes_kept(model):
+            model.eval()
+            output: Any = model(**{k: v.to(device) for k, v in inputs.items()})
     finally:
         reshard(model)
-        for module, training in modes:
-            module.training = training
     while not isinstance(output, Tensor):
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     return output.cpu()
