@@ -35,9 +35,9 @@ def export(
     The deltas of SparseSum are made from the base, each without the others, unless `sequential` is set. Adapters that
     Merge merged later were trained on top of earlier ones: leaving an earlier one out is not forgetting with proof.
     """
-    from .learner import Learner
+    from .learned import Learned
 
-    learner = Learner.open(run, model=model)
+    learner = Learned.open(run, model=model)
     names = None if only is None else [part.strip() for part in only.split(",") if part.strip()]
     factors = dict(_factor(text) for text in scale or ())
     choice: dict[str, Any] = {"only": names, "without": without or (), "scales": factors}

@@ -15,7 +15,7 @@ from .backbone import FixedFeatures
 from .compose import plain
 from .consolidation.sparse_sum import VALUES, stored_delta
 from .errors import ConfigError, RunError, nearest
-from .learner import Learner
+from .learned import Learned
 from .overlap import overlap
 from .run import Commit, Run
 
@@ -133,7 +133,7 @@ def difference(
     names = [commit.manifest["task"] for commit in commits]
     a = len(names) - 2 if before is None else _point(before, names)
     b = len(names) - 1 if after is None else _point(after, names)
-    learner = Learner.open(path, model=model)
+    learner = Learned.open(path, model=model)
     if isinstance(learner.backbone, FixedFeatures):
         raise ConfigError(f"recipe `{learner.recipe.name}` has no network, so no weights to compare")
     old, new = (_state(learner, commits, k) for k in (a, b))
@@ -153,7 +153,7 @@ def _point(text: str, names: Sequence[str]) -> int:
     )
 
 
-def _state(learner: Learner, commits: Sequence[Commit], point: int) -> dict[str, Tensor]:
+def _state(learner: Learned, commits: Sequence[Commit], point: int) -> dict[str, Tensor]:
     """All weights at a point; those under several names once."""
     if point == len(commits) - 1:
         backbone, consolidation = learner._need_backbone(), learner.recipe.consolidation

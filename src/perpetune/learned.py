@@ -1,0 +1,250 @@
+"""What a run has learned: opened, predicted with, exported. Learns nothing."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import datasets
+import torch
+
+from . import run as run_directory
+from .backbone import Backbone, FixedFeatures, Pooling, load_backbone
+from .compose import choose, plain
+from .consolidation import Consolidation
+from .errors import ConfigError, RunError, nearest
+from .evaluation import Evaluator
+from .heads import Head, make_head
+from .machine import default_device
+from .progress import Progress
+from .recipe import Recipe
+from .recipes import make_recipe
+from .run import Run
+from .training import resolve_training
+from .tuners import NoNetwork
+
+Opened = TypeVar("Opened", bound="Learned")
+
+
+class Learned:
+    """A recipe on a base model, in the state in which the commits of a run have left it. See `Learner`."""
+
+    def __init__(
+        self,
+        model: str | Path | None,
+        recipe: str | dict[str, Any] | Recipe = "lora",
+        run: str | Path | None = None,
+        *,
+        heads: Sequence[str | dict[str, Any] | Head] | None = None,
+        training: dict[str, Any] | None = None,
+        seed: int = 0,
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._recipe = make_recipe(recipe)
+        if heads:
+            self._recipe = self._recipe.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
+        self.recipe = copy.deepcopy(self._recipe)
+        self.model_name = str(model) if model is not None else None
+        self.training = resolve_training(self.recipe.training, training or {})
+        self.seed = seed
+        self.loading: dict[str, Any] = {
+            "pooling": pooling,
+            "max_length": max_length,
+            "trust_remote_code": trust_remote_code,
+        }
+        self.device = torch.device(device) if device is not None else default_device()
+        self.progress = progress or Progress()
+        self._temporary = tempfile.TemporaryDirectory() if run is None else None
+        self.path = Path(self._temporary.name if self._temporary else run)  # type: ignore[arg-type]
+        self.backbone: Backbone | None = None
+        self.heads = self.recipe.heads
+        self._surrogate: Head | None = None
+        self._predicts: tuple[Sequence[str], Sequence[int], Sequence[str]] | None = None
+
+    # ---- opening ----
+
+    @classmethod
+    def open(cls: type[Opened], run: str | Path, **options: Any) -> Opened:
+        """The learner of a finished run, ready to predict and export.
+
+        Raises:
+            RunError: no run is there, it is damaged, or its base model is another one now.
+        """
+        config = run_directory.read_config(Path(run))
+        model, settings = config["model"], config["training"]
+        name = options.pop("model", None) or config["model_name"]
+        loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
+        learner = cls(
+            name,
+            options.pop("recipe", config["recipe"]),
+            run,
+            training=settings,
+            seed=config["seed"],
+            **loading,
+            **options,
+        )
+        learner.backbone = learner._load_base(model["modality"], model["fingerprint"])
+        directory, stream = Run.read(run), config["stream"]
+        learner._restore(directory, stream["labels"])
+        seen = directory.commits[-1].manifest["classes"] if directory.commits else []
+        learner._predicts = (stream["labels"], seen, stream["inputs"])
+        return learner
+
+    def _load_backbone(self, modality: Any) -> Backbone:
+        tuner = self.recipe.tuner
+        if isinstance(tuner, NoNetwork):
+            return FixedFeatures(modality, words=tuner.words, side=tuner.side)
+        if self.model_name is None:
+            raise ConfigError(f"recipe `{self.recipe.name}` needs a model: give a hub id or a folder (--model)")
+        return load_backbone(self.model_name, modality, **self.loading).to(self.device)
+
+    def _load_base(self, modality: Any, expected: str) -> Backbone:
+        backbone = self._load_backbone(modality)
+        if backbone.fingerprint != expected:
+            raise RunError(
+                f"{self.path} was made with another base model than `{self.model_name}` is now: give the one that it "
+                "was made with (--model)"
+            )
+        return backbone
+
+    def _restore(self, run: Run, labels: Sequence[str]) -> None:
+        """Base model plus commits: nothing else decides what follows."""
+        # rules, heads and consolidations hold state: every run starts from untouched ones
+        self.recipe = recipe = copy.deepcopy(self._recipe)
+        self.heads, backbone = recipe.heads, self._need_backbone()
+        self._evaluator = Evaluator(backbone, int(self.training["per_device_eval_batch_size"]), self.progress)
+        first = self.heads[0]
+        self._surrogate = None if first.trains or not recipe.tuner.trains else first.trainer()
+        for head in self._all_heads():
+            embeddings = None
+            if head.needs_label_embeddings:
+                embeddings = backbone.label_embeddings(head.label_prompts(labels))
+            head.open(backbone.width, labels, seed=self.seed, label_embeddings=embeddings)
+            head.to(self.device)
+        recipe.consolidation.open(backbone, recipe.tuner)
+        learned = run.commits[1:]
+        recipe.consolidation.restore(learned)
+        backbone.to(self.device)
+        if learned:
+            state = learned[-1].tensors("head.safetensors")
+            for name, head in self._named_heads():
+                head.load_state({k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(name + ".")})
+            if learned[-1].has("rules.safetensors"):
+                state = learned[-1].tensors("rules.safetensors")
+                for i, rule in enumerate(recipe.rules):
+                    rule.load_state({k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{i}.")})
+
+    def _named_heads(self) -> Iterator[tuple[str, Head]]:
+        yield from ((head.name, head) for head in self.heads)
+        if self._surrogate is not None:
+            yield "trainer", self._surrogate
+
+    def _all_heads(self) -> list[Head]:
+        return [head for _, head in self._named_heads()]
+
+    def _need_backbone(self) -> Backbone:
+        if self.backbone is None:
+            raise ConfigError("nothing is learned yet: call learn(stream), or Learner.open(run)")
+        return self.backbone
+
+    def fresh(self) -> tuple[Backbone, Consolidation]:
+        """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.
+
+        Raises:
+            ConfigError: nothing is learned yet.
+            RunError: the base model is another one now.
+        """
+        backbone, recipe = self._need_backbone(), copy.deepcopy(self._recipe)
+        base = self._load_base(backbone.modality, backbone.fingerprint)
+        recipe.consolidation.open(base, recipe.tuner)
+        return base, recipe.consolidation
+
+    # ---- using ----
+
+    def predict(
+        self, inputs: Sequence[Any], *, head: str | None = None, classes: Sequence[str] | None = None
+    ) -> list[str]:
+        """Label texts for new inputs: texts, (text, text_pair) tuples, or PIL images.
+
+        Args:
+            head: which head to read; None takes the first.
+            classes: choose among these label texts only (task-incremental use); None chooses among all classes learned.
+
+        Raises:
+            ConfigError: nothing is learned yet, or an unknown head or class.
+        """
+        backbone = self._need_backbone()
+        if self._predicts is None or not self._predicts[1]:
+            raise ConfigError("no task is learned yet: call learn(stream) first")
+        labels, seen, columns = self._predicts
+        by_name = {h.name: h for h in self.heads}
+        if head is not None and head not in by_name:
+            raise ConfigError(f"this run reads no head `{head}`: {nearest(head, by_name)}")
+        allowed = list(seen)
+        if classes is not None:
+            known = {labels[c]: c for c in seen}
+            for name in classes:
+                if name not in known:
+                    raise ConfigError(f"class `{name}` is not learned: {nearest(name, known)}")
+            allowed = [known[name] for name in classes]
+        rows = [x if isinstance(x, tuple) else (x,) for x in inputs]
+        if any(len(r) > len(columns) for r in rows):
+            raise ConfigError(f"each input holds {', '.join(columns)}: one value for each")
+        table = {c: [r[i] for r in rows] for i, c in enumerate(columns[: len(rows[0])] if rows else ())}
+        if not rows:
+            return []
+        data = datasets.Dataset.from_dict({**table, "label": [0] * len(rows), "id": [""] * len(rows)})
+        features = backbone.features(backbone.prepare(data), int(self.training["per_device_eval_batch_size"]))
+        scores = by_name[head or self.heads[0].name].scores(features)
+        return [labels[allowed[i]] for i in scores[:, allowed].argmax(1).tolist()]
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        only: Sequence[str] | None = None,
+        without: Collection[str] = (),
+        scales: Mapping[str, float] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> Path:
+        """Write a plain transformers folder, adapters merged; the run stays as it is.
+
+        Without a choice of tasks this is the model as it is now; with one, the base model and what the chosen tasks
+        left on its weights, added up in fp32: the same bits as if the other deltas had never been.
+
+        Args:
+            only: tasks to take, None all; without: tasks to leave out.
+            scales: factors of tasks, times the consolidation's own.
+            dtype: what the fp32 weights are rounded to, once.
+
+        Raises:
+            ConfigError: nothing is learned yet, there is no network to export, no weights could hold the adapter; an
+                unknown task; tasks that leave nothing to choose from.
+        """
+        backbone = self._need_backbone()
+        if isinstance(backbone, FixedFeatures):
+            raise ConfigError(f"recipe `{self.recipe.name}` has no network to export")
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype is float32 or bfloat16, not `{dtype}`")
+        commits = Run.read(self.path).commits
+        if not commits:
+            raise ConfigError("nothing is learned yet: call learn(stream) first")
+        if only is None and not without and not scales:
+            model: Any = plain(copy.deepcopy(backbone.model), commits[-1].path)
+        else:
+            chosen = choose(commits[-1].manifest["learned"], only, without, scales)
+            backbone, consolidation = self.fresh()
+            consolidation.compose({c.manifest["task"]: c for c in commits[1:]}, chosen)
+            model = backbone.model
+        model = model.to(dtype=getattr(torch, dtype))
+        with run_directory.writing(Path(folder)):
+            model.save_pretrained(str(folder))
+            backbone.processor.save_pretrained(str(folder))
+        return Path(folder)
