@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from perpetune.delta import extract
 from perpetune.kept import Storage
 
-from .delta_merge import ALL, BASE, KEEP, change, mask, shapes
+from .delta_merge import ALL, BASE, change, mask, shapes
 
 STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "int8")
 PROMISED = {"fp32": 0.1005, "bf16": 0.0505, "int8": 0.026}

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import delta_storage
 
 
-@pytest.mark.parametrize("record", delta_storage.disk(2_000_000), ids=lambda r: r["name"])
+@pytest.mark.parametrize("record", delta_storage.disk(8_000_000), ids=lambda r: r["name"])
 def test_a_delta_takes_no_more_disk_than_promised(record):
     assert 0.9 * record["at_most"] < record["share"] <= record["at_most"]
 
