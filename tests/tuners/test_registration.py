@@ -22,13 +22,14 @@ import perpetune
 from perpetune.errors import ConfigError, ModelError
 from perpetune.recipe import Recipe
 from perpetune.rules.linear_sites import linear_sites
-from perpetune.tuners import OWN_CONFIGS, AdapterConfig, BiasConfig, PeftTuner, load_adapter
+from perpetune.tuners import OWN_CONFIGS, AdapterConfig, BiasConfig, GivensConfig, PeftTuner, load_adapter
 from perpetune.tuners.registration import OwnConfig, check_adapter_name, register
 
 OWN = {
     "parallel": lambda **k: AdapterConfig(**{"bottleneck": 4, **k}),
     "sequential": lambda **k: AdapterConfig(**{"bottleneck": 4, "form": "sequential", **k}),
     "bias": BiasConfig,
+    "givens": lambda **k: GivensConfig(**{"form": "quasi", **k}),
 }
 
 
@@ -62,7 +63,11 @@ def test_identity_at_start_and_only_the_tuner_trains(config, family, outputs, tr
     after = {k.replace(".base_layer", ""): v for k, v in model.get_base_model().named_parameters()}
     frozen = dict(base.named_parameters())
     assert all(torch.equal(after[k], v) and not after[k].requires_grad for k, v in frozen.items())
-    assert {k.split("perpetune_")[1].split("_")[0] for k in after.keys() - frozen.keys()} <= {"adapter", "bias"}
+    assert {k.split("perpetune_")[1].split("_")[0] for k in after.keys() - frozen.keys()} <= {
+        "adapter",
+        "bias",
+        "givens",
+    }
 
 
 def test_saved_and_loaded_to_the_bit(config, family, outputs, train, tmp_path):
@@ -84,7 +89,12 @@ def test_what_is_kept_beside_adapters_is_not_saved(config, families, train, tmp_
     layer.register_buffer("derived", torch.ones(1), persistent=False)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "task_0001" / "adapter_model.safetensors")
-    assert {k.split("perpetune_")[1] for k in stored} <= {"adapter_down.weight", "adapter_up.weight", "bias_db"}
+    assert {k.split("perpetune_")[1] for k in stored} <= {
+        "adapter_down.weight",
+        "adapter_up.weight",
+        "bias_db",
+        "givens_blocks",
+    }
 
 
 def test_several_adapters(config, family, outputs, train, tmp_path):

@@ -40,7 +40,7 @@ class Continue(Consolidation):
 
     def guarantee(self) -> list[Measurement]:
         if self.tuner.trains:
-            return []
+            return self.tuner.guarantee(self._tuned(), {})
         changed = float(self.backbone.weights_changed())
         note = "the weights are byte for byte those that were loaded (0), or not (1)"
         return [Measurement("change of the frozen weights", changed, 0.0, "", type(self.tuner).__name__, note)]

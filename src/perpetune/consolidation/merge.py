@@ -18,36 +18,39 @@ from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
 
 @dataclass
 class Merge(Consolidation):
-    """W_t = W_0 + sum_{i <= t} dW_i, with dW_i = s B_i A_i for LoRA.
+    """W_t = W_0 + sum_{i <= t} dW_i, with dW_i = s B_i A_i for LoRA; W_t = W_{t-1} R_t^T for rotations.
 
-    The sum is kept in fp32 and added to the untouched base once: merged weights are rebuilt from the base, never
-    un-merged by subtraction. A commit holds the adapter of its task alone, loadable in plain peft on top of the weights
-    merged before it.
+    The sum is kept in fp32 and added to the untouched base once, the product is kept in fp32: merged weights are
+    rebuilt from the base, never un-merged by subtraction. A commit holds the adapter of its task alone, loadable in
+    plain peft on top of the weights merged before it.
     """
 
     branch = "fresh"
     _base: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sum: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _product: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: list[Measurement] = field(default_factory=list, init=False, repr=False, compare=False)
     _merge_error: float = field(default=0.0, init=False, repr=False, compare=False)
 
-    def open(self, backbone: Backbone, tuner: Tuner) -> None:
+    def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
         Raises:
-            ConfigError: the tuner's change is not a sum.
+            ConfigError: the tuner's change is neither a sum nor a product.
         """
-        if not tuner.additive:
+        if not (tuner.additive or tuner.multiplicative):
             config = getattr(tuner, "config", tuner)
             raise ConfigError(
-                f"Merge adds up changes, and that of this {type(config).__name__} is no sum: use Continue"
+                f"Merge adds changes or multiplies rotations; {type(config).__name__} makes neither: use Continue"
             )
-        super().open(backbone, tuner)
+        super().open(backbone, tuner, labels)
 
     def begin_task(self, step: Step) -> None:
         self.backbone.model = self.tuner.attach(self.backbone.model)
 
     def end_task(self, step: Step) -> None:
         self._files = self.tuner.files(self.backbone.model)
+        self._kept = self.tuner.guarantee(self.backbone.model, self._base)
         probe = self._probe(step)
         unmerged = self.backbone.features(probe, len(probe))
         self._absorb()
@@ -59,15 +62,19 @@ class Merge(Consolidation):
 
     @torch.no_grad()
     def _absorb(self, scale: float = 1.0) -> None:
-        deltas = self.tuner.deltas(self.backbone.model)
+        turned = self.tuner.turn(self.backbone.model, self._product) if self.tuner.multiplicative else {}
+        deltas = {} if turned else self.tuner.deltas(self.backbone.model)
         self.backbone.model = self.tuner.detach(self.backbone.model)
         parameters = dict(self.backbone.model.named_parameters())
+        for name in (*turned, *deltas):
+            self._base.setdefault(name, parameters[name].detach().clone())
         for name, delta in deltas.items():
-            weight = parameters[name]
-            base = self._base.setdefault(name, weight.detach().clone())
-            total = self._sum.setdefault(name, torch.zeros_like(base, dtype=torch.float32))
+            total = self._sum.setdefault(name, torch.zeros_like(delta))
             total.add_(delta, alpha=scale)
-            weight.copy_(base.float() + total)
+            parameters[name].copy_(self._base[name].float() + total)
+        self._product |= turned
+        for name, weight in turned.items():
+            parameters[name].copy_(weight)
         self.backbone.version += 1
 
     def files(self) -> Files:
@@ -79,10 +86,21 @@ class Merge(Consolidation):
 
     def compose(self, commits: Mapping[str, StoredFiles], scales: Mapping[str, float]) -> None:
         """See `Consolidation.compose`. An adapter was trained on top of those merged before it: without them, it may do
-        something else than it learned."""
+        something else than it learned.
+
+        Raises:
+            ConfigError: rotations, of which none can be taken out of the product.
+        """
+        if self.tuner.multiplicative:
+            raise ConfigError(
+                "rotations follow one another, so no task can be chosen, left out or scaled: export the model as it is"
+            )
         for task, commit in commits.items():
             if task in scales:
                 self._add(commit, scales[task])
+
+    def separable(self, tuner: Tuner) -> bool:
+        return tuner.additive
 
     def _add(self, commit: StoredFiles, scale: float) -> None:
         self.backbone.model = self.tuner.attach(self.backbone.model)
@@ -90,7 +108,7 @@ class Merge(Consolidation):
         self._absorb(scale)
 
     def guarantee(self) -> list[Measurement]:
-        return [
+        merged = [
             Measurement(
                 "merged against unmerged outputs",
                 self._merge_error,
@@ -100,3 +118,4 @@ class Merge(Consolidation):
                 "merging the task's adapter into the weights must not change what the model computes",
             )
         ]
+        return [*merged, *self._kept]

@@ -14,6 +14,7 @@ OWN_CONFIGS = {
     "AdapterConfig": "adapter",
     "BiasConfig": "bias",
     "DeepPromptConfig": "prefix",
+    "GivensConfig": "givens",
     "PrefixConfig": "prefix",
 }
 

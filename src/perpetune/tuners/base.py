@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, nearest
+from ..measurement import Measurement
 
 QUERY_VALUE = "query_value"
 BLOCK_OUTPUTS = "block_outputs"
@@ -60,6 +62,7 @@ _FEED_FORWARD_OUTPUTS = (
     "mlp.dense_4h_to_h",
     "mlp.fc_out",
 )
+ROTATIONS = ("OFT", "perpetune_givens")
 # They hand the weights of their parts to one function and do not (the second: not always) call the parts.
 UNCALLED_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -105,6 +108,30 @@ class Tuner:
         raise ModelError(
             f"{type(self).__name__} has no additive change to merge: use another consolidation (`Continue`)"
         )
+
+    @property
+    def multiplicative(self) -> bool:
+        """Whether the change is a product W <- W R^T that `turn` can carry out."""
+        return False
+
+    def turn(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """W R^T of every rotated weight of the base model, by parameter name, fp32.
+
+        Args:
+            weights: W, by the same names; where one is missing, it is the model's own.
+
+        Raises:
+            ModelError: the change of this tuner is not a product.
+        """
+        raise ModelError(f"{type(self).__name__} does not rotate weights: use another consolidation (`Continue`)")
+
+    def guarantee(self, model: nn.Module, since: Mapping[str, Tensor]) -> list[Measurement]:
+        """What the tuner promises of the task just trained, measured on the attached model.
+
+        Args:
+            since: weights before the first task, by parameter name, where they are not those under the tuner.
+        """
+        return []
 
 
 @dataclass
@@ -200,11 +227,29 @@ class PeftTuner(Tuner):
         c = self.config
         plain = not any(getattr(c, name, False) for name in ("use_dora", "lora_bias", "use_qalora"))
         gaussian = getattr(c, "init_lora_weights", True) in (True, False, "gaussian")  # others change the base weights
-        return (
-            getattr(c.peft_type, "value", c.peft_type) in ("LORA", "LOHA", "LOKR", "perpetune_bias")
-            and plain
-            and gaussian
-        )
+        return self._kind() in ("LORA", "LOHA", "LOKR", "perpetune_bias") and plain and gaussian
+
+    @property
+    def multiplicative(self) -> bool:
+        return self._kind() in ROTATIONS
+
+    def turn(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.multiplicative:
+            return super().turn(model, weights)
+        from .rotations import turns
+
+        return {t.name: t(weights.get(t.name, t.layer.get_base_layer().weight)) for t in turns(model)}
+
+    def guarantee(self, model: nn.Module, since: Mapping[str, Tensor]) -> list[Measurement]:
+        if not self.multiplicative:
+            return []
+        from .rotations import kept_geometry
+
+        exact = getattr(self.config, "form", "strict") == "strict"  # peft's OFT has no form
+        return kept_geometry(model, since, exact, type(self.config).__name__)
+
+    def _kind(self) -> str:
+        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
 
     def detach(self, model: Any) -> nn.Module:
         return model.unload()
