@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,11 @@ from .backbone import Backbone, Examples
 from .consolidation import Consolidation, Step
 from .heads import Head
 from .progress import Progress
+from .reading import routed_scores
 from .streams import Stream, Task
 from .tuners.base import relative_change
+
+PROBE = 64  # test examples on which it is seen that the features of an earlier task have not changed
 
 
 class Evaluator:
@@ -29,6 +33,7 @@ class Evaluator:
         self.backbone, self.batch_size, self.progress = backbone, batch_size, progress
         self._examples: dict[tuple[str, str], Examples] = {}
         self._features: dict[tuple[str, str], tuple[int, Tensor]] = {}
+        self._views: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         self.drift: dict[str, float] = {}
 
     def features(self, task: Task, split: str) -> Tensor:
@@ -37,16 +42,65 @@ class Evaluator:
         version, before = self._features.get(key, (-1, None))
         features = before
         if features is None or version != self.backbone.version:
-            rows = getattr(task, split)
-            examples = self._examples.get(key) or self.backbone.prepare(rows)
-            with self.progress.bar(f"features of {task.name}", len(rows)) as advance:
+            examples = self._prepared(task, split)
+            with self.progress.bar(f"features of {task.name}", len(examples)) as advance:
                 features = self.backbone.features(examples, self.batch_size, advance)
             if split == "test":  # read again after every task; training data is not
                 self.drift[task.name] = 0.0 if before is None else relative_change(features, before)
                 self._features[key] = (self.backbone.version, features)
-                if self.backbone.modality == "text":  # pixels would fill the memory
-                    self._examples[key] = examples
         return features
+
+    def _prepared(self, task: Task, split: str) -> Examples:
+        key = (task.name, split)
+        if key in self._examples:
+            return self._examples[key]
+        examples = self.backbone.prepare(getattr(task, split))
+        if split == "test" and self.backbone.modality == "text":  # pixels would fill the memory
+            self._examples[key] = examples
+        return examples
+
+    def viewed(self, consolidation: Consolidation, task: Task, view: int | None, rows: Tensor) -> Tensor:
+        """Features of some test examples of a task (len(rows) x width) under one of the model's states.
+
+        These states do not change any more, so that each example is read once under each.
+        """
+        size = len(task.test)
+        empty = (torch.empty(size, self.backbone.width), torch.zeros(size, dtype=torch.bool))
+        known, done = self._views.setdefault((task.name, view), empty)
+        new = rows[~done[rows]]
+        if len(new):
+            known[new], done[new] = self._view(consolidation, task, view, new), True
+        return known[rows]
+
+    def _view(self, consolidation: Consolidation, task: Task, view: int | None, rows: Tensor) -> Tensor:
+        examples = self._prepared(task, "test")
+        with consolidation.view(view), self.progress.bar(f"features of {task.name}", len(rows)) as advance:
+            return self.backbone.features([examples[i] for i in rows.tolist()], self.batch_size, advance)
+
+    def _routed(
+        self, consolidation: Consolidation, stream: Stream, task: Task, own: int | None
+    ) -> tuple[Tensor, Callable[[Head, int | None], Tensor]]:
+        """The tasks that a task's test examples are shown to (see `candidates_of`), and what a head makes of them.
+
+        Args:
+            own: index of the task, if it is learned.
+        """
+        every = torch.arange(len(task.test))
+        if own is not None:
+            some = every[:PROBE]
+            before = self.viewed(consolidation, task, own, some)
+            self.drift[task.name] = relative_change(self._view(consolidation, task, own, some), before)
+        weights = consolidation.candidates_of(self.viewed(consolidation, task, None, every), own)
+
+        def scores(head: Head, given: int | None) -> Tensor:
+            shown = weights
+            if given is not None:
+                shown = torch.full((len(every), given + 1), -torch.inf)
+                shown[:, given] = 0
+            read = partial(self.viewed, consolidation, task)
+            return routed_scores(head, len(stream.labels), shown, consolidation, read)
+
+        return weights, scores
 
     def predictions(
         self, stream: Stream, step: Step | None, heads: Sequence[Head], consolidation: Consolidation
@@ -57,7 +111,8 @@ class Evaluator:
             step: the step just learned; None for the untouched model, which is asked about all tasks.
 
         Returns:
-            `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32.
+            `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32. Where the model has a state for every task:
+            `route/TASK`, the likeliest task of each example, and `asked/TASK`, how many tasks it is shown to.
         """
         learned = step.learned if step is not None else 0
         seen = {c for task in stream.tasks[:learned] for c in task.classes}
@@ -69,18 +124,25 @@ class Evaluator:
             # b_j of the untouched model and a(j - 1, j) must choose among the same classes
             before = {c for t in stream.tasks[:position] for c in t.classes} if step is None else seen
             able = [head for head in heads if known or head.knows(task.classes)]
+            routed = consolidation.routed and step is not None
+            if routed and not known and (consolidation.needs_task or not seen.issuperset(task.classes)):
+                continue  # no adapter knows these classes
             if not able:
                 continue
-            features = self.features(task, "test")
+            if routed:
+                weights, scores = self._routed(consolidation, stream, task, learned_in[task.name] if known else None)
+                out[f"route/{task.name}"] = weights.argmax(1).to(torch.int32)
+                out[f"asked/{task.name}"] = (weights > -torch.inf).sum(1).to(torch.int32)
+            else:
+                scores = partial(_scores, self.features(task, "test"))
             out[f"target/{task.name}"] = torch.tensor(task.test["label"][:], dtype=torch.int32)
             for head in able:
                 for scenario in readings(stream):
                     own = None
                     if scenario == "task" and step is not None and known:
                         own = consolidation.reads(learned_in[task.name], step.index)
-                    scores = head.scores(features, own)
                     allowed = sorted(task.classes) if scenario == "task" else sorted({*before, *task.classes})
-                    choice = scores[:, allowed].argmax(1).cpu()
+                    choice = scores(head, own)[:, allowed].argmax(1).cpu()
                     out[f"{head.name}/{scenario}/{task.name}"] = torch.tensor(allowed)[choice].to(torch.int32)
         return out
 
@@ -88,3 +150,7 @@ class Evaluator:
 def readings(stream: Stream) -> tuple[str, ...]:
     """In which scenarios a run on this stream is read: class-incremental runs are read with the task given as well."""
     return {"class": ("class", "task"), "domain": ("domain",), "task": ("task",)}[stream.scenario]
+
+
+def _scores(features: Tensor, head: Head, own: int | None) -> Tensor:
+    return head.scores(features, own)

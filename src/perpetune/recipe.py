@@ -114,7 +114,8 @@ class Recipe:
 
 def _fields(piece: Any) -> dict[str, Any]:
     values = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece) if f.init}
-    return {"type": type(piece).__name__, **values}
+    inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router
+    return {"type": type(piece).__name__, **inner}
 
 
 def _changed(config: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -61,12 +62,15 @@ class Consolidation:
         branch: whether a task goes on with the tuner of the task before ("kept") or starts with a new one ("fresh").
     """
 
-    branch: ClassVar[Literal["kept", "fresh"]] = "kept"
     backbone: Backbone = field(init=False, repr=False, compare=False)
     tuner: Tuner = field(init=False, repr=False, compare=False)
 
-    def open(self, backbone: Backbone, tuner: Tuner) -> None:
-        """Take over an untouched backbone."""
+    @property
+    def branch(self) -> Literal["kept", "fresh"]:
+        return "kept"
+
+    def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
+        """Take over an untouched backbone. `labels` are the label texts of all classes."""
         self.backbone, self.tuner = backbone, tuner
 
     def schedule(self, stream: Stream) -> list[Step]:
@@ -97,7 +101,8 @@ class Consolidation:
         raise NotImplementedError
 
     def restore(self, commits: Sequence[StoredFiles]) -> None:
-        """Put the backbone into the state after these commits."""
+        """Put the untouched backbone into the state after these commits: those of the tasks that were learned and not
+        taken out again."""
         raise NotImplementedError
 
     def compose(self, commits: Mapping[str, StoredFiles], scales: Mapping[str, float]) -> None:
@@ -115,10 +120,40 @@ class Consolidation:
             "scaled: use a recipe with SparseSum (`sotu`) or Merge (`lora`), or export the model as it is"
         )
 
+    def separable(self, tuner: Tuner) -> bool:
+        """Whether `restore` may be given the commits of some tasks, as if the others had left nothing."""
+        return not tuner.trains
+
     @property
     def independent(self) -> bool:
         """Whether what a task leaves is made without what earlier tasks left."""
         return False
+
+    routed: ClassVar[bool] = False  # whether the model has a state for every task, among which inputs are divided
+
+    def view(self, task: int | None) -> AbstractContextManager[None]:
+        """Where it is `routed`: the model as it reads inputs of a task; None: as it reads those of which it must find
+        out the task."""
+        raise NotImplementedError
+
+    @property
+    def needs_task(self) -> bool:
+        """Where it is `routed`: whether it must be told the task of an input."""
+        return False
+
+    def candidates_of(self, features: Tensor, task: int | None = None) -> Tensor:
+        """Where it is `routed`: log p(task | x), (N x tasks), from the features of `view(None)`; -inf for tasks that
+        are not worth a look. `task` is the true one, if it is known; used only by what `needs_task`."""
+        raise NotImplementedError
+
+    def prior_of(self, features: Callable[[], Tensor], task: int) -> Tensor | None:
+        """Where it is `routed`: log p(c | x, task) as far as the `features` of `view(None)` tell, (N x C), to be
+        multiplied by what the task's own state says; None where they are not asked."""
+        return None
+
+    def task_classes(self, task: int) -> tuple[int, ...]:
+        """Where it is `routed`: the classes of a task."""
+        raise NotImplementedError
 
     def guarantee(self) -> list[Measurement]:
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,7 @@ class SparseSum(Consolidation):
     Args:
         keep: share of the entries that a task keeps; 1 keeps all.
         scheme: "bernoulli"; "stratified", one entry of every 1/keep; "disjoint", the same, and up to 1/keep tasks never
-            meet.
+            meet: each takes the first slot that no other has, a task that is taken out frees its own.
         scale: s: a number, "1/keep" (the expectation of the masked delta is then d_t), or "1/T" (the average).
         sequential: tune from the model as it is after the tasks before, d_t is then the change since.
         vectors: "masked" like all else, or "dense": biases and norms (0.1 % of a ViT) are kept whole.
@@ -64,11 +65,15 @@ class SparseSum(Consolidation):
         if isinstance(self.scale, str) and self.scale not in ("1/keep", "1/T"):
             raise ConfigError(f"SparseSum: scale=`{self.scale}` must be a number, 1/keep or 1/T")
 
+    @property
+    def branch(self) -> Literal["kept", "fresh"]:
+        return "kept" if self.sequential else "fresh"
+
     def _mask(self, task: str, slot: int) -> SeededMask:
         disjoint = slot if self.scheme == "disjoint" else None
         return SeededMask.of(self.scheme, self.keep, seed=self.seed, task_key=tensor_id(task), slot=disjoint)
 
-    def open(self, backbone: Backbone, tuner: Tuner) -> None:
+    def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
         Raises:
             ConfigError: the tuner's change is not a sum on the weights.
@@ -76,7 +81,7 @@ class SparseSum(Consolidation):
         if not (isinstance(tuner, AllWeights) or tuner.additive):
             kind = type(getattr(tuner, "config", tuner)).__name__
             raise ConfigError(f"SparseSum adds up changes of weights, and that of this {kind} is none: use Continue")
-        super().open(backbone, tuner)
+        super().open(backbone, tuner, labels)
         self._base = _copy(self._state())
         self._deltas = []
 
@@ -90,7 +95,8 @@ class SparseSum(Consolidation):
         task = step.tasks[0].name
         tuned = self._tuned()
         dense = [n for n, t in tuned.items() if t.ndim <= 1] if self.vectors == "dense" else []
-        mask = self._mask(task, step.index)
+        taken = {delta.mask.slot for delta in self._deltas}
+        mask = self._mask(task, next(slot for slot in count() if slot not in taken))
         fingerprint = self.backbone.fingerprint
         self._deltas.append(
             extract(self._start, tuned, mask, fingerprint=fingerprint, storage=self.storage, dense=dense)
@@ -137,6 +143,9 @@ class SparseSum(Consolidation):
         """See `Consolidation.compose`. The factors multiply s; with s = 1/T, T counts the chosen tasks."""
         self._deltas = [stored_delta(commits[task]) for task in scales]
         self._sum(list(scales.values()))
+
+    def separable(self, tuner: Tuner) -> bool:
+        return True
 
     @property
     def independent(self) -> bool:

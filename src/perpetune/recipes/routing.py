@@ -1,0 +1,78 @@
+"""One adapter for every task, chosen by the input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..consolidation import PerTask
+from ..recipe import Recipe
+from ..routers import KMeansRouter, OracleRouter, PooledRouter
+from ..tuners import QUERY_VALUE
+from .lora_family import LORA_TRAINING, lora_config
+
+
+def color(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    centres: int = 5,
+    distance: Literal["l2", "l1"] = "l2",
+) -> Recipe:
+    """CoLoR: one LoRA a task; an input goes to the task of the nearest of its k-means centres, on frozen features.
+
+    Wistuba et al., Continual Learning with Low Rank Adaptation, 2311.17601. Published: 5 centres; rank and learning
+    rate are not in what we have of the paper, nor is the sharing of heads (here one for every task).
+    """
+    return Recipe(
+        lora_config(rank, alpha, target, dropout),
+        [],
+        PerTask(KMeansRouter(centres, distance)),
+        training=LORA_TRAINING,
+    )
+
+
+def color_oracle(
+    rank: int = 8, alpha: float | None = None, target: str | list[str] = QUERY_VALUE, dropout: float = 0.0
+) -> Recipe:
+    """The same with the task of every input given: what CoLoR would be if it routed without an error."""
+    config = lora_config(rank, alpha, target, dropout)
+    return Recipe(config, [], PerTask(OracleRouter()), training=LORA_TRAINING)
+
+
+def color_adapted(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    centres: int = 5,
+) -> Recipe:
+    """The same with routing features from the model adapted to the first task, on which the routes then depend."""
+    return Recipe(
+        lora_config(rank, alpha, target, dropout),
+        [],
+        PerTask(KMeansRouter(centres), features="first_adapted"),
+        training=LORA_TRAINING,
+    )
+
+
+def routed(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    candidates: int = 3,
+    mass: float = 0.95,
+    prior: float = 0.5,
+) -> Recipe:
+    """One LoRA a task; the posterior of the task times that of the class under the task's adapter, summed. Ours.
+
+    The router's posteriors come from order-free statistics of frozen features (`PooledRouter`), and its opinion on the
+    classes of a task counts half.
+    """
+    return Recipe(
+        lora_config(rank, alpha, target, dropout),
+        [],
+        PerTask(PooledRouter(), candidates, mass, prior),
+        training=LORA_TRAINING,
+    )

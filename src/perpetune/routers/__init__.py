@@ -1,0 +1,51 @@
+"""Routers: which task does an input belong to?"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from ..checked import call_checked
+from ..errors import ConfigError, nearest
+from .base import Router, RouterError
+from .classes import ClassRouter
+from .kmeans import KMeansRouter
+from .oracle import OracleRouter
+from .pooled import PooledRouter
+from .ridge import RidgeRouter
+
+ROUTERS: dict[str, type[Router]] = {
+    r.__name__: r for r in (KMeansRouter, RidgeRouter, ClassRouter, PooledRouter, OracleRouter)
+}
+
+
+def make_router(router: str | dict[str, Any] | Router) -> Router:
+    """A router from its name, from `{type: NAME, setting: value, ...}`, or as it is.
+
+    Raises:
+        ConfigError: an unknown router or setting, or a setting out of range.
+    """
+    if isinstance(router, Router):
+        return router
+    settings = {"type": router} if isinstance(router, str) else dict(router)
+    name = str(settings.pop("type", None))
+    if name not in ROUTERS:
+        raise ConfigError(f"no router is called `{name}`: {nearest(name, ROUTERS)}")
+    known = [f.name for f in fields(ROUTERS[name]) if f.init]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"{name} has no setting `{key}`: {nearest(key, known) if known else 'it has none'}")
+    return call_checked(name, ROUTERS[name], settings)
+
+
+__all__ = [
+    "ROUTERS",
+    "ClassRouter",
+    "KMeansRouter",
+    "OracleRouter",
+    "PooledRouter",
+    "RidgeRouter",
+    "Router",
+    "RouterError",
+    "make_router",
+]

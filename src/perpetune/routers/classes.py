@@ -1,0 +1,164 @@
+"""Ridge regression on the classes of every task, read as a softmax whose temperature comes from held-out moments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..heads.ridge import FEWEST, RidgeHead, solve
+from .base import Router, RouterError, State
+from .ridge import digest
+
+DRAWS = 4096  # of which the expected log-loss is made; 20 temperatures a decade, 1e-4 to 10
+TEMPERATURES = torch.logspace(-4, 1, 101, dtype=torch.float64)
+
+
+@dataclass
+class ClassRouter(Router):
+    """p(t, c | x) = softmax_{(t, c)} (s / tau), s = Theta^T h the scores of ridge on (task, class); p(t | x) sums it.
+
+    A task whose classes have little in common is no direction in feature space, but each of its classes may be one:
+    this router is for such tasks (alphabets, of characters), `RidgeRouter` for tasks that have a look of their own.
+
+    tau minimises the expected log-loss of K independent normal scores, N(m_1, v_1) of the right class and N(m_0, v_0)
+    of the others, with the moments of hold-out samples under Theta_tr, the fit on the train fold alone. With q_tc, G_t
+    the hold-out sums of `RidgeHead` for a class and a task, n_t samples in C_t classes, theta_tc a column of Theta_tr:
+
+        m_1 = sum_tc theta_tc . q_tc / n,                     m_0: the same over pairs of sample and other class,
+        e_0 = mean of theta_uc^T G_t theta_uc / n_t, u != t,  v_0 = e_0 - m_0^2,
+        e_1 = (sum_tc theta_tc^T G_t theta_tc - sum_t n_t (C_t - 1) e_0) / n,  v_1 = e_1 - m_1^2, at least v_0
+
+    (scores of a sample's own task other than the right one are taken to be like those of other tasks). Expectations are
+    means over seeded draws. Everything is order-free to the bit, as in `RidgeRouter`; with fewer than 10 samples of a
+    task in either fold, or one task alone, there is no posterior, and the route is that of the best score.
+
+    Stored for a task: 8 M^2 bytes (8 MB at M = 1,024).
+
+    Args:
+        features: M, random features; 0 for ridge on the features as they are.
+        holdout, bits: see `RidgeHead`.
+
+    Raises:
+        ConfigError: an argument out of range.
+    """
+
+    features: int = 1024
+    holdout: float = 0.2
+    bits: int = 17
+    _fitted: Any = field(default=None, init=False, repr=False, compare=False)
+    _one: RidgeHead = field(init=False, repr=False, compare=False)  # for one task at a time
+
+    def __post_init__(self) -> None:
+        self._one = self._head()  # checks the arguments
+
+    def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
+        super().open(width, labels, seed=seed)
+        self._one = self._opened(labels)
+
+    def _head(self) -> RidgeHead:
+        return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
+
+    def _opened(self, labels: Sequence[str]) -> RidgeHead:
+        head = self._head()
+        head.open(self.width, labels, seed=self.seed)
+        return head
+
+    def summarise(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> State:
+        self._one.clear()
+        self._one.observe(features, labels, ids)
+        return self._one.state()
+
+    def combine(self, one: State, other: State) -> State:
+        self._one.load_state(one)
+        self._one.add(other)
+        return self._one.state()
+
+    def check_state(self, state: State) -> None:
+        if not self.width:
+            raise RouterError("ClassRouter is not open yet: call `open(width, labels, seed=...)` first")
+        self._one.load_state(state)
+
+    def changed(self) -> None:
+        self._fitted = None
+
+    def fit(self) -> tuple[RidgeHead, Tensor, Tensor, float | None]:
+        """The head over all (task, class), for each of its K columns the task (K,) and the class (K,), and tau."""
+        self.check_observed()
+        if self._fitted is None:
+            order = sorted(self.tasks, key=lambda task: digest(self.known[task]))
+            names = {task: json.loads(bytes(self.known[task]["labels"].tolist())) for task in order}
+            pairs = [(i, task, name) for i, task in enumerate(order) for name in sorted(names[task])]
+            head = self._opened([f"{i:09d}/{name}" for i, _, name in pairs])
+            for i, task in enumerate(order):
+                text = json.dumps([f"{i:09d}/{name}" for name in names[task]], ensure_ascii=False).encode()
+                head.add({**self.known[task], "labels": torch.tensor(list(text), dtype=torch.uint8)})
+            task_of = torch.tensor([task for _, task, _ in pairs])
+            class_of = torch.tensor([self.labels.index(name) for _, _, name in pairs])
+            folds = torch.stack([self.known[task]["counts"].sum(1) for task in order])  # (T x 2)
+            enough = len(order) > 1 and bool(folds.min() >= FEWEST)
+            tau = self._temperature(head, order, task_of) if enough else None
+            self._fitted = head, task_of, class_of, tau
+        return self._fitted
+
+    def _temperature(self, head: RidgeHead, order: Sequence[int], task_of: Tensor) -> float:
+        G_tr, Q = head.statistics["gram"][0] * head.unit**2, head.statistics["cross"].mT * head.unit
+        Theta = solve(G_tr, Q[0], head.fit()[2])  # (M x K)
+        K, n = len(task_of), float(head.statistics["counts"][1].sum())
+        m_1 = float((Theta * Q[1]).sum()) / n
+        m_0 = (float((Q[1].sum(1) @ Theta).sum()) / n - m_1) / (K - 1)
+        inside = outside = alike = pairs = 0.0  # sums of squared scores, and over how many pairs of sample and class
+        for task in order:
+            self._one.load_state(self.known[task])
+            G_t, n_t = self._one.statistics["gram"][1] * head.unit**2, float(self._one.statistics["counts"][1].sum())
+            squares, own = (Theta * (G_t @ Theta)).sum(0), task_of == task  # (K,)
+            inside, outside = inside + float(squares[own].sum()), outside + float(squares[~own].sum())
+            alike, pairs = alike + n_t * (int(own.sum()) - 1), pairs + n_t * int((~own).sum())
+        e_0 = outside / pairs
+        e_1 = (inside - alike * e_0) / n
+        v_0 = max(e_0 - m_0**2, 1e-12)
+        v_1 = max(e_1 - m_1**2, v_0)
+        draws = torch.randn(DRAWS, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        s = m_0 + v_0**0.5 * draws
+        s[:, 0] = m_1 + v_1**0.5 * draws[:, 0]
+        losses = torch.stack([(s / tau).logsumexp(1).mean() - s[:, 0].mean() / tau for tau in TEMPERATURES])
+        return float(TEMPERATURES[losses.argmin()])
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.known) and self.fit()[-1] is not None
+
+    def _scores(self, features: Tensor) -> Tensor:
+        return self.fit()[0].scores(self.checked_queries(features))  # (N x K)
+
+    def route(self, features: Tensor) -> Tensor:
+        if self.calibrated:
+            return self.log_posterior(features).argmax(1)
+        return self.fit()[1][self._scores(features).argmax(1)].to(features.device)
+
+    def log_posterior(self, features: Tensor) -> Tensor:
+        _, task_of, _, tau = self.fit()
+        if tau is None:
+            raise RouterError(
+                f"ClassRouter needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: observe "
+                "more, or call `route`"
+            )
+        log_p = (self._scores(features) / tau).log_softmax(1)
+        columns = [
+            log_p[:, task_of == task].logsumexp(1) if task in self.known else log_p.new_full((len(log_p),), -torch.inf)
+            for task in range(max(self.tasks) + 1)
+        ]
+        return torch.stack(columns, 1).to(features.device)
+
+    def log_within(self, features: Tensor, task: int) -> Tensor | None:
+        _, task_of, class_of, tau = self.fit()
+        if tau is None or task not in self.known:
+            return None
+        own = task_of == task
+        log_p = torch.full((len(features), len(self.labels)), -torch.inf, dtype=torch.float64)
+        log_p[:, class_of[own]] = (self._scores(features)[:, own] / tau).log_softmax(1)
+        return log_p

@@ -1,0 +1,96 @@
+"""Two routers as one: the logarithmic opinion pool of ridge on tasks and ridge on classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..measurement import Measurement
+from .base import Router, State
+from .classes import ClassRouter
+from .ridge import RidgeRouter
+
+
+@dataclass
+class PooledRouter(Router):
+    """p(t | x) ~ (p_R(t | x) p_C(t | x))^(1/2), p_R of `RidgeRouter` on the features as they are, p_C of `ClassRouter`.
+
+    Either is better by far on some streams: tasks with a look of their own, or tasks that only their classes tell
+    apart. The pool is about as good as the better one on those that we tried (docs/routing.md).
+
+    Args:
+        features: random features of the `ClassRouter`; 0 for none.
+
+    Raises:
+        ConfigError: an argument out of range.
+    """
+
+    features: int = 1024
+    _experts: dict[str, Router] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._experts = {"tasks": RidgeRouter(), "classes": ClassRouter(self.features)}
+
+    def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
+        for expert in self._experts.values():
+            expert.open(width, labels, seed=seed)
+        super().open(width, labels, seed=seed)
+
+    def observe(self, task: int, features: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
+        for expert in self._experts.values():
+            expert.observe(task, features, labels, ids)
+        self.known[task] = self._held(task)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        for name, expert in self._experts.items():
+            parts = {task: _part(self.known[task], name) for task in self.tasks}
+            expert.load_state({f"{task}.{k}": v for task, part in parts.items() for k, v in part.items()})
+
+    def load_task_state(self, task: int, state: Mapping[str, Tensor]) -> None:
+        super().load_task_state(task, state)
+        for name, expert in self._experts.items():
+            expert.load_task_state(task, _part(self.known[task], name))
+
+    def check_state(self, state: State) -> None:
+        for name, expert in self._experts.items():
+            expert.check_state(_part(state, name))
+
+    def _held(self, task: int) -> State:
+        return {f"{name}.{k}": v for name, e in self._experts.items() for k, v in e.known[task].items()}
+
+    def forget(self, task: int) -> None:
+        for expert in self._experts.values():
+            expert.forget(task)
+        super().forget(task)
+
+    @property
+    def calibrated(self) -> bool:
+        return all(expert.calibrated for expert in self._experts.values())
+
+    def route(self, features: Tensor) -> Tensor:
+        if self.calibrated:
+            return self.log_posterior(features).argmax(1)
+        self.check_observed()
+        return self._experts["tasks"].route(features)
+
+    def log_posterior(self, features: Tensor) -> Tensor:
+        self.check_observed()
+        pooled = sum(expert.log_posterior(features) / 2 for expert in self._experts.values())
+        assert isinstance(pooled, Tensor)
+        return torch.log_softmax(pooled, 1)
+
+    def log_within(self, features: Tensor, task: int) -> Tensor | None:
+        return self._experts["classes"].log_within(features, task)
+
+    def guarantee(self) -> list[Measurement]:
+        own = super().guarantee()
+        theirs = [m for expert in self._experts.values() for m in expert.guarantee() if m.bound is not None]
+        return [*own, *(replace(m, name=f"{m.source}: {m.name}", source=self._name) for m in theirs)]
+
+
+def _part(state: Mapping[str, Tensor], name: str) -> State:
+    return {key[len(name) + 1 :]: tensor for key, tensor in state.items() if key.startswith(name + ".")}
