@@ -1,4 +1,4 @@
-"""Commands that read a finished run: export, diff, gate."""
+"""Commands on a finished run: export, diff, gate read it, revert takes a task out of it."""
 
 from __future__ import annotations
 
@@ -71,6 +71,48 @@ def _composed(learner: Any, choice: dict[str, Any]) -> str:
     return f"the base and {parts}; of these deltas {tied}, so leaving a task out is not forgetting it with proof"
 
 
+def revert(
+    run: Run,
+    task: Annotated[str, typer.Argument(help="A task that the run has learned.", show_default=False)],
+    stream: Annotated[
+        str | None, typer.Option(help="Where the other tasks lie, if not where they were when the run was made.")
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Take a task out of what a run has learned, heads included. The run then goes on without it.
+
+    `perpetune revert runs/sotu 2026-week-07`
+
+    Writes a new commit and deletes none. The weights become the base and what the other tasks left on them, for recipes
+    with SparseSum (`sotu`) and Merge (`lora`, ...); `ncm` and `ridge` are to the bit as if they had never seen its
+    samples, `linear` forgets its classes, `ncm_refresh` and `ridge_refresh` gather anew from the training data of the
+    other tasks. The test data of the other tasks is read again; the folder of the task itself may be gone.
+
+    The command says whether this is forgetting with proof, or what ties the tasks together. Earlier commits still hold
+    what the task left: to give the model away without it, `export`. A task that is taken out is not learned again under
+    its name. To look before, `perpetune export --without`; to judge after, `perpetune gate`.
+    """
+    from .compose import stale, ties
+    from .learner import Learner
+    from .progress import RichProgress
+    from .results import Result
+    from .run import commit_of
+    from .streams import load_again
+
+    before = Result(run)
+    commit_of(before.commits, task)
+    learner = Learner.described(run, model=model, progress=RichProgress())
+    tied, shaped = ties(learner.recipe, before), stale(learner.recipe, before, task)
+    left = [name for name in before.tasks if name != task]
+    after = learner.revert(load_again(before.config["stream"], left, stream), task)
+    parts = f"the base and {', '.join(left)}" if left else "the base alone"
+    reasons = [text for text in (tied and f"of these deltas {tied}", shaped) if text]
+    if reasons:
+        typer.echo(f"{after.commits[-1].path}: {parts}; this is not forgetting with proof: {'; '.join(reasons)}")
+    else:
+        typer.echo(f"{after.commits[-1].path}: {parts}; nothing in it was made with the data of {task}")
+
+
 def diff(
     run: Run,
     before: Annotated[str | None, typer.Argument(metavar="[A]", help="A task, its number, or untouched.")] = None,
@@ -85,7 +127,7 @@ def diff(
 
     For every weight W the change ||W_b - W_a|| / ||W_a|| (Frobenius), the largest first, and the share of entries that
     changed; where tasks leave masked deltas, how many entries the masks share. The points are the base (`untouched`,
-    or 0) and each learned task (by name, or 1, 2, ...).
+    or 0), each task when it was learned (by name) or taken out (`revert-NAME`), or their numbers (1, 2, ...).
     """
     from .difference import difference
 
@@ -111,6 +153,8 @@ def gate(
     No earlier task may lose more than --max-forgetting. The newest must gain --min-gain over the model before it; over
     the untouched model, or else chance, where the head could not name the classes before. A broken promise of the
     newest task closes the gate too. Reads the predictions stored in the run; no model is loaded.
+
+    After `perpetune revert`: no other task may have lost more than --max-forgetting by it.
     """
     from .gate import judge
     from .results import Result

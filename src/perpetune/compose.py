@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .errors import ConfigError, ModelError, nearest
-from .heads import LinearHead
+from .heads import Head, LinearHead
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -60,7 +60,7 @@ def ties(recipe: Recipe, result: Result) -> str | None:
     A delta that was made with a part of another task in sight does not forget that task when the task is left out.
     """
     head: Any = recipe.heads[0] if recipe.heads[0].trains else recipe.heads[0].trainer()
-    if not recipe.consolidation.independent:
+    if recipe.tuner.trains and not recipe.consolidation.independent:
         return "each was trained on top of those before it"
     if recipe.rules:
         names = ", ".join(type(rule).__name__ for rule in recipe.rules)
@@ -72,6 +72,17 @@ def ties(recipe: Recipe, result: Result) -> str | None:
     if shared and isinstance(head, LinearHead):
         return "tasks share classes, and the head that trained them carries their rows over"
     return None
+
+
+def stale(recipe: Recipe, result: Result, task: str) -> str | None:
+    """What ties a task to heads when it is taken out: statistics of later tasks, gathered with features that it had
+    shaped; None where there are none."""
+    if task == result.tasks[-1] or not recipe.tuner.trains or recipe.consolidation.routed:
+        return None
+    names = [h.name for h in recipe.heads if type(h).observe is not Head.observe and not h.refresh]
+    if not names:
+        return None
+    return f"{' and '.join(names)} gathered later tasks with features that it had shaped (refresh gathers anew)"
 
 
 def plain(model: Any, folder: Path) -> nn.Module:

@@ -17,7 +17,7 @@ from .consolidation.sparse_sum import VALUES, stored_delta
 from .errors import ConfigError, RunError, nearest
 from .learned import Learned
 from .overlap import overlap
-from .run import Commit, Run
+from .run import Commit, Run, active
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -65,7 +65,8 @@ class Difference:
     Attributes:
         before, after: names of the two points.
         changes: of all weights, the largest relative change first; weights that were 0 come last.
-        meetings: of the masks of tasks learned between the two points with those of all tasks before them.
+        meetings: of the masks of tasks learned between the two points with those of all tasks before them, at the later
+            point.
     """
 
     before: str
@@ -119,8 +120,9 @@ def difference(
     merged into the weights; where no weight can hold them, their own tensors are compared, 0 where there were none.
 
     Args:
-        before, after: task names, "untouched", or numbers of points: 0 is the base, k the model after the k-th task.
-            None: before and after the newest task.
+        before, after: names or numbers of points: "untouched" or 0 is the base, the name of a task the model after it,
+            "revert-NAME" the model after that was taken out, k the model after the k-th of these. None: before and
+            after the newest.
         model: the base model, if it is not where it was.
 
     Raises:
@@ -140,7 +142,9 @@ def difference(
     changes = [_change(name, old.get(name), new.get(name)) for name in {**old, **new}]
     changes.sort(key=lambda c: (c.relative is None, -(c.relative or 0), c.name))
     first, last = sorted((a, b))
-    return Difference(names[a], names[b], tuple(changes), _meetings(commits[1 : last + 1], first))
+    known = active(commits[: last + 1])
+    new = sum(commit.manifest["index"] > first for commit in known)
+    return Difference(names[a], names[b], tuple(changes), _meetings(known, len(known) - new))
 
 
 def _point(text: str, names: Sequence[str]) -> int:
@@ -149,7 +153,7 @@ def _point(text: str, names: Sequence[str]) -> int:
     if text.isdigit() and int(text) < len(names):
         return int(text)
     raise ConfigError(
-        f"this run has no point `{text}` (a task, or a number up to {len(names) - 1}): {nearest(text, names)}"
+        f"this run has no point `{text}` (a name, or a number up to {len(names) - 1}): {nearest(text, names)}"
     )
 
 
@@ -159,7 +163,7 @@ def _state(learner: Learned, commits: Sequence[Commit], point: int) -> dict[str,
         backbone, consolidation = learner._need_backbone(), learner.recipe.consolidation
     else:
         backbone, consolidation = learner.fresh()
-        consolidation.restore(commits[1 : point + 1])
+        consolidation.restore(active(commits[: point + 1]))
     extra: dict[str, Tensor] = {}
     try:
         model = plain(backbone.model, commits[point].path)

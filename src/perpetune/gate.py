@@ -1,4 +1,4 @@
-"""Whether the newest task of a run may stay: judged by the predictions in its commits; no model is loaded."""
+"""Whether the newest task of a run may stay, or another go: judged by the predictions in its commits, no model read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_CLASSES, MOST_TASKS = 5, 10
 
 @dataclass(frozen=True)
 class Before:
-    """Accuracy of a task, or of one class of it, before and after the newest task.
+    """Accuracy of a task, or of one class of it, before and after the newest commit.
 
     Attributes:
         name: of the task, or "task: class". examples: in its test set.
@@ -41,16 +41,17 @@ class Before:
 class Verdict:
     """
     Attributes:
-        task: the newest. accuracy: of it. reference, against: what it must beat, and what that is.
-        tasks: every earlier task, the one that lost most first. classes: the worst, as far as they lost.
+        task: the newest, or the one that was taken out last. accuracy: of the newest; None where one was taken out.
+        reference, against: what the newest must beat, and what that is.
+        tasks: every other task, the one that lost most first. classes: the worst, as far as they lost.
         broken: promises of the newest commit that were not kept. failures: why the gate is closed; none opens it.
     """
 
     task: str
     head: str
     scenario: str
-    accuracy: float
-    reference: float
+    accuracy: float | None
+    reference: float | None
     against: str
     tasks: tuple[Before, ...]
     classes: tuple[Before, ...]
@@ -62,8 +63,8 @@ class Verdict:
         return not self.failures
 
     @property
-    def gain(self) -> float:
-        return self.accuracy - self.reference
+    def gain(self) -> float | None:
+        return None if self.accuracy is None or self.reference is None else self.accuracy - self.reference
 
     @property
     def flips(self) -> int:
@@ -85,15 +86,16 @@ class Verdict:
         for entry in (*losers[:MOST_TASKS], *self.classes):
             points = (f"{100 * x:.1f}" for x in (entry.before, entry.now, entry.drop))
             table.add_row(escape(entry.name), *points, f"{entry.flips} of {entry.examples}")
-        lines = [f"newest task `{self.task}`, read by {self.head}, {self.scenario}-incremental"]
+        what, others = ("task taken out:", "other") if self.gain is None else ("newest task", "earlier")
+        lines = [f"{what} `{self.task}`, read by {self.head}, {self.scenario}-incremental"]
         if len(losers) > MOST_TASKS:
-            lines.append(f"{len(losers) - MOST_TASKS} more earlier tasks got worse, by no more")
+            lines.append(f"{len(losers) - MOST_TASKS} more {others} tasks got worse, by no more")
         if not losers:
-            lines.append("no earlier task got worse" if self.tasks else "there is no earlier task")
-        lines.append(
-            f"`{self.task}`: {100 * self.accuracy:.1f}, {100 * self.gain:+.1f} against {self.against} "
-            f"({100 * self.reference:.1f}); examples of earlier tasks right before and wrong now: {self.flips}"
-        )
+            lines.append(f"no {others} task got worse" if self.tasks else f"there is no {others} task")
+        if self.accuracy is not None and self.reference is not None:
+            gain = f"{100 * (self.accuracy - self.reference):+.1f} against {self.against}"
+            lines.append(f"`{self.task}`: {100 * self.accuracy:.1f}, {gain} ({100 * self.reference:.1f})")
+        lines.append(f"examples of {others} tasks right before and wrong now: {self.flips}")
         lines += [f"FAIL: {reason}" for reason in self.failures] or ["PASS"]
         return Group(*([table] if losers else []), *map(escape, lines))
 
@@ -107,11 +109,11 @@ def judge(
     head: str | None = None,
     scenario: str | None = None,
 ) -> Verdict:
-    """Judge the newest of T tasks.
+    """Judge the newest of T tasks, or, where the newest commit takes one out, what that did to the others.
 
-    With a(i, j) as in `metrics.accuracy`: a(T-1, j) - a(T, j) <= max_forgetting for every earlier task j, and
-    a(T, T) - r >= min_gain, where r is a(T-1, T) if the head could name the classes then, else the accuracy b_T of the
-    untouched model, else chance.
+    With a(i, j) as in `metrics.accuracy`, and T-1 the commit before: a(T-1, j) - a(T, j) <= max_forgetting for every
+    earlier task j, and a(T, T) - r >= min_gain, where r is a(T-1, T) if the head could name the classes then, else the
+    accuracy b_T of the untouched model, else chance. Where a task was taken out, the first of these for all others.
 
     Args:
         max_forgetting, min_gain: fractions, 0.02 is two points.
@@ -127,27 +129,29 @@ def judge(
             raise ConfigError(f"{name} is a fraction, 0.02 for two points, not {value}")
     if max_flips is not None and max_flips < 0:
         raise ConfigError(f"max-flips is a number of examples, not {max_flips}")
-    if len(result.commits) < 2:
+    if not result.tasks:
         raise RunError(f"{result.path} has learned no task yet: there is nothing to judge")
     head, scenario = _reading(result, head, scenario)
-    newest, earlier = result.commits[-1].manifest, result.commits[-2].manifest["learned"]
-    task, T = result.tasks[-1], len(result.tasks)
-    if len(earlier) != T - 1:
+    newest, task = result.commits[-1].manifest, result.tasks[-1]
+    old, new = (result.found(commit, f"{head}/{scenario}/") for commit in result.commits[-2:])
+    _, targets = result.predictions(head, scenario)
+    earlier = [j for j in result.tasks if j in result.commits[-2].manifest["learned"]]
+    accuracy, reference, against = None, None, ""
+    if "reverts" in newest:
+        task = newest["reverts"]
+    elif len(earlier) != len(result.tasks) - 1:
         raise ConfigError(f"{result.path} learned its tasks all at once: there is no newest task to judge")
-    matrix = result.matrix(head, scenario)
-    rows, targets = result.predictions(head, scenario)
-    accuracy = float(matrix.values[-1, -1])
-    chance = 1 / (len(set(targets[task].tolist())) if scenario == "task" else len(newest["classes"]))
-    references = (
-        (float(matrix.values[T - 2, T - 1]) if T > 1 else np.nan, "the model before it"),
-        (float(matrix.baseline[-1]), "the untouched model"),
-        (chance, "chance"),
-    )
-    reference, against = next((r, what) for r, what in references if not np.isnan(r))
+    else:
+        accuracy = float((new[task] == targets[task]).mean())
+        chance = 1 / (len(set(targets[task].tolist())) if scenario == "task" else len(newest["classes"]))
+        untouched = result.found(result.commits[0], f"{head}/{scenario}/")
+        references = ((old if earlier else {}, "the model before it"), (untouched, "the untouched model"))
+        known = ((float((found[task] == targets[task]).mean()), what) for found, what in references if task in found)
+        reference, against = next(known, (chance, "chance"))
     tasks, classes = [], []
     for j in earlier:
         target = targets[j]
-        was, now = rows[T - 2][j] == target, rows[T - 1][j] == target
+        was, now = old[j] == target, new[j] == target
         tasks.append(_before(j, was, now))
         for c in np.unique(target):
             name = f"{j}: {result.config['stream']['labels'][c]}"
@@ -176,7 +180,7 @@ def _failures(v: Verdict, max_forgetting: float, min_gain: float, max_flips: int
         for t in v.tasks
         if t.drop > max_forgetting + ROUNDING
     ]
-    if v.gain < min_gain - ROUNDING:
+    if v.gain is not None and v.gain < min_gain - ROUNDING:
         found.append(f"`{v.task}` gained {100 * v.gain:.1f} points over {v.against}, asked for are {100 * min_gain:g}")
     if max_flips is not None and v.flips > max_flips:
         found.append(f"{v.flips} examples were right before and are wrong now, allowed are {max_flips}")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import datasets
 import torch
+from torch import Tensor
 
 from . import run as run_directory
-from .backbone import Backbone, FixedFeatures, Pooling, load_backbone
+from .backbone import Backbone, Examples, FixedFeatures, Pooling, load_backbone
 from .compose import choose, plain
 from .consolidation import Consolidation
 from .errors import ConfigError, RunError, nearest
@@ -20,13 +22,23 @@ from .evaluation import Evaluator
 from .heads import Head, make_head
 from .machine import default_device
 from .progress import Progress
+from .reading import routed_scores
 from .recipe import Recipe
 from .recipes import make_recipe
-from .run import Run
+from .run import Commit, Run, active
 from .training import resolve_training
 from .tuners import NoNetwork
 
 Opened = TypeVar("Opened", bound="Learned")
+
+
+class Known(NamedTuple):
+    """What a run can be asked: all label texts, the classes learned so far, the input columns, the tasks learned."""
+
+    labels: Sequence[str]
+    classes: Sequence[int]
+    inputs: Sequence[str]
+    tasks: Sequence[str]
 
 
 class Learned:
@@ -66,7 +78,7 @@ class Learned:
         self.backbone: Backbone | None = None
         self.heads = self.recipe.heads
         self._surrogate: Head | None = None
-        self._predicts: tuple[Sequence[str], Sequence[int], Sequence[str]] | None = None
+        self._predicts: Known | None = None
 
     # ---- opening ----
 
@@ -77,11 +89,28 @@ class Learned:
         Raises:
             RunError: no run is there, it is damaged, or its base model is another one now.
         """
+        learner = cls.described(run, **options)
+        config = run_directory.read_config(Path(run))
+        model, stream = config["model"], config["stream"]
+        learner.backbone = learner._load_base(model["modality"], model["fingerprint"])
+        directory = Run.read(run)
+        learner._restore(directory, stream["labels"])
+        newest = directory.commits[-1].manifest if directory.commits else {"classes": [], "learned": []}
+        learner._predicts = Known(stream["labels"], newest["classes"], stream["inputs"], newest["learned"])
+        return learner
+
+    @classmethod
+    def described(cls: type[Opened], run: str | Path, **options: Any) -> Opened:
+        """The learner that a run was made with, as run.yaml says; nothing is loaded yet.
+
+        Raises:
+            RunError: no run is there.
+        """
         config = run_directory.read_config(Path(run))
         model, settings = config["model"], config["training"]
         name = options.pop("model", None) or config["model_name"]
         loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
-        learner = cls(
+        return cls(
             name,
             options.pop("recipe", config["recipe"]),
             run,
@@ -90,12 +119,6 @@ class Learned:
             **loading,
             **options,
         )
-        learner.backbone = learner._load_base(model["modality"], model["fingerprint"])
-        directory, stream = Run.read(run), config["stream"]
-        learner._restore(directory, stream["labels"])
-        seen = directory.commits[-1].manifest["classes"] if directory.commits else []
-        learner._predicts = (stream["labels"], seen, stream["inputs"])
-        return learner
 
     def _load_backbone(self, modality: Any) -> Backbone:
         tuner = self.recipe.tuner
@@ -114,8 +137,9 @@ class Learned:
             )
         return backbone
 
-    def _restore(self, run: Run, labels: Sequence[str]) -> None:
-        """Base model plus commits: nothing else decides what follows."""
+    def _restore(self, run: Run, labels: Sequence[str], without: str | None = None) -> None:
+        """Base model plus active commits: nothing else decides what follows. Heads and rules are as the newest commit
+        left them; `without` a task, the weights are as if it had left nothing."""
         # rules, heads and consolidations hold state: every run starts from untouched ones
         self.recipe = recipe = copy.deepcopy(self._recipe)
         self.heads, backbone = recipe.heads, self._need_backbone()
@@ -128,18 +152,16 @@ class Learned:
                 embeddings = backbone.label_embeddings(head.label_prompts(labels))
             head.open(backbone.width, labels, seed=self.seed, label_embeddings=embeddings)
             head.to(self.device)
-        recipe.consolidation.open(backbone, recipe.tuner)
-        learned = run.commits[1:]
-        recipe.consolidation.restore(learned)
+        recipe.consolidation.open(backbone, recipe.tuner, labels)
+        recipe.consolidation.restore([c for c in active(run.commits) if c.manifest["task"] != without])
         backbone.to(self.device)
-        if learned:
-            state = learned[-1].tensors("head.safetensors")
-            for name, head in self._named_heads():
-                head.load_state({k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(name + ".")})
-            if learned[-1].has("rules.safetensors"):
-                state = learned[-1].tensors("rules.safetensors")
-                for i, rule in enumerate(recipe.rules):
-                    rule.load_state({k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{i}.")})
+        states = head_states(run.commits[-1]) if run.commits else {}
+        for name, head in self._named_heads() if states else ():
+            head.load_state(states.get(name, {}))
+        if run.commits and run.commits[-1].has("rules.safetensors"):
+            state = run.commits[-1].tensors("rules.safetensors")
+            for i, rule in enumerate(recipe.rules):
+                rule.load_state({k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{i}.")})
 
     def _named_heads(self) -> Iterator[tuple[str, Head]]:
         yield from ((head.name, head) for head in self.heads)
@@ -163,27 +185,34 @@ class Learned:
         """
         backbone, recipe = self._need_backbone(), copy.deepcopy(self._recipe)
         base = self._load_base(backbone.modality, backbone.fingerprint)
-        recipe.consolidation.open(base, recipe.tuner)
+        recipe.consolidation.open(base, recipe.tuner, self._predicts.labels if self._predicts else ())
         return base, recipe.consolidation
 
     # ---- using ----
 
     def predict(
-        self, inputs: Sequence[Any], *, head: str | None = None, classes: Sequence[str] | None = None
+        self,
+        inputs: Sequence[Any],
+        *,
+        head: str | None = None,
+        classes: Sequence[str] | None = None,
+        task: str | None = None,
     ) -> list[str]:
         """Label texts for new inputs: texts, (text, text_pair) tuples, or PIL images.
 
         Args:
             head: which head to read; None takes the first.
             classes: choose among these label texts only (task-incremental use); None chooses among all classes learned.
+            task: whose adapter reads the inputs, where there is one for every task; None lets the router find out.
 
         Raises:
-            ConfigError: nothing is learned yet, or an unknown head or class.
+            ConfigError: nothing is learned yet, an unknown head, class or task, or a task for a model that has but one
+                state.
         """
         backbone = self._need_backbone()
-        if self._predicts is None or not self._predicts[1]:
+        if self._predicts is None or not self._predicts.classes:
             raise ConfigError("no task is learned yet: call learn(stream) first")
-        labels, seen, columns = self._predicts
+        labels, seen, columns, _ = self._predicts
         by_name = {h.name: h for h in self.heads}
         if head is not None and head not in by_name:
             raise ConfigError(f"this run reads no head `{head}`: {nearest(head, by_name)}")
@@ -201,9 +230,39 @@ class Learned:
         if not rows:
             return []
         data = datasets.Dataset.from_dict({**table, "label": [0] * len(rows), "id": [""] * len(rows)})
-        features = backbone.features(backbone.prepare(data), int(self.training["per_device_eval_batch_size"]))
-        scores = by_name[head or self.heads[0].name].scores(features)
+        scores = self._scores(by_name[head or self.heads[0].name], backbone.prepare(data), len(labels), task)
         return [labels[allowed[i]] for i in scores[:, allowed].argmax(1).tolist()]
+
+    def _scores(self, head: Head, examples: Examples, classes: int, task: str | None) -> Tensor:
+        """(N x C). Where inputs are divided among adapters: read once to find out their tasks, then in one pass for
+        every task that is present."""
+        backbone, consolidation = self._need_backbone(), self.recipe.consolidation
+        size = int(self.training["per_device_eval_batch_size"])
+        if not consolidation.routed:
+            if task is not None:
+                raise ConfigError("the model is the same for all tasks: give `classes` to choose among those of one")
+            return head.scores(backbone.features(examples, size))
+
+        @functools.cache
+        def routing() -> Tensor:
+            with consolidation.view(None):
+                return backbone.features(examples, size)
+
+        def read(view: int | None, rows: Tensor) -> Tensor:
+            if view is None:
+                return routing()[rows]
+            with consolidation.view(view):
+                return backbone.features([examples[i] for i in rows.tolist()], size)
+
+        if task is None:
+            weights = consolidation.candidates_of(routing())
+        else:
+            learned = list(self._predicts.tasks) if self._predicts else []
+            if task not in learned:
+                raise ConfigError(f"this run has learned no task `{task}`: {nearest(task, learned)}")
+            weights = torch.full((len(examples), len(learned)), -torch.inf)
+            weights[:, learned.index(task)] = 0
+        return routed_scores(head, classes, weights, consolidation, read)
 
     def export(
         self,
@@ -236,15 +295,25 @@ class Learned:
         commits = Run.read(self.path).commits
         if not commits:
             raise ConfigError("nothing is learned yet: call learn(stream) first")
-        if only is None and not without and not scales:
+        everything = only is None and not without and not scales
+        if everything and not self.recipe.consolidation.routed:
             model: Any = plain(copy.deepcopy(backbone.model), commits[-1].path)
         else:
             chosen = choose(commits[-1].manifest["learned"], only, without, scales)
             backbone, consolidation = self.fresh()
-            consolidation.compose({c.manifest["task"]: c for c in commits[1:]}, chosen)
-            model = backbone.model
+            consolidation.compose({c.manifest["task"]: c for c in active(commits)}, chosen)
+            model = plain(backbone.model, commits[-1].path)
         model = model.to(dtype=getattr(torch, dtype))
         with run_directory.writing(Path(folder)):
             model.save_pretrained(str(folder))
             backbone.processor.save_pretrained(str(folder))
         return Path(folder)
+
+
+def head_states(commit: Commit) -> dict[str, dict[str, Tensor]]:
+    """What a commit holds of each head, by name; nothing before the first task."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in commit.tensors("head.safetensors").items() if commit.has("head.safetensors") else ():
+        name, _, part = key.partition(".")
+        found.setdefault(name, {})[part] = tensor
+    return found

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from . import run as run_directory
 from .backbone import Examples
 from .config import RunConfig
 from .consolidation import Step
-from .errors import RunError, StreamError
+from .errors import ConfigError, RunError, StreamError
 from .heads import Head
-from .learned import Learned
+from .learned import Known, Learned, head_states
 from .machine import peak_memory, versions
 from .measurement import Measurement, finite
 from .results import Result
 from .rules import TaskContext
-from .run import Commit, Run
+from .run import Commit, Run, active, commit_of, reverted
 from .streams import Stream, fingerprint
 from .training import TaskModel, TrainingLog, count_steps, train_task
 
@@ -72,24 +73,25 @@ class Learner(Learned):
         Raises:
             PerpetuneError: whatever is wrong, with how to mend it; every finished task is safe.
         """
-        run = self._open(stream)
+        run, stream = self._open(stream)
         recipe, consolidation = self.recipe, self.recipe.consolidation
         steps = consolidation.schedule(stream)
         try:
             with self.progress:
                 if not run.commits:
                     self._commit_untouched(run, stream)
-                done = len(run.commits) - 1
-                for task in stream.tasks[: steps[done].first] if 0 < done < len(steps) else ():
+                done = len(active(run.commits))
+                goes_on = 0 < done < len(steps) and not consolidation.routed
+                for task in stream.tasks[: steps[done].first] if goes_on else ():
                     self._evaluator.features(task, "test")  # as they were before what is learned next
                 for step in steps[done:]:
                     started = time.perf_counter()
-                    set_seed(task_seed(self.seed, step.index))
+                    set_seed(task_seed(self.seed, step.name))
                     consolidation.begin_task(step)
                     self._examples = self._prepare(step)
                     for head in self._all_heads():
                         head.begin_task(consolidation.classes(step))
-                    context = TaskContext(self._need_backbone(), step.index, self._batches, self._losses)
+                    context = TaskContext(self._need_backbone(), _begun(run), self._batches, self._losses)
                     for rule in recipe.rules:
                         rule.begin_task(context)
                     log = self._train(step, len(steps))
@@ -112,31 +114,115 @@ class Learner(Learned):
             raise
         finally:
             run.close()
-        self._predicts = (stream.labels, sorted({c for s in steps for c in s.classes}), stream.inputs)
+        classes = sorted({c for s in steps for c in s.classes})
+        self._predicts = Known(stream.labels, classes, stream.inputs, [task.name for task in stream])
         return Result(self.path, keep=self._temporary)
+
+    # ---- taking a task out ----
+
+    def revert(self, stream: Stream, task: str) -> Result:
+        """Take a task out of what the run has learned, heads included: a new commit; nothing is deleted.
+
+        The weights become the base and what the other tasks left: after `SparseSum`, the bits of a run in which this
+        task left nothing. What heads have of the task goes as `Head.forget` says; heads with `refresh` gather anew from
+        the training data of the other tasks. What rules remember stays. The task is not learned again under its name.
+
+        Args:
+            stream: with the other learned tasks, as they were; the task itself may be gone.
+
+        Raises:
+            ConfigError: no such task is learned, or tasks leave nothing that could be taken out.
+            RunError: no run is there, or the other tasks are not what they were.
+        """
+        own, started = commit_of(Run.read(self.path).commits, task), time.perf_counter()
+        consolidation, tuner = self.recipe.consolidation, self.recipe.tuner
+        if not consolidation.separable(tuner):
+            raise ConfigError(
+                f"{type(consolidation).__name__} with {type(getattr(tuner, 'config', tuner)).__name__} keeps no change "
+                "of each task by itself, so none can be taken out: use a recipe with SparseSum (`sotu`) or Merge "
+                "(`lora`), or learn the other tasks in another run directory (--out)"
+            )
+        run, stream = self._open(stream, without=task)
+        try:
+            with self.progress:
+                learned = [name for name in run.commits[-1].manifest["learned"] if name != task]
+                stream = replace(stream, tasks=stream.tasks[: len(learned)])
+                self._forget(run, own, stream)
+                steps = self.recipe.consolidation.schedule(stream)
+                step = steps[-1] if steps else None
+                predictions = self._evaluator.predictions(stream, step, self.heads, self.recipe.consolidation)
+                name, classes = f"revert-{task}", sorted({c for t in stream for c in t.classes})
+                measured = [m for head in self.heads for m in head.guarantee()]
+                facts = {
+                    "reverts": task,
+                    "reverted": [*reverted(run.commits), task],
+                    "learned": learned,
+                    "classes": classes,
+                    "guarantees": [{**m.to_dict(), "task": name} for m in measured],
+                    "heads": [head.name for head in self.heads],
+                }
+                commit = run.commit(name, self._states(predictions), facts)
+                run.note(
+                    "revert",
+                    task=name,
+                    evaluate_seconds=round(time.perf_counter() - started, 3),
+                    disk_bytes=commit.size,
+                )
+        finally:
+            run.close()
+        self._predicts = Known(stream.labels, classes, stream.inputs, learned)
+        return Result(self.path, keep=self._temporary)
+
+    def _forget(self, run: Run, own: Commit, stream: Stream) -> None:
+        """Heads without the task of a commit; `stream` has the tasks that remain."""
+        number, position = own.manifest["index"], active(run.commits).index(own)
+        before, after = head_states(run.commits[number - 1]), head_states(own)
+        left = {c for task in stream for c in task.classes}
+        classes = [c for c in run.commits[-1].manifest["classes"] if c not in left]
+        for name, head in self._named_heads():
+            if not head.refresh:
+                head.forget(position, classes, before.get(name, {}), after[name])
+        anew = [head for head in self.heads if head.refresh]
+        for head in anew:
+            head.clear()
+        for task in stream if anew else ():
+            features, labels = self._evaluator.features(task, "train"), torch.tensor(task.train["label"])
+            for head in anew:
+                head.observe(features, labels, task.train["id"])
 
     # ---- opening ----
 
-    def _open(self, stream: Stream) -> Run:
-        if not len(stream):
+    def _open(self, stream: Stream, without: str | None = None) -> tuple[Run, Stream]:
+        """The run, and its stream: classes numbered as they have always been in this run, without the tasks that were
+        taken out, or are now (`without`)."""
+        if not len(stream) and without is None:
             raise StreamError(f"stream `{stream.name}` has no task")
-        self.backbone = self._load_backbone(stream.modality)
+        self.backbone, self._predicts = self._load_backbone(stream.modality), None
         run = Run.open(self.path, self.config(stream))
         try:
-            self._restore(run, stream.labels)
-            _check_learned(run, stream)
-            learned = run.commits[-1].manifest["learned"] if run.commits else []
-            if len(run.commits) > len(self.recipe.consolidation.schedule(stream)) and len(learned) < len(stream):
+            whole = stream.numbered(run_directory.read_config(self.path)["stream"]["labels"])
+            out = [*reverted(run.commits), without]
+            stream = replace(whole, tasks=tuple(task for task in whole if task.name not in out))
+            self._restore(run, whole.labels, without)
+            learned = _check_learned(run, stream, without)
+            done = len(active(run.commits))
+            if done and done >= len(self.recipe.consolidation.schedule(stream)) and len(learned) < len(stream):
                 raise RunError(
                     f"{self.path} learned all tasks of its stream at once; the stream has grown since: use another run "
                     "directory (--out)"
                 )
-            run.grow(self.config(stream))
-            self._note_start(run)
+            if without is None:
+                run.grow(self.config(whole))
+                self._note_start(run)
+                for task in (task.name for task in whole if task.name in out):
+                    self.progress.say(
+                        f"task `{task}` was taken out of {self.path} and is passed over: to learn it again, give it "
+                        "another name"
+                    )
         except BaseException:
             run.close()
             raise
-        return run
+        return run, stream
 
     def config(self, stream: Stream) -> dict[str, Any]:
         """What decides the result of this run, as it is written to run.yaml."""
@@ -185,7 +271,7 @@ class Learner(Learned):
                 self._examples,
                 self.training,
                 task=step.name,
-                seed=task_seed(self.seed, step.index),
+                seed=task_seed(self.seed, step.name),
                 steps=steps,
                 advance=advance,
             )
@@ -250,9 +336,11 @@ class Learner(Learned):
             self.progress.say(f"{self.path}: goes on with {', '.join(other)}; bits may differ from an undisturbed run")
 
     def _files(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
+        return {**self.recipe.consolidation.files(), **self._states(predictions)}
+
+    def _states(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
         rules = {f"{i}.{k}": v for i, rule in enumerate(self.recipe.rules) for k, v in rule.state().items()}
         return {
-            **self.recipe.consolidation.files(),
             "head.safetensors": {
                 f"{name}.{k}": v for name, head in self._named_heads() for k, v in head.state().items()
             },
@@ -281,28 +369,34 @@ class Learner(Learned):
             train_seconds=round(training, 3),
             evaluate_seconds=round(rest, 3),
             peak_memory_bytes=peak_memory(self.device),
-            disk_bytes=sum(f.stat().st_size for f in commit.path.iterdir()),
+            disk_bytes=commit.size,
         )
         self.progress.say(f"{self.recipe.name}: task {step.index + 1} `{step.name}` learned in {training + rest:.1f} s")
 
 
-def _check_learned(run: Run, stream: Stream) -> None:
-    """A stream may have grown since; what was learned must still be what it was."""
+def _begun(run: Run) -> int:
+    """How many tasks rules have seen, those that were taken out again too: they remember them, and draw by number."""
+    return sum("reverts" not in commit.manifest for commit in run.commits[1:])
+
+
+def _check_learned(run: Run, stream: Stream, without: str | None = None) -> list[str]:
+    """A stream may have grown since; what was learned, and is not taken out, must still be what it was."""
     tasks = {task.name: task for task in stream}
-    learned = run.commits[-1].manifest["learned"] if run.commits else []
+    learned = [name for name in (run.commits[-1].manifest["learned"] if run.commits else ()) if name != without]
     now = [task.name for task in stream.tasks[: len(learned)]]
     if now != learned:
         raise RunError(
             f"{run.path} has learned {', '.join(learned)} in this order; the stream now starts with "
             f"{', '.join(now) or 'nothing'}: append new tasks at its end, or use another run directory (--out)"
         )
-    for commit in run.commits:
+    for commit in active(run.commits):
         for name, digest in commit.manifest.get("data", {}).items():
-            if fingerprint(tasks[name]) != digest:
+            if name != without and fingerprint(tasks[name]) != digest:
                 raise RunError(
                     f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run "
                     "directory (--out)"
                 )
+    return learned
 
 
 def step_budget(step: Step, training: dict[str, Any]) -> int:
@@ -312,6 +406,6 @@ def step_budget(step: Step, training: dict[str, Any]) -> int:
     return count_steps(sum(len(task.train) for task in step.tasks), training)
 
 
-def task_seed(seed: int, index: int) -> int:
-    """The seed of one task: whatever was drawn before, a task trained again draws the same."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "little") >> 1
+def task_seed(seed: int, task: str) -> int:
+    """The seed of one task: whatever was learned before, and in whatever order, it draws the same."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{task}".encode()).digest()[:4], "little") >> 1

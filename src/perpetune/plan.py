@@ -60,7 +60,7 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
     """
     with tempfile.TemporaryDirectory() as folder:
         learner.path = Path(folder)
-        run = learner._open(stream)
+        run, stream = learner._open(stream)
         run.close()
         backbone, recipe = learner._need_backbone(), learner.recipe
         step = recipe.consolidation.schedule(stream)[0]

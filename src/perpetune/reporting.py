@@ -42,13 +42,31 @@ def report_data(results: Sequence[Result], records: Sequence[Any], kind: str) ->
         scenario=stream.get("scenario", records[0].scenario),
         tasks=records[0].tasks,
         labels=_labels(first) if first else {},
+        reverted=first.reverted if kind == "run" and first else (),
         model=records[0].model,
         command=_command(start.get("command") or sys.argv),
         versions={k: str(v) for k, v in start.get("versions", {}).items()},
         created=time.strftime("%Y-%m-%d"),
         formulas=FORMULAS,
+        routes=_routes(runs),
         flips=_flips(first) if kind == "run" and first else None,
     )
+
+
+def _routes(runs: Sequence[Result]) -> list[dict[str, Any]]:
+    found = [(run, run.routing()) for run in runs]
+    return [
+        {
+            "recipe": run.config["recipe"]["name"],
+            "tasks": routing.tasks,
+            "accuracy": routing.accuracy,
+            "accuracy_micro": routing.accuracy_micro,
+            "asked": routing.asked,
+            "confusion": routing.confusion.tolist(),
+        }
+        for run, routing in found
+        if routing
+    ]
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -71,15 +89,13 @@ def _flips(result: Result) -> list[dict[str, Any]] | None:
 
     from .errors import PerpetuneError
     from .metrics.accuracy import flips
-    from .streams import fingerprint, load_stream
+    from .streams import fingerprint, load_again
 
     if not result.readings:
         return None
     try:
-        stream = load_stream(**result.config["stream"]["source"])
-        learned = {k: v for c in result.commits for k, v in c.manifest.get("data", {}).items()}
-        if result.config["stream"]["name"].endswith("(validation)"):
-            stream = stream.on_validation()
+        stream = load_again(result.config["stream"], result.tasks)
+        learned = {k: v for c in result.active for k, v in c.manifest.get("data", {}).items()}
     except (PerpetuneError, TypeError):
         return None
     if any(fingerprint(task) != learned.get(task.name) for task in stream):

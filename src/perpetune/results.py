@@ -12,7 +12,10 @@ import torch
 from .errors import ConfigError
 from .metrics.accuracy import AccuracyMatrix, flips, flips_share, summary
 from .metrics.records import ResultRecord, make_record
-from .run import Run, read_config, read_journal
+from .metrics.routing import Routing
+from .run import Commit, Run, active, read_config, read_journal, reverted
+
+NO_READING = ("target/", "route/", "asked/")  # of what is stored beside the predictions of heads
 
 
 class Result:
@@ -32,19 +35,27 @@ class Result:
         self.journal = read_journal(self.path)
         self.commits = Run.read(self.path).commits
 
+        self.active = active(self.commits)
+        self.reverted = reverted(self.commits)
+
     @cached_property
-    def _predictions(self) -> list[dict[str, np.ndarray]]:
-        return [{k: v.numpy() for k, v in c.tensors("predictions.safetensors").items()} for c in self.commits]
+    def _predictions(self) -> dict[Path, dict[str, np.ndarray]]:
+        """Of the commits that count: the untouched model, tasks that were not taken out, the two newest."""
+        counting = [*self.commits[:1], *self.active, *self.commits[-2:]]
+        return {c.path: {k: v.numpy() for k, v in c.tensors("predictions.safetensors").items()} for c in counting}
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks learned so far, in order."""
+        """Tasks learned so far and not taken out, in order."""
         return tuple(self.commits[-1].manifest["learned"]) if self.commits else ()
 
     @property
     def readings(self) -> list[tuple[str, str]]:
         """(head, scenario) pairs that this run was evaluated in."""
-        names = [k.split("/") for found in self._predictions[1:] for k in found if not k.startswith("target/")]
+        if not self.tasks:
+            return []
+        told = [self._predictions[commit.path] for commit in (*self.active, self.commits[-1])]
+        names = [k.split("/") for found in told for k in found if not k.startswith(NO_READING)]
         keys = {(name[0], name[1]) for name in names}
         order = self.commits[-1].manifest.get("heads", [])
         return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
@@ -52,43 +63,68 @@ class Result:
     def predictions(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         """Per task learned: predicted class of every test example of every task evaluated then; and the true classes.
 
-        Row i is the state after task i; a step that learned several tasks fills the row of the last of them.
+        Row i is the state after task i, the last one the newest state; a step that learned several tasks fills the row
+        of the last of them. A task that was taken out has neither row nor column; rows before it was taken out are of
+        models that knew it.
         """
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         targets: dict[str, np.ndarray] = {}
-        for commit, found in zip(self.commits[1:], self._predictions[1:], strict=True):
-            row = len(commit.manifest["learned"]) - 1
-            prefix = f"{head}/{scenario}/"
-            rows[row] = {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
-            rows[row] = {k: v for k, v in rows[row].items() if k in self.tasks}
-            targets.update({k[len("target/") :]: v for k, v in found.items() if k.startswith("target/")})
-        return rows, {k: v for k, v in targets.items() if k in self.tasks}
+        for commit in self.active:
+            row = max(self.tasks.index(task) for task in commit.manifest["learned"] if task in self.tasks)
+            rows[row] = self.found(commit, f"{head}/{scenario}/")
+            targets |= self.found(commit, "target/")
+        if rows:
+            rows[-1] = self.found(self.commits[-1], f"{head}/{scenario}/")
+        return rows, targets
+
+    def found(self, commit: Commit, prefix: str) -> dict[str, np.ndarray]:
+        """What a commit stored under this prefix, by task, for tasks that were not taken out.
+
+        Args:
+            commit: that of an active task, the first, or one of the two newest.
+        """
+        stored = {k[len(prefix) :]: v for k, v in self._predictions[commit.path].items() if k.startswith(prefix)}
+        return {task: v for task, v in stored.items() if task in self.tasks}
 
     def matrix(self, head: str, scenario: str) -> AccuracyMatrix:
         """a(i, j): accuracy on task j after learning task i."""
         rows, targets = self.predictions(head, scenario)
-        prefix = f"{head}/{scenario}/"
-        baseline = {k[len(prefix) :]: v for k, v in self._predictions[0].items() if k.startswith(prefix)}
-        baseline = {k: v for k, v in baseline.items() if k in self.tasks}
+        baseline = self.found(self.commits[0], f"{head}/{scenario}/")
         return AccuracyMatrix.from_predictions(rows, targets, self.tasks, baseline or None)
+
+    def routing(self) -> Routing | None:
+        """Where the router sends the test examples of each task; None where the model has no state for every task."""
+        rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
+        for commit in (*self.active, *self.commits[-1:]):
+            named = commit.manifest["learned"]  # what routes count by
+            place = np.array([self.tasks.index(t) if t in self.tasks else -1 for t in named], dtype=int)
+            row = max((self.tasks.index(t) for t in named if t in self.tasks), default=None)
+            if row is not None:
+                rows[row] = {t: place[v] for t, v in self.found(commit, "route/").items() if t in named}
+        if not rows or set(rows[-1]) != set(self.tasks):
+            return None
+        return Routing.from_routes(rows, self.found(self.commits[-1], "asked/"), self.tasks)
 
     @property
     def guarantees(self) -> list[dict[str, Any]]:
-        """Every promise and what was measured of it, after every task."""
-        return [g for commit in self.commits for g in commit.manifest["guarantees"]]
+        """Every promise and what was measured of it, after every task that was not taken out, and when one was."""
+        counting = {c.path for c in self.active}
+        kept = [c for c in self.commits if c.path in counting or "reverts" in c.manifest]
+        return [g for commit in kept for g in commit.manifest["guarantees"]]
 
     @property
     def per_task(self) -> list[dict[str, Any]]:
-        """Time, steps, memory and disk of every task, from the journal (the last time it was learned)."""
+        """Time, steps, memory and disk of every task that was not taken out, from the journal (the last time it was
+        learned)."""
         keys = ("task", "train_seconds", "evaluate_seconds", "steps", "peak_memory_bytes", "disk_bytes")
-        last = {e["index"]: {k: e.get(k) for k in keys} for e in self.journal if e["event"] == "task"}
-        return [last[i] for i in sorted(last)]
+        last = {e["task"]: {k: e.get(k) for k in keys} for e in self.journal if e["event"] == "task"}
+        return [last[c.manifest["task"]] for c in self.active if c.manifest["task"] in last]
 
     def records(self) -> list[ResultRecord]:
         """One record for every head and scenario."""
         out = []
-        per_task = self.per_task
-        trainable = self.commits[-1].manifest.get("trainable_parameters", 0) if self.commits else 0
+        per_task, routing = self.per_task, self.routing()
+        trainable = self.active[-1].manifest.get("trainable_parameters", 0) if self.active else 0
         for head, scenario in self.readings:
             matrix = self.matrix(head, scenario)
             facts = {
@@ -99,6 +135,7 @@ class Result:
                 "model": str(self.config["model_name"] or self.config["model"]["fingerprint"]),
                 "stream": self.config["stream"]["name"],
                 "flips": flips_share(flips(*self.predictions(head, scenario))),
+                "routing_accuracy": routing.accuracy if routing else None,
                 "train_seconds": sum(t["train_seconds"] or 0 for t in per_task),
                 "evaluate_seconds": sum(t["evaluate_seconds"] or 0 for t in per_task),
                 "steps": sum(t["steps"] or 0 for t in per_task),
@@ -123,11 +160,11 @@ class Result:
 
         name, config = "adapter_model.safetensors", "adapter_config.json"
         if self.config["recipe"]["consolidation"]["type"] not in ("Merge", "Stack") or not all(
-            c.has(name) and c.json(config).get("peft_type") == "LORA" for c in self.commits[1:]
+            c.has(name) and c.json(config).get("peft_type") == "LORA" for c in self.active
         ):
             raise ConfigError(f"{self.path} keeps no LoRA update of every task: geometry is for recipes such as `lora`")
         tasks = []
-        for commit in self.commits[1:]:
+        for commit in self.active:
             tensors, settings = commit.tensors(name), commit.json(config)
             if settings.get("use_rslora") or settings.get("rank_pattern"):
                 raise ConfigError("geometry needs one rank and the scale alpha / r for all layers")
@@ -158,6 +195,12 @@ class Result:
                     lines.append(f"  after {matrix.tasks[i]:<{width}}  {cells}")
             figures = [f"{k} {100 * v:.1f}" for k, v in summary(matrix).items() if v is not None and "micro" not in k]
             lines.append("  " + ", ".join(figures).replace("_", " "))
+        if routing := self.routing():
+            each = zip(routing.tasks, routing.matrix.values[-1], strict=True)
+            shares = ", ".join(f"{task} {100 * share:.1f}" for task, share in each)
+            mean, pooled = 100 * routing.accuracy, 100 * routing.accuracy_micro
+            lines.append(f"  sent to their own task: {mean:.1f} of 100 (each example alike {pooled:.1f}); {shares}")
+        lines += [f"  taken out: {task}" for task in self.reverted]
         lines += [self._promise(*key, found) for key, found in self._promises().items()]
         return "\n".join(lines)
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import datasets
 import yaml
 from torch import Tensor
 
-from .errors import RunError
+from .errors import ConfigError, RunError, nearest
 
 CONFIG, JOURNAL, COMMITS, MANIFEST = "run.yaml", "journal.jsonl", "commits", "commit.json"
 
@@ -43,7 +43,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Commit:
-    """A finished task on disk. Every file is checked against the hash in its manifest when it is read."""
+    """A finished task on disk, or that one was taken out. Every file is checked against the hash in its manifest when
+    it is read."""
 
     path: Path
     manifest: dict[str, Any]
@@ -60,6 +61,11 @@ class Commit:
     @property
     def digest(self) -> str:
         return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
 
     def has(self, name: str) -> bool:
         return name in self.manifest["files"]
@@ -83,6 +89,35 @@ class Commit:
 
     def json(self, name: str) -> Any:
         return json.loads(self._checked(name).read_text())
+
+
+def active(commits: Sequence[Commit]) -> list[Commit]:
+    """The commits of what was learned and not taken out again, in order: base + these is the model at this point."""
+    out = {commit.manifest.get("reverts") for commit in commits}
+    return [c for c in commits[1:] if "reverts" not in c.manifest and c.manifest["task"] not in out]
+
+
+def reverted(commits: Sequence[Commit]) -> list[str]:
+    """The tasks that were taken out, in the order in which that was done."""
+    return [c.manifest["reverts"] for c in commits if "reverts" in c.manifest]
+
+
+def commit_of(commits: Sequence[Commit], task: str) -> Commit:
+    """The commit of a task that was learned by itself and not taken out.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    learned = commits[-1].manifest["learned"] if commits else []
+    if task in reverted(commits):
+        raise ConfigError(f"task `{task}` is taken out of this run already: to learn it again, give it another name")
+    if task not in learned:
+        known = nearest(task, learned) if learned else "it has learned none"
+        raise ConfigError(f"this run has learned no task `{task}`: {known}")
+    found = [commit for commit in active(commits) if commit.manifest["task"] == task]
+    if not found:
+        raise ConfigError("this run learned its tasks all at once, so none can be taken out: learn the others anew")
+    return found[0]
 
 
 def _mend(commit: Path) -> str:

@@ -1,5 +1,7 @@
 """What every head promises; a new head joins with one line in `HEADS`."""
 
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -116,7 +118,7 @@ def test_a_head_that_no_longer_fits_its_checkpoint_is_refused_and_unchanged(name
     some = next(k for k in state if k not in ("labels", "width", "seed", "bits"))
     cases = [
         (opened(name, width=9), state, "expected features of width 9, found 7"),
-        (opened(name, labels=LABELS[:4]), state, "it knows 6 classes, this stream has 4 and lacks `eel`"),
+        (opened(name, labels=LABELS[:3]), state, "it knows 4 classes, this stream has 3 and lacks `dog`"),
         (opened(name), {k: v for k, v in state.items() if k != some}, f"expected `{some}`, found "),
         (opened(name), {**state, some: torch.zeros(3, 3, 3)}, f"expected `{some}` of shape "),
         (opened(name), {}, "found nothing"),
@@ -128,6 +130,51 @@ def test_a_head_that_no_longer_fits_its_checkpoint_is_refused_and_unchanged(name
             head.load_state(wrong)
         assert "\n" not in str(caught.value)
         assert all(torch.equal(head.state()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_forgotten_task_has_never_been(name):
+    """Three tasks, the one in the middle is forgotten; class 1 is the first task's too, 2 and 3 are its own."""
+    head, states = opened(name), [{}]
+    for j, classes in enumerate((*TASKS, [4, 5])):
+        live(head, [classes], first=j)
+        states.append(head.state())
+    own, last = head.scores(QUERY, task=0), head.scores(QUERY, task=2)
+    if head.refresh:
+        return  # not asked: see `Head.forget`
+    head.forget(1, [2, 3], states[1], states[2])
+    known = [0, 1, 4, 5]
+    saved = head.state()
+    assert json.loads(bytes(saved["labels"].tolist())) == [LABELS[c] for c in known]
+    if head.trains:
+        assert torch.equal(head.scores(QUERY, task=0)[:, [0, 1]], own[:, [0, 1]])
+        assert torch.equal(head.scores(QUERY, task=1)[:, [4, 5]], last[:, [4, 5]])  # it has moved up
+    else:
+        never = opened(name)
+        for j, classes in ((0, TASKS[0]), (2, [4, 5])):
+            live(never, [classes], first=j)
+        assert saved.keys() == never.state().keys()
+        assert all(torch.equal(saved[key], value) for key, value in never.state().items())
+        with pytest.raises(HeadError, match="not seen"):
+            head.forget(1, [2, 3], states[1], states[2])
+    if not head.needs_label_embeddings:
+        assert (head.scores(QUERY)[:, [2, 3]] == -torch.inf).all() and not head.knows([2])
+    small = opened(name, labels=[LABELS[c] for c in (4, 5, 1, 0)])  # the others may leave the stream
+    small.load_state(safetensors.torch.load(safetensors.torch.save(saved)))
+    for task in (None, 0):
+        ours, theirs = small.scores(QUERY, task=task), head.scores(QUERY, task=task)[:, [4, 5, 1, 0]]
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    live(head, [[2, 3]], first=3)  # and may come back
+    assert head.knows([2, 3])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_has_seen_nothing_is_saved_too(name):
+    state = opened(name).state()
+    again = opened(name, labels=LABELS[:2])
+    again.load_state(safetensors.torch.load(safetensors.torch.save(state)))
+    live(again, [[0, 1]])
+    assert again.knows([0, 1])
 
 
 @pytest.mark.parametrize("name", HEADS)

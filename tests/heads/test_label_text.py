@@ -90,7 +90,10 @@ def test_needs_label_embeddings(embeddings, message):
 
 
 def test_embeddings_of_another_model_are_refused_and_saved_ones_replace_ours_to_the_bit():
-    saved = opened().state()
+    head = opened()
+    head.begin_task([0, 1, 2, 3])
+    head.end_task()
+    saved = head.state()
     near = opened(embeddings=E * (1 + 1e-4 * torch.randn(4, 6, generator=torch.Generator().manual_seed(1))))
     assert not torch.equal(near.embeddings, saved["embeddings"])
     near.load_state(saved)

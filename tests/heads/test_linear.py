@@ -109,6 +109,19 @@ def test_a_class_that_reappears_goes_on_from_its_row():
     assert torch.equal(head.active_weight[0], row)
 
 
+def test_a_forgotten_class_starts_anew_and_a_shared_one_goes_on():
+    head = learn(opened(), [0, 1])
+    learn(head, [1, 2], seed=1)
+    shared, first = head.weight[1].clone(), opened()
+    head.forget(1, [2], {}, {})
+    assert torch.equal(head.weight[2], first.weight[2]) and head.bias[2] == 0
+    assert torch.equal(head.weight[1], shared)  # what both tasks made of it
+    assert len(head.tasks) == 1 and head.state()["weight"].shape == (2, WIDTH)
+    head.begin_task([3, 4])
+    with pytest.raises(HeadError, match="made to forget in the middle of a task"):
+        head.forget(0, [0], {}, {})
+
+
 def test_each_task_keeps_its_own_rows():
     head = learn(opened(), [0, 1])
     f, _ = batch([0])

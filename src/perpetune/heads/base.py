@@ -21,6 +21,8 @@ class Head(nn.Module):
     Life of a head: `open(...)` once per run, then per task `begin_task`, (training through `loss`), `end_task`,
     `observe` over the task's training samples in eval mode (with `refresh`: `clear`, then those of all tasks so far),
     then any number of `scores`. A finished task is saved with `state()`; a resumed run calls `open` and `load_state`.
+    A task is taken out again with `forget`. What is saved names only classes that were seen and not forgotten, so that
+    the others may leave the stream.
     """
 
     name: str = ""
@@ -64,6 +66,24 @@ class Head(nn.Module):
 
     def clear(self) -> None:
         """As if no sample had been observed."""
+
+    def forget(self, task: int, classes: Sequence[int], before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+        """As if a finished task had never been.
+
+        A head of sums takes out what lies between the two states, and has the bits of one that never saw the samples
+        (with the features that they had). A head that trains forgets the rows of `classes` and what it keeps of the
+        task alone; rows of classes that other tasks have too stay as all of them made them. A head with `refresh` is
+        not asked: it is cleared, and shown the samples of the tasks that remain.
+
+        Args:
+            task: index of the task, as for `scores`; those after it move up.
+            classes: those that no other task has.
+            before, after: `state()` when the task began (empty: nothing was saved yet) and when it was finished.
+
+        Raises:
+            HeadError: a state is not one of this head, or holds what this head has not seen.
+        """
+        raise NotImplementedError
 
     def scores(self, features: Tensor, task: int | None = None) -> Tensor:
         """(N x C) scores, -inf for classes not seen yet.

@@ -84,7 +84,7 @@ class LabelTextHead(TrainedHead):
         return True
 
     def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "embeddings": self.embeddings.cpu().clone()}
+        return {**super().state(), "embeddings": self.embeddings.cpu()[self.seen]}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """See `Head.load_state`; saved embeddings replace ours, to the bit.
@@ -96,7 +96,7 @@ class LabelTextHead(TrainedHead):
         saved = self.take(state, "embeddings", (len(columns), self.width)).to(self.embeddings)
         columns = columns.to(self.embeddings.device)
         cosine = F.cosine_similarity(saved, self.embeddings[columns], dim=1)
-        if cosine.min() < SAME:
+        if (cosine < SAME).any():
             c = int(columns[cosine.argmin()])
             raise HeadError(
                 f"head `{self.name}` no longer fits its checkpoint: the embedding of `{self.labels[c]}` has cosine "

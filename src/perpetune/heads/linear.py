@@ -114,12 +114,23 @@ class LinearHead(TrainedHead):
     def knows(self, classes: Sequence[int]) -> bool:
         return bool(self.seen[self.checked_classes(classes)].all())
 
+    def forget(self, task: int, classes: Sequence[int], before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+        """See `Head.forget`: rows that only this task had are new rows again."""
+        super().forget(task, classes, before, after)
+        for c in classes:
+            self.weight[c], self.bias[c] = new_row(self.width, self.labels[c], self.seed), 0.0
+        del self.tasks[task]
+
     def state(self) -> dict[str, Tensor]:
+        """A row that was never in a loss is not saved: it follows from seed and label text."""
         state = super().state()
-        state |= {"weight": self.weight.cpu().clone(), "bias": self.bias.cpu().clone()}
-        for j, task in enumerate(self.tasks):
-            for name, tensor in zip(("classes", "weight", "bias"), task, strict=True):
-                state[f"tasks.{j}.{name}"] = tensor.cpu().clone()
+        kept = self.seen.nonzero().flatten()
+        state |= {"weight": self.weight.cpu()[kept], "bias": self.bias.cpu()[kept]}
+        place = torch.full((len(self.labels),), -1, dtype=torch.long)
+        place[kept] = torch.arange(len(kept))
+        for j, (own, weight, bias) in enumerate(self.tasks):
+            state[f"tasks.{j}.classes"] = place[own.cpu()]
+            state |= {f"tasks.{j}.weight": weight.cpu().clone(), f"tasks.{j}.bias": bias.cpu().clone()}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:

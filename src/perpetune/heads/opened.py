@@ -17,8 +17,9 @@ from .base import Head
 class OpenedHead(Head):
     """A head that remembers the width and the label texts that it was opened with.
 
-    A class *is* its label text: a saved head carries its label texts, so that it can be read by a run whose stream has
-    grown, or lists its labels in another order; never by one that lacks a class that the head knows.
+    A class *is* its label text: a saved head carries the label texts of the classes that it has seen, so that it can be
+    read by a run whose stream has grown, lists its labels in another order, or lacks others; never by one that lacks a
+    class that the head knows.
     """
 
     def __init__(self) -> None:
@@ -75,10 +76,10 @@ class OpenedHead(Head):
 
     # What is saved
 
-    def header(self) -> dict[str, Tensor]:
-        """Width and label texts, as tensors: what `columns` checks."""
+    def header(self, classes: Tensor) -> dict[str, Tensor]:
+        """Width, and the label texts of the classes that are saved (k,), as tensors: what `columns` checks."""
         self._check_open()
-        text = json.dumps(self.labels, ensure_ascii=False).encode()
+        text = json.dumps([self.labels[c] for c in classes.tolist()], ensure_ascii=False).encode()
         return {"labels": torch.tensor(list(text), dtype=torch.uint8), "width": torch.tensor(self.width)}
 
     def columns(self, state: dict[str, Tensor]) -> Tensor:

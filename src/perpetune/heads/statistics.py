@@ -45,9 +45,12 @@ class StatisticsHead(OpenedHead):
 
     def clear(self) -> None:
         """As if nothing had been observed."""
-        shapes = self.shapes(len(self.labels))
-        self.statistics = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+        self.statistics = self._zeros()
         self.changed()
+
+    def _zeros(self) -> dict[str, Tensor]:
+        shapes = self.shapes(len(self.labels))
+        return {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
 
     def changed(self) -> None:
         """Forget whatever was computed from the statistics."""
@@ -101,9 +104,15 @@ class StatisticsHead(OpenedHead):
     # Saving, and arithmetic of whole heads
 
     def state(self) -> dict[str, Tensor]:
-        state = self.header()
+        seen = self.class_counts().nonzero().flatten()
+        state = self.header(seen)
         for name, tensor in self.statistics.items():
-            state[name] = tensor[..., _upper(tensor.shape[-1])] if name in self.symmetric else tensor.clone()
+            if name in self.symmetric:
+                state[name] = tensor[..., _upper(tensor.shape[-1])]
+            elif name in self.class_axis:
+                state[name] = tensor.index_select(self.class_axis[name], seen)
+            else:
+                state[name] = tensor.clone()
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -129,7 +138,14 @@ class StatisticsHead(OpenedHead):
         Raises:
             HeadError: the state is not one of this head, or holds samples that this head has not seen.
         """
-        other = self._read(state)
+        self._take_out(self._read(state))
+
+    def forget(self, task: int, classes: Sequence[int], before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+        """See `Head.forget`: the task's own sums are the difference of the two states, exactly."""
+        past = self._read(before) if before else self._zeros()
+        self._take_out({name: tensor - past[name] for name, tensor in self._read(after).items()})
+
+    def _take_out(self, other: dict[str, Tensor]) -> None:
         if (self.statistics["counts"] < other["counts"]).any():
             raise HeadError(f"head `{self.name}`: cannot subtract samples that it has not seen")
         self.statistics = {name: tensor - other[name] for name, tensor in self.statistics.items()}

@@ -83,9 +83,15 @@ class TrainedHead(OpenedHead):
             raise HeadError(f"head `{self.name}`: class `{label}` is not a class of the current loss")
         return targets
 
+    def forget(self, task: int, classes: Sequence[int], before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+        """See `Head.forget`: the classes are as if never seen."""
+        self._check_rest("made to forget")
+        self.seen[list(classes)] = False
+
     def state(self) -> dict[str, Tensor]:
         self._check_rest("saved")
-        return {**self.header(), "seen": self.seen.clone()}
+        kept = self.seen.nonzero().flatten()
+        return {**self.header(kept), "seen": self.seen[kept]}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._check_rest("loaded")

@@ -2,7 +2,20 @@
 
 from .content import fingerprint
 from .digits import BUILTINS, Digits, digits_halves
-from .load import load_stream
-from .task import Scenario, Stream, Task
+from .load import load_again, load_stream
+from .posing import pose
+from .task import Modality, Scenario, Stream, Task
 
-__all__ = ["BUILTINS", "Digits", "Scenario", "Stream", "Task", "digits_halves", "fingerprint", "load_stream"]
+__all__ = [
+    "BUILTINS",
+    "Digits",
+    "Modality",
+    "Scenario",
+    "Stream",
+    "Task",
+    "digits_halves",
+    "fingerprint",
+    "load_again",
+    "load_stream",
+    "pose",
+]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -15,6 +17,8 @@ from .digits import BUILTINS
 from .divide import divide, slug
 from .folder import choose, read_folder, task_folders
 from .pick import shuffled
+from .posing import Template
+from .posing import pose as posed
 from .read import BUILDERS, read_files, read_hub, split_files
 from .task import Scenario, Stream
 
@@ -34,6 +38,7 @@ def load_stream(
     seed: int = 0,
     order_seed: int | None = None,
     columns: Mapping[str, str] | None = None,
+    pose: Template | None = None,
     trust_remote_code: bool = False,
 ) -> Stream:
     """Load tasks, and check once everything that the rest of the library takes for granted.
@@ -60,7 +65,9 @@ def load_stream(
         seed: of caps and splits.
         order_seed: shuffle the tasks; with `split_by="class"`, the classes before they are dealt to tasks.
         columns: new names of columns, {"sentence": "text"}. Needed are `label` and `text`, `text` and `text_pair`,
-            or `image`.
+            or `image`; for language models `prompt` and `response`, or `messages` (lists of {role, content}, the last
+            of which is the answer).
+        pose: make instructions of texts to be classified, by this template: "instruction" or "published"; see `pose`.
         trust_remote_code: must be False: data sets that come with code are not supported.
 
     Returns:
@@ -122,7 +129,32 @@ def load_stream(
         given["columns"] = dict(columns)
     if name is None:
         name = slug((path.resolve().stem if path.is_file() else path.resolve().name) if local else text)
-    return Stream(name, made, tuple(labels), scenario, inputs, source=given)
+    stream = Stream(name, made, tuple(labels), scenario, inputs, source=given)
+    return stream if pose is None else posed(stream, pose)
+
+
+def load_again(written: Mapping[str, Any], tasks: Sequence[str], source: str | None = None) -> Stream:
+    """Tasks of the stream that a run wrote down, their classes numbered as they are in the run.
+
+    Args:
+        written: `stream` of a run.yaml.
+        tasks: which; without any, a stream that has none.
+        source: where the data lies now; None: where it lay.
+
+    Raises:
+        StreamError: the data is missing or malformed.
+        ConfigError: the run does not say where its data lay.
+    """
+    labels, name = written["labels"], written["name"]
+    if not tasks:
+        return Stream(name, (), tuple(labels), written["scenario"], tuple(written["inputs"]))
+    options = {**written["source"], "tasks": list(tasks)} | ({"source": source} if source else {})
+    if "source" not in options:
+        raise ConfigError(f"this run does not say where the stream `{name}` comes from: give it (--stream)")
+    stream = load_stream(**options)
+    if name.endswith("(validation)"):
+        stream = stream.on_validation()
+    return replace(stream, name=name).numbered(labels)
 
 
 def _check(

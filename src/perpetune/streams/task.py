@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import datasets
+import numpy as np
+import pyarrow
 
 Scenario = Literal["class", "domain", "task"]
+Modality = Literal["text", "image", "language"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Task:
         train, test, validation: rows with the columns
             `id` (str: hash of the sample's content, the same wherever the sample appears),
             `label` (int: index into `Stream.labels`) and the input columns of the stream
-            (`text`, or `text` and `text_pair`, or `image` as a PIL image).
+            (`text`, or `text` and `text_pair`, or `image` as a PIL image; `prompt`, or `messages` as JSON, to be
+            answered with the label text).
             `validation` is None unless the source has one or a share was split off.
         instruction: what to decide, in words, where the source says it.
     """
@@ -46,7 +51,7 @@ class Stream:
         scenario: "class" (a prediction chooses among all classes seen; the task-incremental reading, among the classes
             of the sample's own task, is reported beside it), "domain" (all tasks share all classes), "task" (the task
             is given with each sample).
-        inputs: the input columns, ("text",), ("text", "text_pair") or ("image",).
+        inputs: the input columns, ("text",), ("text", "text_pair"), ("image",), ("prompt",) or ("messages",).
         source: JSON-able description from which `load_stream` makes the same stream again.
     """
 
@@ -58,8 +63,10 @@ class Stream:
     source: dict = field(default_factory=dict)
 
     @property
-    def modality(self) -> Literal["text", "image"]:
-        return "image" if "image" in self.inputs else "text"
+    def modality(self) -> Modality:
+        """What is read; "language" where it is prompts, and the label texts are answers."""
+        kinds: dict[str, Modality] = {"image": "image", "prompt": "language", "messages": "language"}
+        return kinds.get(self.inputs[0], "text")
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -84,6 +91,24 @@ class Stream:
                 raise StreamError(f"no task `{name}` in stream `{self.name}`: {nearest(name, by_name)}")
         return replace(self, tasks=tuple(by_name[n] for n in names), source={**self.source, "tasks": list(names)})
 
+    def numbered(self, labels: Sequence[str]) -> Stream:
+        """The same stream with its classes numbered as in `labels`; those that are not among them follow."""
+        order = {text: i for i, text in enumerate(dict.fromkeys((*labels, *self.labels)))}
+        number = np.array([order[text] for text in self.labels], dtype=np.int64)
+        tasks = self.tasks
+        if (number != np.arange(len(number))).any():
+            tasks = tuple(
+                replace(
+                    task,
+                    classes=tuple(int(number[c]) for c in task.classes),
+                    train=_renumbered(task.train, number),
+                    test=_renumbered(task.test, number),
+                    validation=None if task.validation is None else _renumbered(task.validation, number),
+                )
+                for task in tasks
+            )
+        return replace(self, tasks=tasks, labels=tuple(order))
+
     def on_validation(self) -> Stream:
         """The stream that is measured on its validation splits: for choosing settings without touching the test data.
 
@@ -97,3 +122,14 @@ class Stream:
                 raise StreamError(f"task `{task.name}` has no validation split: split one off with validation_share")
         tasks = tuple(replace(t, test=t.validation, validation=None) for t in self.tasks if t.validation is not None)
         return replace(self, tasks=tasks, name=f"{self.name} (validation)")
+
+
+def _renumbered(data: datasets.Dataset, number: np.ndarray) -> datasets.Dataset:
+    """The rows with label number[c] for c; inputs are not copied."""
+    table = data.data.table
+    old = table.column("label").to_numpy()  # of all rows of the table, -1 for those that are not in use
+    new = pyarrow.array(np.where(old < 0, old, number[old]))
+    table = table.set_column(table.column_names.index("label"), "label", new)
+    # left alone, `datasets` would pickle whole columns to know what they hold
+    stamp = hashlib.sha256(data._fingerprint.encode() + number.tobytes()).hexdigest()[:32]
+    return datasets.Dataset(table, info=data.info, split=data.split, indices_table=data._indices, fingerprint=stamp)
