@@ -47,6 +47,25 @@ EQUATIONS = {
         "tests/rules/test_fixed_mask.py::test_largest_is_a_sort",
         "tests/rules/test_fixed_mask.py::test_outside_the_mask_no_bit_moves",
     ],
+    "SoftOrthogonal": [
+        "tests/rules/test_soft_orthogonal.py::test_gradient_is_that_of_the_equation",
+        "tests/rules/test_soft_orthogonal.py::test_it_brings_columns_to_right_angles",
+    ],
+    "RotationBall": [
+        "tests/rules/test_rotation_ball.py::test_projection_is_that_of_the_equation",
+        "tests/rules/test_rotation_ball.py::test_it_never_leaves_the_ball_under_adamw",
+        "tests/rules/test_rotation_ball.py::test_it_learns_where_the_default_of_peft_does_not",
+    ],
+    "GivensConfig": [
+        "tests/test_givens.py::test_equation",
+        "tests/test_givens.py::test_orthogonal_after_a_thousand_steps",
+        "tests/tuners/test_givens_tuner.py::test_number_of_parameters",
+    ],
+    "OFTConfig": [
+        "tests/rules/test_rotation_ball.py::test_exact_cayley_stays_orthogonal_where_the_neumann_series_does_not",
+        "tests/consolidation/test_rotations.py::"
+        "test_merged_weights_are_the_base_times_the_rotations_of_all_tasks_in_order",
+    ],
     "AdapterConfig": [
         "tests/tuners/test_adapter.py::test_equation",
         "tests/tuners/test_adapter.py::test_projection_keeps_old_outputs",
@@ -73,6 +92,19 @@ EQUATIONS = {
         "tests/consolidation/test_sparse_sum.py::test_the_model_is_the_base_plus_the_stored_deltas",
         "tests/consolidation/test_sparse_sum.py::test_soup_is_the_average_of_the_tuned_models",
         "tests/test_delta.py::test_a_merge_is_the_base_and_the_masked_deltas",
+    ],
+    "PerTask": [
+        "tests/consolidation/test_per_task.py::test_the_posterior_is_the_sum_over_tasks_of_route_times_class",
+        "tests/consolidation/test_per_task.py::test_later_tasks_change_nothing_of_an_earlier_one",
+    ],
+    "KMeansRouter": ["tests/routers/test_kmeans.py::test_the_route_is_the_task_of_the_nearest_kmeans_centre"],
+    "PooledRouter": [
+        "tests/routers/test_class_router.py::test_the_pool_is_the_geometric_mean_of_its_experts",
+        "tests/routers/test_class_router.py::test_the_posterior_is_a_softmax_of_class_scores_summed_over_a_task",
+        "tests/routers/test_class_router.py::"
+        "test_the_temperature_comes_from_the_moments_of_the_holdout_samples_themselves",
+        "tests/routers/test_ridge_router.py::"
+        "test_the_posterior_from_moments_is_the_one_from_the_holdout_samples_themselves",
     ],
     "Stack": [
         "tests/test_learner.py::test_merge_and_stack_compute_the_same_function",
@@ -112,6 +144,7 @@ def pieces(name: str) -> list[str]:
     recipe = RECIPES[name]()
     tuner = getattr(recipe.tuner, "config", recipe.tuner)
     found = [type(tuner).__name__, type(recipe.consolidation).__name__]
+    found += [type(r).__name__ for r in (getattr(recipe.consolidation, "router", None),) if r is not None]
     return [*found, *(type(r).__name__ for r in recipe.rules), *(type(h).__name__ for h in recipe.heads)]
 
 

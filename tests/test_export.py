@@ -238,3 +238,17 @@ def test_the_commands(summed, added, tmp_path, monkeypatch, capsys):
     for command, word in (("export", "on top of earlier ones"), ("diff", "Frobenius")):
         code, out, _ = perpetune(command, "--help")
         assert code == 0 and word in " ".join(out.split())
+
+
+def test_the_difference_shows_lengths_and_angles_of_rows(summed):
+    from perpetune.metrics.energy import relative_energy_change, row_norm_change
+
+    found = difference(summed.path, "untouched", geometry=True)
+    old, new = summed.fresh()[0].model.state_dict(), summed.backbone.model.state_dict()
+    matrices = [c for c in found.changes if c.energy is not None]
+    assert {c.name for c in matrices} == {c.name for c in found.changes if c.changed and old[c.name].ndim == 2}
+    for c in matrices:
+        assert c.energy == relative_energy_change(new[c.name].double(), old[c.name].double())
+        assert c.row_norms == row_norm_change(new[c.name], old[c.name])
+    assert found.total.energy == max(abs(c.energy) for c in matrices) > 0
+    assert difference(summed.path, "untouched").total.energy is None

@@ -119,6 +119,9 @@ def diff(
     after: Annotated[str | None, typer.Argument(metavar="[B]", help="The same; default the newest task.")] = None,
     model: Model = None,
     all_: Annotated[bool, typer.Option("--all", help="All weights that changed, not the first 20.")] = False,
+    geometry: Annotated[
+        bool, typer.Option("--geometry", help="Also lengths of rows and hyperspherical energy, what rotations keep.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """What changed in the weights between two points of a run; by default, what the newest task changed.
@@ -131,7 +134,7 @@ def diff(
     """
     from .difference import difference
 
-    found = difference(run, before, after, model=model)
+    found = difference(run, before, after, model=model, geometry=geometry)
     _show(found.to_dict() if json else found.table(None if all_ else 20))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,16 @@ from .compose import plain
 from .consolidation.sparse_sum import VALUES, stored_delta
 from .errors import ConfigError, RunError, nearest
 from .learned import Learned
+from .metrics.energy import relative_energy_change, row_norm_change
 from .overlap import overlap
 from .run import Commit, Run, active
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+
+GEOMETRY = ("row_norms", "energy")
+MOST_ROWS = 8192  # energy takes the square of their number; embeddings have many more
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Change:
 
     Attributes:
         entries: of W. changed: how many differ. norm: ||W_b - W_a||_F. size: ||W_a||_F.
+        row_norms, energy: of a changed matrix, if asked for: the largest relative change of the length of a row, and
+            the relative change of its hyperspherical energy (`metrics.energy`).
     """
 
     name: str
@@ -36,6 +43,8 @@ class Change:
     changed: int
     norm: float
     size: float
+    row_norms: float | None = None
+    energy: float | None = None
 
     @property
     def relative(self) -> float | None:
@@ -79,7 +88,8 @@ class Difference:
         """All weights as one."""
         c = self.changes
         norm, size = (math.sqrt(sum(getattr(x, k) ** 2 for x in c)) for k in ("norm", "size"))
-        return Change("all weights", sum(x.entries for x in c), sum(x.changed for x in c), norm, size)
+        worst = [max((abs(v) for x in c if (v := getattr(x, k)) is not None), default=None) for k in GEOMETRY]
+        return Change("all weights", sum(x.entries for x in c), sum(x.changed for x in c), norm, size, *worst)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -97,9 +107,13 @@ class Difference:
         table = Table(
             Column("weight", overflow="fold"), "relative change", "entries changed", title_justify="left", box=None
         )
+        geometry = self.total.energy is not None
+        for title in ("row norms", "energy") if geometry else ():
+            table.add_column(title)
         for c in (self.total, *moved[:most]):
             relative = "was 0" if c.relative is None else f"{c.relative:.2e}"
-            table.add_row(escape(c.name), relative, f"{100 * c.changed / c.entries:.2f} % of {c.entries:,}")
+            more = ["" if v is None else f"{v:.1e}" for v in (c.row_norms, c.energy)] if geometry else []
+            table.add_row(escape(c.name), relative, f"{100 * c.changed / c.entries:.2f} % of {c.entries:,}", *more)
         lines = [f"from `{self.before}` to `{self.after}`: {len(moved)} of {len(self.changes)} weights changed"]
         if most is not None and len(moved) > most:
             lines.append(f"{len(moved) - most} more changed weights: --all shows them")
@@ -112,7 +126,12 @@ class Difference:
 
 
 def difference(
-    path: str | Path, before: str | None = None, after: str | None = None, *, model: str | None = None
+    path: str | Path,
+    before: str | None = None,
+    after: str | None = None,
+    *,
+    model: str | None = None,
+    geometry: bool = False,
 ) -> Difference:
     """What changed from one point of a run to another.
 
@@ -124,6 +143,7 @@ def difference(
             "revert-NAME" the model after that was taken out, k the model after the k-th of these. None: before and
             after the newest.
         model: the base model, if it is not where it was.
+        geometry: measure lengths of rows and hyperspherical energy of changed matrices of up to `MOST_ROWS` rows.
 
     Raises:
         ConfigError: an unknown point, or a recipe without a network.
@@ -139,7 +159,7 @@ def difference(
     if isinstance(learner.backbone, FixedFeatures):
         raise ConfigError(f"recipe `{learner.recipe.name}` has no network, so no weights to compare")
     old, new = (_state(learner, commits, k) for k in (a, b))
-    changes = [_change(name, old.get(name), new.get(name)) for name in {**old, **new}]
+    changes = [_change(name, old.get(name), new.get(name), geometry) for name in {**old, **new}]
     changes.sort(key=lambda c: (c.relative is None, -(c.relative or 0), c.name))
     first, last = sorted((a, b))
     known = active(commits[: last + 1])
@@ -175,11 +195,14 @@ def _state(learner: Learned, commits: Sequence[Commit], point: int) -> dict[str,
     return {name: t for name, t in state.items() if first[id(t)] == name} | extra
 
 
-def _change(name: str, old: Tensor | None, new: Tensor | None) -> Change:
+def _change(name: str, old: Tensor | None, new: Tensor | None, geometry: bool) -> Change:
     like = new if old is None else old
     assert like is not None
     a, b = ((torch.zeros_like(like) if t is None else t).detach().cpu().double() for t in (old, new))
-    return Change(name, a.numel(), int((a != b).sum()), float((b - a).norm()), float(a.norm()))
+    change = Change(name, a.numel(), int((a != b).sum()), float((b - a).norm()), float(a.norm()))
+    if not (geometry and change.changed and a.ndim == 2 and min(a.shape) > 1 and len(a) <= MOST_ROWS):
+        return change
+    return replace(change, row_norms=row_norm_change(b, a), energy=relative_energy_change(b, a))
 
 
 def _meetings(commits: Sequence[Commit], first: int) -> tuple[Meeting, ...]:

@@ -111,3 +111,9 @@ def test_no_rotation_can_be_left_out_of_the_product(model, stream, tmp_path):
     with pytest.raises(ConfigError, match="follow one another"):
         learner.export(tmp_path / "some", without=["news"])
     learner.export(tmp_path / "all")
+
+
+def test_rotations_of_embeddings_are_not_lost_in_a_merge(model, stream):
+    tuner = peft.OFTConfig(oft_block_size=16, use_cayley_neumann=False, target_modules=["word_embeddings"])
+    with pytest.raises(pt.ModelError, match="embeddings"):
+        pt.Learner(model, Recipe(tuner, consolidation=Merge(), name="oft"), training=TRAINING).learn(stream)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,9 @@ from perpetune.rules import (
     RULES,
     FixedMask,
     OrthogonalToPast,
+    RotationBall,
     Rule,
+    SoftOrthogonal,
     StepMask,
     SubspaceProjection,
     TaskContext,
@@ -26,16 +29,26 @@ from perpetune.rules import (
     lora_pairs,
 )
 from perpetune.rules.product_l1 import FactorL1, ProductL1, ReleasedProductL1
+from perpetune.tuners import GivensConfig
 
 
 @dataclass(frozen=True)
 class Case:
     """`make`: a new rule, strong enough to matter. `grows`: its cost per step grows with the number of tasks.
-    `any_weights`: it acts on whatever trains, LoRA or not."""
+    `any_weights`: it acts on whatever trains, LoRA or not. `config`: of its tuner, if that is not LoRA."""
 
     make: Callable[[], Rule]
     grows: bool = False
     any_weights: bool = False
+    config: Callable[[], peft.PeftConfig] | None = None
+
+
+def exact_oft() -> peft.PeftConfig:
+    return peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=r"layers\.\d+")
+
+
+def quasi() -> peft.PeftConfig:
+    return GivensConfig(target_modules=r"layers\.\d+", form="quasi")
 
 
 CASES = {
@@ -53,6 +66,8 @@ CASES = {
     "FixedMask Fisher": Case(lambda: FixedMask(0.3), any_weights=True),
     "FixedMask gradient": Case(lambda: FixedMask(0.1, "gradient", "per_tensor", batch=2), any_weights=True),
     "FixedMask each task": Case(lambda: FixedMask(0.3, "absolute", each_task=True), any_weights=True),
+    "RotationBall": Case(lambda: RotationBall(1e-2), config=exact_oft),
+    "SoftOrthogonal": Case(lambda: SoftOrthogonal(0.1), config=quasi),
 }
 SHAPES = [(8, 8), (16, 16), (8, 8)]  # square, for the released form
 
@@ -60,6 +75,22 @@ SHAPES = [(8, 8), (16, 16), (8, 8)]  # square, for the released form
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request) -> Case:
     return request.param
+
+
+@pytest.fixture
+def toy(case, toy) -> Callable[..., peft.PeftModel]:
+    """The shared one, or one with the tuner of the case, whose parameters are not those of the start."""
+
+    def make(shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -> peft.PeftModel:
+        model = toy(shapes, seed=seed, dtype=dtype)
+        if case.config is None:
+            return model
+        model = peft.get_peft_model(model.unload(), case.config(), autocast_adapter_dtype=False)
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.data += 0.3 * torch.randn_like(p)
+        return model.to(dtype)
+
+    return make
 
 
 def batch(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -244,7 +275,8 @@ def test_remove_takes_it_off(case, toy):
 
 def test_nothing_to_act_on_is_an_error_that_says_what_is(case):
     model = nn.Linear(2, 2).requires_grad_(not case.any_weights)
-    with pytest.raises(RuleError, match="LoRA"):
+    acts_on = "LoRA" if case.config is None else type(case.config()).__name__
+    with pytest.raises(RuleError, match=acts_on):
         attach(model, torch.optim.SGD(model.parameters()), [case.make()])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..checked import call_checked
 from ..errors import ConfigError, nearest
 from ..recipe import Recipe
-from . import controls, deltas, lora_family, masks, projection
+from . import controls, deltas, lora_family, masks, projection, rotations, routing
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     make.__name__: make
@@ -41,10 +41,19 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         masks.child_tuning_d_released,
         masks.sam,
         masks.sam_released,
+        rotations.oft,
+        rotations.coft,
+        rotations.goft,
+        rotations.goft_norm,
+        rotations.qgoft,
         deltas.sotu,
         deltas.sotu_disjoint,
         deltas.soup,
         deltas.task_arithmetic,
+        routing.color,
+        routing.color_adapted,
+        routing.color_oracle,
+        routing.routed,
         controls.replay,
         controls.joint,
         controls.frozen_ncm,

@@ -8,6 +8,8 @@ from .lora_sites import LoraPair, lora_pairs
 from .orthogonal import OrthogonalToPast
 from .product_l1 import FactorL1, ProductL1, ReleasedProductL1
 from .projection import SubspaceProjection
+from .rotation_ball import RotationBall
+from .soft_orthogonal import SoftOrthogonal
 from .step_mask import StepMask
 
 RULES: dict[str, type[Rule]] = {
@@ -18,6 +20,8 @@ RULES: dict[str, type[Rule]] = {
     "subspace_projection": SubspaceProjection,
     "step_mask": StepMask,
     "fixed_mask": FixedMask,
+    "rotation_ball": RotationBall,
+    "soft_orthogonal": SoftOrthogonal,
 }
 
 __all__ = [
@@ -29,7 +33,9 @@ __all__ = [
     "OrthogonalToPast",
     "ProductL1",
     "ReleasedProductL1",
+    "RotationBall",
     "Rule",
+    "SoftOrthogonal",
     "StepMask",
     "SubspaceProjection",
     "TaskContext",

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import ModelError
 from ..measurement import Measurement
 from ..metrics.energy import relative_energy_change, row_norm_change
 
+ADVICE = "name linear layers in `target_modules`, or use Continue"
 ROUNDING = 1e-5  # of fp32 rotations: entries of R R^T - I, and relative changes of row norms
 
 
@@ -52,15 +54,25 @@ class Turn:
 
 
 def turns(model: nn.Module) -> Iterator[Turn]:
-    """The rotated layers of a peft model with the adapter `default`."""
+    """The rotated layers of a peft model with the adapter `default`.
+
+    Raises:
+        ModelError: one of them is no linear layer.
+    """
     unwrapped: Any = model
     names = {id(p): n.replace(".base_layer.", ".") for n, p in unwrapped.get_base_model().named_parameters()}
     for module in model.modules():
         layer: Any = module
         held = getattr(layer, "oft_R", getattr(layer, "perpetune_givens_blocks", None))
         angles = getattr(layer, "perpetune_givens_angles", ())
+        if "default" in getattr(layer, "oft_embedding_R", ()):
+            raise ModelError(f"rotations of linear layers can be merged, not of embeddings: {ADVICE}")
         if held is not None and ("default" in held or "default" in angles):
             base = layer.get_base_layer()
+            if base.weight.ndim != 2:
+                raise ModelError(
+                    f"only rotations of linear layers can be merged, not of {type(base).__name__}: {ADVICE}"
+                )
             yield Turn(names[id(base.weight)], layer, isinstance(base, Conv1D))
 
 
