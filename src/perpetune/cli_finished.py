@@ -113,6 +113,44 @@ def revert(
         typer.echo(f"{after.commits[-1].path}: {parts}; nothing in it was made with the data of {task}")
 
 
+def tune_scale(
+    run: Run,
+    values: Annotated[
+        str | None, typer.Option(metavar="0.1,0.3,1", help="Scales to try; default eight from 0.1 to 2.")
+    ] = None,
+    head: Annotated[str, typer.Option(help="ncm or ridge: gathers its statistics anew for every scale.")] = "ncm",
+    stream: Annotated[str | None, typer.Option(help="Where the tasks lie, if not where they were.")] = None,
+    model: Model = None,
+    json: AsJson = False,
+) -> None:
+    """Choose the scale of summed deltas (`sotu`, `task_arithmetic`) on validation data; nothing is learned again.
+
+    `perpetune run --recipe sotu --validation 0.2 --out runs/choose ... && perpetune tune-scale runs/choose`
+
+    The run must have been measured on validation data (--validation), which its deltas were not made with. Prints the
+    mean accuracy over all tasks for every scale; learn all data with the best: `recipe: {name: sotu, scale: 0.5}`.
+    """
+    from .errors import ConfigError
+    from .progress import RichProgress
+    from .results import Result
+    from .scale import SCALES, accuracy_by_scale
+    from .streams import load_again
+
+    try:
+        scales = SCALES if values is None else [float(part) for part in values.split(",")]
+    except ValueError:
+        raise ConfigError(f"--values takes numbers with commas between them, not `{values}`") from None
+    result = Result(run)
+    data = load_again(result.config["stream"], result.tasks, stream)
+    found = accuracy_by_scale(run, data, scales, head=head, model=model, progress=RichProgress())
+    best = max(found, key=lambda s: found[s])
+    if json:
+        _show({"head": head, "best": best, "accuracy": {f"{s:g}": a for s, a in found.items()}})
+        return
+    for s, accuracy in found.items():
+        typer.echo(f"scale {s:<5g} {100 * accuracy:5.1f} %{'   <- best' if s == best else ''}")
+
+
 def diff(
     run: Run,
     before: Annotated[str | None, typer.Argument(metavar="[A]", help="A task, its number, or untouched.")] = None,
@@ -180,3 +218,6 @@ def _show(found: Any) -> None:
         if not console.is_terminal:
             console.width = 200  # a log has no edge: names stay whole
         console.print(found)
+
+
+COMMANDS = (export, revert, tune_scale, diff, gate)

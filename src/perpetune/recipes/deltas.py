@@ -12,16 +12,22 @@ from ..tuners import AllWeights
 DELTA_TRAINING = {"learning_rate": 1e-4}
 
 
-def sotu(keep: float = 0.1, storage: Literal["fp32", "bf16", "int8"] = "fp32", sequential: bool = False) -> Recipe:
+def sotu(
+    keep: float = 0.1,
+    storage: Literal["fp32", "bf16", "int8"] = "fp32",
+    sequential: bool = False,
+    scale: float | Literal["1/keep", "1/T"] = 1.0,
+) -> Recipe:
     """SoTU: a random share of every task's delta, summed as it is.
 
     Sparse orthogonal parameters tuning, 2411.02813 (no code published; masks after tuning, from the base, no rescaling,
-    class means: our reading). `soup` is its expectation at keep = 1/T.
+    class means: our reading). `soup` is its expectation at keep = 1/T. Another scale is chosen on validation data:
+    `perpetune tune-scale`.
     """
     return Recipe(
         AllWeights(),
         [],
-        SparseSum(keep, storage=storage, sequential=sequential),
+        SparseSum(keep, scale=scale, storage=storage, sequential=sequential),
         PrototypeHead(),
         training=DELTA_TRAINING,
     )
@@ -40,6 +46,6 @@ def soup() -> Recipe:
 def task_arithmetic(scale: float = 0.3) -> Recipe:
     """theta_0 + scale * sum d_t, dense: Ilharco et al., Editing models with task arithmetic, 2212.04089.
 
-    Published scales lie about 0.3 to 0.5 and are chosen on validation data: `perpetune compare --validation 0.2`.
+    Published scales lie about 0.3 to 0.5 and are chosen on validation data: `perpetune tune-scale`.
     """
     return Recipe(AllWeights(), [], SparseSum(1.0, scale=scale), PrototypeHead(), training=DELTA_TRAINING)
