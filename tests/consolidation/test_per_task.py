@@ -200,3 +200,10 @@ def test_only_adapters_can_be_kept_for_every_task(stream, model):
     recipe = Recipe(make_recipe("sequential").tuner, consolidation=PerTask())
     with pytest.raises(ConfigError, match="AllWeights"):
         learner(model, recipe).learn(stream)
+
+
+def test_nothing_is_gathered_anew_where_nothing_grows_stale():
+    with pytest.raises(ConfigError, match="read `ncm`"):
+        Recipe(
+            make_recipe("color").tuner, consolidation=PerTask(), head=[pt.LinearHead(), pt.PrototypeHead(refresh=True)]
+        )
