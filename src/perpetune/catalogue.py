@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def catalogue(what: str) -> list[tuple[str, str, str]]:
     """(name, first paragraph of the docstring, settings with defaults) of all recipes, tuners, rules, consolidations,
-    heads or streams.
+    routers, heads or streams.
 
     Raises:
         ConfigError: an unknown kind.
@@ -23,6 +23,7 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
     from .consolidation import CONSOLIDATIONS
     from .heads import HEADS
     from .recipes import RECIPES
+    from .routers import ROUTERS
     from .rules import RULES
     from .streams import BUILTINS
 
@@ -31,6 +32,7 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
         "tuners": _tuners() if what == "tuners" else {},
         "rules": RULES,
         "consolidations": CONSOLIDATIONS,
+        "routers": ROUTERS,
         "heads": HEADS,
         "streams": BUILTINS,
     }
@@ -67,20 +69,20 @@ def _tuners() -> dict[str, Any]:
 
 
 def log_table(result: Result) -> Table:
-    """The history of a run: one line a task."""
+    """The history of a run: one line a task, and one where a task was taken out."""
     from rich.table import Table
 
     table = Table(title=str(result.path), box=None)
     for column in ("#", "task", "steps", "seconds", "disk", "then", "now", "promises"):
         table.add_column(column)
-    times = {t["task"]: t for t in result.per_task}
+    times = {e["task"]: e for e in result.journal if e["event"] in ("task", "revert")}
     reading = result.readings[0] if result.readings else None
     matrix = result.matrix(*reading).values if reading else None
     for index, commit in enumerate(result.commits[1:]):
         task = commit.manifest["task"]
         facts = times.get(task, {})
         held = [g["holds"] for g in commit.manifest["guarantees"] if g["holds"] is not None]
-        then = now = "–"
+        then, now = "–", "taken out" if task in result.reverted else "–"
         if matrix is not None and task in result.tasks:
             j = result.tasks.index(task)
             then, now = (f"{100 * x:.1f}" if x == x else "–" for x in (matrix[j, j], matrix[len(matrix) - 1, j]))

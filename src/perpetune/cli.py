@@ -34,6 +34,14 @@ StreamOption = Annotated[
         "--stream", help="Folder of tasks, a built-in (digits, digits-transposed, digits-drift), or a dataset."
     ),
 ]
+Drift = Annotated[
+    int | None,
+    typer.Option(
+        help="Feed the tasks' examples in order, as this many segments with repeats, and tell no boundaries: new tasks "
+        "are noticed, known ones reopened (recipes color, routed). More in the configuration, stream: {drift: {…}}."
+    ),
+]
+Told = Annotated[bool | None, typer.Option("--told", help="With --drift: tell the boundaries after all, to compare.")]
 Tasks = Annotated[str | None, typer.Option(help="Tasks to take, in this order: agnews,amazon,yelp.")]
 Scenario = Annotated[str | None, typer.Option(help="class, domain or task; default from the labels.")]
 SplitBy = Annotated[str | None, typer.Option(help="Divide one labelled dataset: by `class`, or by a column.")]
@@ -56,6 +64,9 @@ Pooling = Annotated[str | None, typer.Option(help="mean, cls, last or pooler; de
 Validation = Annotated[
     float | None,
     typer.Option("--validation", help="Measure on this share of the training data instead of the test data."),
+]
+Pose = Annotated[
+    str | None, typer.Option(help="For language models: texts as instructions; `instruction` or `published`.")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON records.")]
 
@@ -88,6 +99,8 @@ def _settings(config: Path | None, kind: Any, given: dict[str, Any]) -> Any:
         "train_limit": given["train_limit"],
         "test_limit": given["test_limit"],
         "validation_share": given["validation"],
+        "drift": _given(segments=given["drift"], told=given["told"]),
+        "pose": given["pose"],
     }
     plain = ("model", "recipe", "seed", "controls", "jobs", "max_length", "pooling", "device")
     overrides = {
@@ -100,6 +113,10 @@ def _settings(config: Path | None, kind: Any, given: dict[str, Any]) -> Any:
         "training": _training(given["epochs"], given["batch_size"], given["learning_rate"], given["training"]),
     }
     return load_config(config, kind, overrides)
+
+
+def _given(**options: Any) -> dict[str, Any] | None:
+    return {name: value for name, value in options.items() if value is not None} or None
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -141,6 +158,9 @@ def run(
     train_limit: TrainLimit = None,
     test_limit: TestLimit = None,
     validation: Validation = None,
+    drift: Drift = None,
+    told: Told = None,
+    pose: Pose = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
@@ -165,13 +185,19 @@ def run(
     loaded = settings.stream.load()
     learner = Learner.from_config(settings, progress=RichProgress())
     if plan:
+        from .boundaries import parts, told_segments
         from .plan import make_plan
 
+        if settings.stream.drift is not None:
+            fed = settings.stream.drift.feed(loaded)
+            loaded = parts(fed, told_segments(fed))
         typer.echo(make_plan(learner, loaded).text())
         return
-    result = learner.learn(loaded)
+    from .boundaries import drift_summary, learn
+
+    result = learn(learner, loaded, settings.stream.drift)
     records = result.records()
-    typer.echo(result.summary())
+    typer.echo("\n".join([result.summary(), *drift_summary(result)]))
     _write_json(json, records)
     typer.echo(f"report: {_report([result], records, result.path / 'report' / 'index.html', 'run')}")
 
@@ -197,6 +223,9 @@ def compare(
     train_limit: TrainLimit = None,
     test_limit: TestLimit = None,
     validation: Validation = None,
+    drift: Drift = None,
+    told: Told = None,
+    pose: Pose = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
@@ -273,7 +302,9 @@ def report(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="recipes, tuners, rules, consolidations, heads or streams.")] = "recipes",
+    what: Annotated[
+        str, typer.Argument(help="recipes, tuners, rules, consolidations, routers, heads or streams.")
+    ] = "recipes",
 ) -> None:
     """What can be chosen from, each with what it does and where it comes from."""
     from rich.console import Console
@@ -298,7 +329,7 @@ def log(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     Console().print(log_table(Result(path)))
 
 
-for command in (cli_finished.export, cli_finished.diff, cli_finished.gate):
+for command in cli_finished.COMMANDS:
     app.command()(command)
 
 

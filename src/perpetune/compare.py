@@ -46,8 +46,10 @@ def head_groups(heads: Sequence[HeadSpec]) -> list[tuple[HeadSpec, ...]]:
 
 def with_controls(recipes: Sequence[str | dict[str, Any]], modality: str, heads: Sequence[HeadSpec]) -> list[Any]:
     """The recipes, and the controls that are missing among them."""
-    wanted = [*CONTROLS, "tfidf_ridge" if modality == "text" else "pixels_ridge"]
-    if modality == "text" and any(make_head(h).name == "label_text" for h in heads):
+    wanted = [*CONTROLS, "pixels_ridge" if modality == "image" else "tfidf_ridge"]
+    if modality == "language":  # whose features no ridge can read
+        wanted[wanted.index("frozen_ridge")] = "frozen_label_text"
+    elif modality == "text" and any(make_head(h).name == "label_text" for h in heads):
         wanted.append("frozen_label_text")
     names = {r if isinstance(r, str) else r.get("name") for r in recipes}
     return [*recipes, *(c for c in wanted if c not in names)]
@@ -87,6 +89,7 @@ def run_job(
     """Learn the stream with one recipe, or take up where an earlier try stopped."""
     import torch
 
+    from .boundaries import learn
     from .learner import Learner
 
     if threads:
@@ -96,7 +99,7 @@ def run_job(
     learner = Learner.from_config(
         config, recipe=recipe, run=job.path, heads=job.heads, seed=job.seed, progress=progress
     )
-    result = learner.learn(config.stream.load())
+    result = learn(learner, config.stream.load(), config.stream.drift)
     return [r.model_dump() for r in result.records()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,6 @@ from .heads import Head
 from .progress import Progress
 from .reading import routed_scores
 from .streams import Stream, Task
-from .tuners.base import relative_change
 
 PROBE = 64  # test examples on which it is seen that the features of an earlier task have not changed
 
@@ -36,17 +35,17 @@ class Evaluator:
         self._views: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         self.drift: dict[str, float] = {}
 
-    def features(self, task: Task, split: str) -> Tensor:
-        """Features of a split (N x width) under the model as it is now."""
+    def features(self, task: Task, split: str, classes: Sequence[int] = ()) -> Tensor:
+        """Features of a split (N x width) under the model as it is now, for a choice among these classes."""
         key = (task.name, split)
         version, before = self._features.get(key, (-1, None))
         features = before
-        if features is None or version != self.backbone.version:
+        if features is None or version != self.backbone.version or not self.backbone.holds(features, classes):
             examples = self._prepared(task, split)
             with self.progress.bar(f"features of {task.name}", len(examples)) as advance:
-                features = self.backbone.features(examples, self.batch_size, advance)
+                features = self.backbone.about(classes)(examples, self.batch_size, advance)
             if split == "test":  # read again after every task; training data is not
-                self.drift[task.name] = 0.0 if before is None else relative_change(features, before)
+                self.drift[task.name] = 0.0 if before is None else self.backbone.change(features, before)
                 self._features[key] = (self.backbone.version, features)
         return features
 
@@ -55,7 +54,7 @@ class Evaluator:
         if key in self._examples:
             return self._examples[key]
         examples = self.backbone.prepare(getattr(task, split))
-        if split == "test" and self.backbone.modality == "text":  # pixels would fill the memory
+        if split == "test" and self.backbone.modality != "image":  # pixels would fill the memory
             self._examples[key] = examples
         return examples
 
@@ -78,18 +77,18 @@ class Evaluator:
             return self.backbone.features([examples[i] for i in rows.tolist()], self.batch_size, advance)
 
     def _routed(
-        self, consolidation: Consolidation, stream: Stream, task: Task, own: int | None
+        self, consolidation: Consolidation, stream: Stream, task: Task, own: int | None, before: int | None
     ) -> tuple[Tensor, Callable[[Head, int | None], Tensor]]:
         """The tasks that a task's test examples are shown to (see `candidates_of`), and what a head makes of them.
 
         Args:
-            own: index of the task, if it is learned.
+            own, before: the state that reads the task now, and did before the last step, if it is learned.
         """
         every = torch.arange(len(task.test))
-        if own is not None:
+        if own is not None and before is not None:
             some = every[:PROBE]
-            before = self.viewed(consolidation, task, own, some)
-            self.drift[task.name] = relative_change(self._view(consolidation, task, own, some), before)
+            then = self.viewed(consolidation, task, before, some)
+            self.drift[task.name] = self.backbone.change(self._view(consolidation, task, own, some), then)
         weights = consolidation.candidates_of(self.viewed(consolidation, task, None, every), own)
 
         def scores(head: Head, given: int | None) -> Tensor:
@@ -111,8 +110,9 @@ class Evaluator:
             step: the step just learned; None for the untouched model, which is asked about all tasks.
 
         Returns:
-            `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32. Where the model has a state for every task:
-            `route/TASK`, the likeliest task of each example, and `asked/TASK`, how many tasks it is shown to.
+            `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32, -1 where a head names no class. Where the model
+            has a state for every task: `route/TASK`, the likeliest task of each example, and `asked/TASK`, how many
+            tasks it is shown to.
         """
         learned = step.learned if step is not None else 0
         seen = {c for task in stream.tasks[:learned] for c in task.classes}
@@ -129,12 +129,17 @@ class Evaluator:
                 continue  # no adapter knows these classes
             if not able:
                 continue
-            if routed:
-                weights, scores = self._routed(consolidation, stream, task, learned_in[task.name] if known else None)
-                out[f"route/{task.name}"] = weights.argmax(1).to(torch.int32)
+            if routed and step is not None:
+                first = learned_in[task.name]
+                own = consolidation.reads(first, step.index) if known else None
+                last = consolidation.reads(first, max(first, step.index - 1)) if known else None
+                weights, scores = self._routed(consolidation, stream, task, own, last)
+                route = weights.argmax(1).to(torch.int32)
+                # a state that was reopened by a later task is still the task's own
+                out[f"route/{task.name}"] = route if own is None else route.masked_fill(route == own, first)
                 out[f"asked/{task.name}"] = (weights > -torch.inf).sum(1).to(torch.int32)
             else:
-                scores = partial(_scores, self.features(task, "test"))
+                scores = partial(_scores, self.features(task, "test", choices(stream, task, before)))
             out[f"target/{task.name}"] = torch.tensor(task.test["label"][:], dtype=torch.int32)
             for head in able:
                 for scenario in readings(stream):
@@ -142,14 +147,25 @@ class Evaluator:
                     if scenario == "task" and step is not None and known:
                         own = consolidation.reads(learned_in[task.name], step.index)
                     allowed = sorted(task.classes) if scenario == "task" else sorted({*before, *task.classes})
-                    choice = scores(head, own)[:, allowed].argmax(1).cpu()
-                    out[f"{head.name}/{scenario}/{task.name}"] = torch.tensor(allowed)[choice].to(torch.int32)
+                    chosen = best_class(scores(head, own), allowed)
+                    out[f"{head.name}/{scenario}/{task.name}"] = chosen.to(torch.int32)
         return out
 
 
 def readings(stream: Stream) -> tuple[str, ...]:
     """In which scenarios a run on this stream is read: class-incremental runs are read with the task given as well."""
     return {"class": ("class", "task"), "domain": ("domain",), "task": ("task",)}[stream.scenario]
+
+
+def choices(stream: Stream, task: Task, seen: Collection[int]) -> list[int]:
+    """The classes among which an example of a task is ever to be placed, once others have been seen."""
+    return sorted(task.classes if readings(stream) == ("task",) else {*seen, *task.classes})
+
+
+def best_class(scores: Tensor, allowed: Sequence[int]) -> Tensor:
+    """The allowed class of the highest score, (N x C) -> (N,), CPU; -1 where all of them have -inf."""
+    best = scores[:, list(allowed)].cpu().max(1)
+    return torch.where(best.values == -torch.inf, -1, torch.tensor(allowed)[best.indices])
 
 
 def _scores(features: Tensor, head: Head, own: int | None) -> Tensor:

@@ -18,8 +18,9 @@ from .backbone import Backbone, Examples, FixedFeatures, Pooling, load_backbone
 from .compose import choose, plain
 from .consolidation import Consolidation
 from .errors import ConfigError, RunError, nearest
-from .evaluation import Evaluator
-from .heads import Head, make_head
+from .evaluation import Evaluator, best_class
+from .heads import Head, LanguageHead, make_head
+from .language import LanguageBackbone, load_language_model
 from .machine import default_device
 from .progress import Progress
 from .reading import routed_scores
@@ -60,6 +61,7 @@ class Learned:
         progress: Progress | None = None,
     ) -> None:
         self._recipe = make_recipe(recipe)
+        self._heads_given = bool(heads)
         if heads:
             self._recipe = self._recipe.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
         self.recipe = copy.deepcopy(self._recipe)
@@ -126,7 +128,47 @@ class Learned:
             return FixedFeatures(modality, words=tuner.words, side=tuner.side)
         if self.model_name is None:
             raise ConfigError(f"recipe `{self.recipe.name}` needs a model: give a hub id or a folder (--model)")
-        return load_backbone(self.model_name, modality, **self.loading).to(self.device)
+        if modality != "language":
+            return load_backbone(self.model_name, modality, **self.loading).to(self.device)
+        if self.loading["pooling"] is not None:
+            raise ConfigError("a language model answers prompts, and pools nothing: leave pooling out")
+        options = {name: self.loading[name] for name in ("max_length", "trust_remote_code")}
+        return load_language_model(self.model_name, **options).to(self.device)
+
+    def _check_heads(self, backbone: Backbone) -> None:
+        """Language models are read by language heads, which take the place of a recipe's own, and nothing else is.
+
+        Raises:
+            ConfigError: heads that were asked for read something else, or what the model is tuned with does.
+        """
+        speaks = isinstance(backbone, LanguageBackbone)
+        strange = [head for head in self._recipe.heads if isinstance(head, LanguageHead) != speaks]
+        if strange and not speaks:
+            raise ConfigError(
+                f"head `{strange[0].name}` reads the answers of a language model: use a stream of prompts (or "
+                'pose="instruction"), or another head'
+            )
+        if strange and (self._heads_given or not (self._recipe.tuner.trains or strange[0].trains)):
+            raise ConfigError(
+                f"head `{strange[0].name}` reads pooled features, and prompts are answered by a language model: use "
+                "the heads language or language_generated"
+            )
+        if speaks and self._recipe.consolidation.routed:
+            raise ConfigError(
+                f"{type(self._recipe.consolidation).__name__} finds out tasks from pooled features, which language "
+                "models do not give here: use a recipe with one model for all tasks (`lora`, `olora`)"
+            )
+        if strange:
+            self._recipe = self._recipe.with_heads([LanguageHead()])
+            self.recipe = copy.deepcopy(self._recipe)
+            self.heads = self.recipe.heads
+
+    def frozen_features(self, rows: datasets.Dataset, modality: Any) -> Tensor:
+        """Features of the base model, nothing learned (N x width); rows with the columns of `Task.train`."""
+        backbone = self._load_backbone(modality)
+        examples, size = backbone.prepare(rows), int(self.training["per_device_eval_batch_size"])
+        with self.progress, self.progress.bar("features of the stream", len(examples)) as advance:
+            return backbone.features(examples, size, advance)
 
     def _load_base(self, modality: Any, expected: str) -> Backbone:
         backbone = self._load_backbone(modality)
@@ -144,6 +186,8 @@ class Learned:
         self.recipe = recipe = copy.deepcopy(self._recipe)
         self.heads, backbone = recipe.heads, self._need_backbone()
         self._evaluator = Evaluator(backbone, int(self.training["per_device_eval_batch_size"]), self.progress)
+        if isinstance(backbone, LanguageBackbone):
+            backbone.open(labels, [head.read for head in self.heads if isinstance(head, LanguageHead)])
         first = self.heads[0]
         self._surrogate = None if first.trains or not recipe.tuner.trains else first.trainer()
         for head in self._all_heads():
@@ -198,7 +242,12 @@ class Learned:
         classes: Sequence[str] | None = None,
         task: str | None = None,
     ) -> list[str]:
-        """Label texts for new inputs: texts, (text, text_pair) tuples, or PIL images.
+        """Label texts for new inputs: texts, (text, text_pair) tuples, PIL images, prompts, or lists of messages. An
+        empty text where a generated answer names no class.
+
+        An input is answered as if it were alone, whatever else is asked with it: only the last bits of scores differ
+        (padding to the longest of a batch makes sums round anew, 2e-7 with MiniLM), so a tie alone could be decided
+        otherwise.
 
         Args:
             head: which head to read; None takes the first.
@@ -230,10 +279,10 @@ class Learned:
         if not rows:
             return []
         data = datasets.Dataset.from_dict({**table, "label": [0] * len(rows), "id": [""] * len(rows)})
-        scores = self._scores(by_name[head or self.heads[0].name], backbone.prepare(data), len(labels), task)
-        return [labels[allowed[i]] for i in scores[:, allowed].argmax(1).tolist()]
+        scores = self._scores(by_name[head or self.heads[0].name], backbone.prepare(data), len(labels), task, allowed)
+        return [labels[c] if c >= 0 else "" for c in best_class(scores, allowed).tolist()]
 
-    def _scores(self, head: Head, examples: Examples, classes: int, task: str | None) -> Tensor:
+    def _scores(self, head: Head, examples: Examples, classes: int, task: str | None, allowed: Sequence[int]) -> Tensor:
         """(N x C). Where inputs are divided among adapters: read once to find out their tasks, then in one pass for
         every task that is present."""
         backbone, consolidation = self._need_backbone(), self.recipe.consolidation
@@ -241,7 +290,7 @@ class Learned:
         if not consolidation.routed:
             if task is not None:
                 raise ConfigError("the model is the same for all tasks: give `classes` to choose among those of one")
-            return head.scores(backbone.features(examples, size))
+            return head.scores(backbone.about(allowed)(examples, size))
 
         @functools.cache
         def routing() -> Tensor:
@@ -261,7 +310,7 @@ class Learned:
             if task not in learned:
                 raise ConfigError(f"this run has learned no task `{task}`: {nearest(task, learned)}")
             weights = torch.full((len(examples), len(learned)), -torch.inf)
-            weights[:, learned.index(task)] = 0
+            weights[:, consolidation.reads(learned.index(task), len(learned) - 1)] = 0
         return routed_scores(head, classes, weights, consolidation, read)
 
     def export(

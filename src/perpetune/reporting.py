@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .boundaries import drift_facts
 from .errors import RunError
 from .metrics.accuracy import FORMULAS
 from .report import ReportData
@@ -49,6 +50,7 @@ def report_data(results: Sequence[Result], records: Sequence[Any], kind: str) ->
         created=time.strftime("%Y-%m-%d"),
         formulas=FORMULAS,
         routes=_routes(runs),
+        drift=drift_facts(first) if first else None,
         flips=_flips(first) if kind == "run" and first else None,
     )
 

@@ -88,6 +88,10 @@ class Consolidation:
         """Which step's own head reads a task in the task-incremental reading: the one that learned it."""
         return learned_in
 
+    def goes_on_from(self, step: Step) -> int | None:
+        """The earlier step whose own adapter and rows of the head this step goes on training; None: no earlier one."""
+        return None
+
     def begin_task(self, step: Step) -> None:
         """Make the backbone trainable for this step."""
         raise NotImplementedError

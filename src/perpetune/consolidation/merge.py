@@ -12,7 +12,6 @@ from ..backbone import Backbone
 from ..errors import ConfigError
 from ..measurement import Measurement
 from ..tuners import Tuner
-from ..tuners.base import relative_change
 from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
 
 
@@ -55,7 +54,7 @@ class Merge(Consolidation):
         unmerged = self.backbone.features(probe, len(probe))
         self._absorb()
         merged = self.backbone.features(probe, len(probe))
-        self._merge_error = relative_change(merged, unmerged)
+        self._merge_error = self.backbone.change(merged, unmerged)
 
     def _probe(self, step: Step) -> list:
         return self.backbone.prepare(step.tasks[0].test.select(range(min(16, len(step.tasks[0].test)))))

@@ -27,7 +27,8 @@ class PerTask(Consolidation):
     """p(c | x) = sum_t p(t | x) p(c | x, t): the router gives p(t | x), adapter t and its head give p(c | x, t).
 
     With one candidate the sum has one term: the route is a hard choice (CoLoR). A task's adapter and what the router
-    knows of it are made from its own data alone, so later tasks change neither.
+    knows of it are made from its own data alone, so later tasks change neither. A task that reopens an earlier one (see
+    `Task`) goes on training its adapter and takes its place; what the router knows of both is added up.
 
     Args:
         router: a `Router`, its name, or `{type: name, setting: value}`.
@@ -52,6 +53,8 @@ class PerTask(Consolidation):
     features: Features = "frozen"
     _adapters: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
     _classes: list[tuple[int, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _names: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    _reopened: list[int | None] = field(default_factory=list, init=False, repr=False, compare=False)
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _active: int | None = field(default=None, init=False, repr=False, compare=False)
     _labels: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
@@ -79,21 +82,45 @@ class PerTask(Consolidation):
             raise ConfigError(f"PerTask keeps an adapter for every task; {type(tuner).__name__} is none: use Continue")
         super().open(backbone, tuner, labels)
         self._labels, self._adapters, self._classes, self._active = tuple(labels), [], [], None
+        self._names, self._reopened = [], []
         self.router.open(backbone.width, labels, seed=0)
 
     # ---- learning ----
 
+    def goes_on_from(self, step: Step) -> int | None:
+        """
+        Raises:
+            ConfigError: the step reopens a task that is not there.
+        """
+        reopens = step.tasks[0].reopens
+        return None if reopens is None else self._index(reopens, step.name)
+
+    def _index(self, name: str, of: str) -> int:
+        if name not in self._names:
+            raise ConfigError(f"task `{of}` goes on with the adapter of `{name}`, which is not there: keep both")
+        return self._names.index(name)
+
+    def reads(self, learned_in: int, now: int) -> int:
+        """See `Consolidation.reads`: the last of the steps that went on from it."""
+        for later in range(learned_in + 1, now + 1):
+            learned_in = later if self._reopened[later] == learned_in else learned_in
+        return learned_in
+
     def begin_task(self, step: Step | None) -> None:
-        """A new adapter, trained beside those of the tasks before, which it does not see."""
+        """A new adapter, trained beside those of the tasks before, which it does not see; or an earlier one again."""
         if hasattr(self.backbone.model, "peft_config"):
             self.backbone.model = self.tuner.detach(self.backbone.model)
         self.backbone.model = self.tuner.attach(self.backbone.model)
         self._slots, self._active = {}, None
+        earlier = None if step is None else self.goes_on_from(step)
+        if earlier is not None:
+            self._activate(earlier)
+            self._active = None  # it is trained from here on
 
     def end_task(self, step: Step) -> None:
         task, classes = step.index, step.classes
         self._files = self.tuner.files(self.backbone.model)
-        self._keep(self._files[ADAPTER], classes)
+        self._keep(self._files[ADAPTER], classes, step.name, self.goes_on_from(step))
         self._files[ADAPTER] = self._adapters[-1]  # not the model's own, which change with every view
         rows = step.tasks[0].train
         with self.view(None):
@@ -101,13 +128,19 @@ class PerTask(Consolidation):
         self.router.observe(task, seen, torch.tensor(rows["label"]), rows["id"])
         if task in self.router.known:
             self._files[ROUTER] = self.router.task_state(task)
-        self._files[CLASSES] = {"classes": [self._labels[c] for c in classes]}
+        own = {"classes": [self._labels[c] for c in classes], "task": step.name, "reopens": step.tasks[0].reopens}
+        self._files[CLASSES] = own
         self.backbone.version += 1
 
-    def _keep(self, adapter: dict[str, Tensor], classes: Sequence[int]) -> None:
+    def _keep(self, adapter: dict[str, Tensor], classes: Sequence[int], name: str, reopened: int | None) -> None:
         self._adapters.append({name: t.detach().clone() for name, t in adapter.items()})
         self._classes.append(tuple(classes))
+        self._names.append(name)
+        self._reopened.append(reopened)
         self._active = len(self._adapters) - 1
+        if reopened is not None and reopened in self.router.known:  # no input is sent to the state that it was in
+            self.router.load_task_state(self._active, self.router.task_state(reopened))
+            self.router.forget(reopened)
 
     def files(self) -> Files:
         return self._files
@@ -117,8 +150,11 @@ class PerTask(Consolidation):
             return
         self.begin_task(None)
         for task, commit in enumerate(commits):
-            names = commit.json(CLASSES)["classes"]
-            self._keep(stored_adapter(commit), [self._labels.index(name) for name in names])
+            own = commit.json(CLASSES)
+            name, reopens = own.get("task", ""), own.get("reopens")
+            classes = [self._labels.index(label) for label in own["classes"]]
+            earlier = None if reopens is None else self._index(reopens, name)
+            self._keep(stored_adapter(commit), classes, name, earlier)
             if commit.has(ROUTER):
                 self.router.load_task_state(task, commit.tensors(ROUTER))
         self._active = None

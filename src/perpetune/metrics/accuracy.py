@@ -28,6 +28,7 @@ FORMULAS: dict[str, str] = {
     "plasticity": "mean over j of a(j, j)",
     "intransigence": "mean over j of [a*(j) - a(j, j)], a* from a joint or single-task run",
     "flips": "mean over j of the share of examples of task j right after some earlier point and wrong at T",
+    "routing_accuracy": "mean over j of the share of test examples of task j that the router sends to task j at T",
 }
 
 
@@ -192,7 +193,8 @@ def intransigence(matrix: AccuracyMatrix, reference: Mapping[str, float | None] 
 
 
 def summary(matrix: AccuracyMatrix, reference: Mapping[str, float | None] | None = None) -> dict[str, float | None]:
-    """Every figure of the matrix by the name under which `FORMULAS` has it (`flips` needs the predictions)."""
+    """Every figure of the matrix by the name under which `FORMULAS` has it (`flips` needs the predictions,
+    `routing_accuracy` the routes)."""
     figures = (
         final_accuracy,
         final_accuracy_micro,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COSTS = ("train_seconds", "evaluate_seconds", "steps", "trainable_parameters")
+ROUTED, ROUTES = "routing_accuracy", "sent to its own task"  # a metric, and the heading of its column
+NO_LOSS = ("forgetting", ROUTED)  # metrics that forgetting is not told beside
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -61,6 +63,7 @@ class ResultRecord(BaseModel):
     plasticity: float | None
     intransigence: float | None = None
     flips: float | None = None
+    routing_accuracy: float | None = None
     train_seconds: float
     evaluate_seconds: float
     steps: int
@@ -111,7 +114,7 @@ def make_record(
     Args:
         facts: the remaining fields: recipe, seed, scenario, head, model, stream, train_seconds, evaluate_seconds,
             steps, trainable_parameters, and where there are any guarantees (`Measurement`s or their dicts), per_task,
-            flips (a share), run.
+            flips and routing_accuracy (shares), run.
         reference: a*(j) by task name, for intransigence.
 
     Raises:
@@ -224,7 +227,7 @@ def _spread(group: Sequence[ResultRecord]) -> dict[str, Any]:
 
 
 def _grid(aggregated: Sequence[Mapping[str, Any]], scenario: str, metric: str) -> tuple[list[str], list[list[str]]]:
-    """(heads, rows): a row is the recipe and a cell per head."""
+    """(columns, rows): a row is the recipe and a cell per head; beside final accuracy, where it was routed how well."""
     if metric not in FORMULAS:
         raise ConfigError(f"no metric is called `{metric}`: {nearest(metric, FORMULAS)}")
     chosen = {(e["recipe"], e["head"]): e for e in aggregated if e["scenario"] == scenario}
@@ -235,25 +238,38 @@ def _grid(aggregated: Sequence[Mapping[str, Any]], scenario: str, metric: str) -
         )
     recipes = list(dict.fromkeys(recipe for recipe, _ in chosen))
     heads = list(dict.fromkeys(head for _, head in chosen))
-    return heads, [[r, *(_cell(chosen.get((r, h)), metric) for h in heads)] for r in recipes]
+    rows = [[r, *(_cell(chosen.get((r, h)), metric) for h in heads)] for r in recipes]
+    if metric == "final_accuracy" and any(e[ROUTED]["mean"] is not None for e in chosen.values()):
+        of = {recipe: entry for (recipe, _), entry in chosen.items()}  # whatever head reads it, the routes are the same
+        rows = [[*row, _share(of[row[0]], ROUTED)] for row in rows]
+        heads = [*heads, ROUTES]
+    return heads, rows
 
 
 def _cell(entry: Mapping[str, Any] | None, metric: str) -> str:
     if entry is None or entry[metric]["mean"] is None:
         return "–"
-    mean, std = entry[metric]["mean"], entry[metric]["std"]
     lost = entry["forgetting"]["mean"]
-    text = f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-    return text if lost is None or metric == "forgetting" else f"{text} (f {100 * lost:.1f})"
+    text = _share(entry, metric)
+    return text if lost is None or metric in NO_LOSS else f"{text} (f {100 * lost:.1f})"
 
 
-def _caption(metric: str) -> str:
+def _share(entry: Mapping[str, Any], metric: str) -> str:
+    mean, std = entry[metric]["mean"], entry[metric]["std"]
+    return "–" if mean is None else f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def _caption(metric: str, columns: Sequence[str]) -> str:
     text = f"{metric} in %: {FORMULAS[metric]}; ± is the standard deviation over seeds"
-    return text if metric == "forgetting" else f"{text}; f is forgetting in points: {FORMULAS['forgetting']}"
+    if metric not in NO_LOSS:
+        text += f"; f is forgetting in points: {FORMULAS['forgetting']}"
+    return f"{text}; {ROUTES}: {FORMULAS[ROUTED]}" if ROUTES in columns else text
 
 
 def table(aggregated: Sequence[Mapping[str, Any]], scenario: str, metric: str = "final_accuracy") -> Table:
     """Recipes as rows, heads as columns, cells like "62.3 ± 1.2 (f 4.1)" in percent, "–" where undefined.
+
+    Beside final accuracy a last column says how many test examples were sent to their own task, where any were.
 
     Args:
         aggregated: from `aggregate`.
@@ -267,7 +283,7 @@ def table(aggregated: Sequence[Mapping[str, Any]], scenario: str, metric: str = 
     from rich.text import Text
 
     heads, rows = _grid(aggregated, scenario, metric)
-    out = Table(title=f"{scenario}-incremental", caption=Text(_caption(metric)))
+    out = Table(title=f"{scenario}-incremental", caption=Text(_caption(metric, heads)))
     out.add_column("recipe")
     for head in heads:
         out.add_column(Text(head), justify="right")
@@ -281,4 +297,4 @@ def markdown_table(aggregated: Sequence[Mapping[str, Any]], scenario: str, metri
     heads, rows = _grid(aggregated, scenario, metric)
     lines = [["recipe", *heads], ["---", *("---:" for _ in heads)], *rows]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{text}\n\n{_caption(metric)}.\n"
+    return f"{text}\n\n{_caption(metric, heads)}.\n"

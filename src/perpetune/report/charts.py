@@ -106,14 +106,29 @@ def matrix_svg(matrix: Matrix, tasks: Sequence[str], title: str, baseline: Seque
 
     `baseline` (T): accuracies of the untouched model, a row above.
     """
-    width, height = (46, 34) if len(tasks) <= 6 else (38, 30) if len(tasks) <= 12 else (28, 24)
     history = any(v is not None for row in matrix[:-1] for v in row) or len(tasks) == 1
     rows: list[tuple[int | None, str, Sequence[float | None]]] = [(None, "untouched model", baseline)]
     for step, (name, line) in enumerate(zip(tasks, matrix, strict=True)):
         rows.append((step, f"after {step + 1} {short(name, 13)}", line) if history else (None, "all at once", line))
     rows = [entry for entry in rows if any(v is not None for v in entry[2])]
+    return _heat_map(rows, tasks, title, "accuracy on task")
+
+
+def confusion_svg(shares: Matrix, tasks: Sequence[str], title: str) -> Markup:
+    """Shares (T x T) of the examples of each task (row) that go to each task (column); nothing is drawn where none."""
+    rows: list[tuple[int | None, str, Sequence[float | None]]] = [
+        (j, f"{j + 1} {short(tasks[j], 20)}", [share or None for share in row]) for j, row in enumerate(shares)
+    ]
+    return _heat_map(rows, tasks, title, "sent to task")
+
+
+def _heat_map(
+    rows: Sequence[tuple[int | None, str, Sequence[float | None]]], tasks: Sequence[str], title: str, above: str
+) -> Markup:
+    """Rows (which column is outlined, label, values) of cells, a column for each task."""
+    width, height = (46, 34) if len(tasks) <= 6 else (38, 30) if len(tasks) <= 12 else (28, 24)
     left, top = 14 + max((int(6.6 * len(label)) for _, label, _ in rows), default=0), 40
-    marks: list[Markup] = [tag("title", title), tag("text", "accuracy on task", class_="soft", x=left, y=14)]
+    marks: list[Markup] = [tag("title", title), tag("text", above, class_="soft", x=left, y=14)]
     for j, name in enumerate(tasks):
         hover = tag("title", name)
         marks.append(tag("text", hover, str(j + 1), class_="mid strong", x=left + (j + 0.5) * width, y=32))

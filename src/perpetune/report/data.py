@@ -20,6 +20,7 @@ FIGURES = (
     "plasticity",
     "intransigence",
     "flips",
+    "routing_accuracy",
 )
 COSTS = ("train_seconds", "evaluate_seconds", "steps", "peak_memory_bytes", "disk_bytes")
 
@@ -39,6 +40,7 @@ class ReportData:
             evaluate_seconds, steps, trainable_parameters, guarantees, per_task, run.
         stream, scenario: name of the stream, and how it was built ("class", "domain" or "task").
         tasks: task names in the order of learning.
+        reverted: tasks that were learned and taken out again; they have no figures.
         labels: task name -> label texts of its classes; used for the guessing line and the list of tasks.
         model: name of the pre-trained model.
         command: the exact command line.
@@ -47,6 +49,10 @@ class ReportData:
         formulas: metric name -> formula, shown with the figures; empty: those that the records carry.
         flips: examples that were right once and are wrong at the end, {task, text | image, label, was, now}; `image` is
             a base64 `data:image/...` URI.
+        routes: where a recipe finds out the task of an input, of each run {recipe, tasks, accuracy, accuracy_micro,
+            asked, confusion}; see `metrics.routing.Routing`.
+        drift: of a stream whose boundaries were not told: `true` segments {start, stop, task}, `parts` found {start,
+            stop, task (a number), detected_at}, `told`, `window`, and `figures`, see `metrics.boundaries`.
         headline: (scenario, head) to show first; None lets the page choose.
     """
 
@@ -57,12 +63,15 @@ class ReportData:
     scenario: str
     tasks: Sequence[str]
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    reverted: Sequence[str] = ()
     model: str = ""
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str | None = None
     formulas: Mapping[str, str] = field(default_factory=dict)
     flips: Sequence[Mapping[str, Any]] | None = None
+    routes: Sequence[Mapping[str, Any]] = ()
+    drift: Mapping[str, Any] | None = None
     headline: tuple[str, str] | None = None
 
 

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..errors import RunError
-from . import charts, summary, svg, tables, words
+from . import charts, routes, segments, summary, svg, tables, words
 from .data import Record, ReportData, read_records
 
 SEED_CELLS = 40_000  # matrices of single seeds are left out of a page that would hold more cells than this
@@ -106,6 +106,9 @@ def render(data: ReportData) -> str:
         notes=notes,
         broken=broken[: tables.SHOWN_BROKEN],
         broken_count=len(broken),
+        routes=routes.routes(data.routes),
+        confusions=routes.MOST_TASKS,
+        strips=segments.strips_svg(data.drift) if data.drift else None,
         promises=promises,
         measured=_measured(records),
         costs=tables.costs_by_recipe(records),
