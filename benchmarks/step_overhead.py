@@ -2,11 +2,12 @@
 
     python -m benchmarks.step_overhead --json step_overhead.json
 
-A LoRA of rank 8 in MiniLM (or another encoder), batches of 32 x 64 tokens, AdamW. In one process and in turns: a plain
-step (forward, backward, optimizer), then every rule's own work on the gradients and weights of that step, in random
-order, the caches emptied before each. Ratio = 1 + (the rule's median time) / (the plain step's median time): whole
-steps with and without a rule differ by less than the noise between two steps. `fastest` is the same ratio of the
-shortest times, which says more on a machine that others use too.
+MiniLM (or another encoder), batches of 32 x 64 tokens, AdamW. What trains is a LoRA of rank 8, rotations of what linear
+layers read, or all weights. In one process and in turns: a plain step (forward, backward, optimizer), then every rule's
+own work on the gradients and weights of that step, copies of the weights that it watches included, in random order, the
+caches emptied before each. Ratio = 1 + (the rule's median time) / (the plain step's median time): whole steps with and
+without a rule differ by less than the noise between two steps. `fastest` is the same ratio of the shortest times, which
+says more on a machine that others use too. With --threads 1, time is that of the processor: others add little to it.
 
 Subspace projection protects half of the directions of every input, the most that cap=0.5 allows. It has a row of its
 own for one wide layer (q and v with LoRA of rank 16): there the plain step is forward and backward of that layer alone.
@@ -20,7 +21,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,20 +29,29 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from perpetune.rules import (
+    FixedMask,
     OrthogonalToPast,
     ProductL1,
     ReleasedProductL1,
+    RotationBall,
     Rule,
+    SoftOrthogonal,
+    StepMask,
     SubspaceProjection,
     TaskContext,
     lora_pairs,
 )
+from perpetune.tuners import GivensConfig
 
 BATCH, LENGTH, RANK, WIDE_RANK = 32, 64, 8, 16
-SITES: dict[str, list[str] | str] = {"q,v": ["query", "value"], "all linear": "all-linear"}
+LOOKED_AT = 8  # examples by whose gradients a mask is chosen
+LORA: dict[str, list[str] | str] = {"q,v": ["query", "value"], "all linear": "all-linear"}
+WEIGHTS, GIVENS, OFT, WIDE = "all weights", "Givens, all linear", "OFT, all linear", "wide"
+SITES = (*LORA, WEIGHTS, GIVENS, OFT, WIDE)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,17 @@ class Row:
 
 def rows(site: str) -> list[Row]:
     """The rules to measure; the released L1 form exists for square layers only."""
+    if site == WEIGHTS:
+        return [
+            Row("step_mask 0.3, gradient", lambda: StepMask(0.3, "gradient"), 1),
+            Row("step_mask 0.3, update", lambda: StepMask(0.3, "update"), 1),
+            Row("fixed_mask 0.3, embeddings free", lambda: FixedMask(0.3, "fisher", embeddings="free"), 1),
+            Row("fixed_mask 0.005", lambda: FixedMask(0.005, "gradient"), 1),
+        ]
+    if site == GIVENS:
+        return [Row("soft_orthogonal", lambda: SoftOrthogonal(1e-3), 1)]
+    if site == OFT:
+        return [Row("rotation_ball", lambda: RotationBall(1e-3), 1)]
     found = [Row("product_l1", lambda: ProductL1(1e-6), 1, 1.02 if site == "all linear" else 1.01)]
     if site == "q,v":
         found.append(Row("released_product_l1", lambda: ReleasedProductL1(1e-6), 1))
@@ -78,13 +99,23 @@ def bundled_model() -> str:
 
 
 def build(model: str, site: str) -> nn.Module:
-    """The encoder with a LoRA whose B is not 0, as in the middle of a task."""
+    """The encoder with what trains at this site; weights of adapters are not those of the start, as in a task."""
     torch.manual_seed(0)
     base = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False)
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=SITES[site]))
-    for pair in lora_pairs(adapted):
-        nn.init.normal_(pair.B, std=0.01)
+    if site == WEIGHTS:
+        return base.train()
+    adapted = peft.get_peft_model(base, config(site))
+    for p in (p for p in adapted.parameters() if p.requires_grad):
+        p.data.add_(torch.randn_like(p), alpha=0.01)
     return adapted.train()
+
+
+def config(site: str) -> peft.PeftConfig:
+    if site == GIVENS:
+        return GivensConfig(form="quasi", target_modules="all-linear")
+    if site == OFT:
+        return peft.OFTConfig(oft_block_size=32, use_cayley_neumann=False, target_modules="all-linear")
+    return peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=LORA[site])
 
 
 class Wide(nn.Module):
@@ -100,7 +131,12 @@ class Wide(nn.Module):
 
 def at_task(rule: Rule, model: nn.Module, task: int, batch: dict[str, Tensor]) -> Rule:
     """The rule as it is in this task (1-based), with a random A and the same inputs for every task before it."""
-    context = [TaskContext(model, index, lambda: [batch]) for index in range(task)]
+
+    def losses(examples: int) -> Iterator[Tensor]:
+        ids = batch["input_ids"][:LOOKED_AT]
+        return (loss(model, {"input_ids": part}) for part in ids.split(examples))
+
+    context = [TaskContext(model, index, lambda: [batch], losses) for index in range(task)]
     for before in context[:-1]:
         rule.begin_task(before)
         for pair in lora_pairs(model):
@@ -115,23 +151,31 @@ def random_batch(model: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, vocabulary, (BATCH, LENGTH))}
 
 
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).last_hidden_state.abs().mean()  # of squares a layer norm would leave no gradient
+
+
 def measure(model_name: str, site: str, steps: int) -> list[dict]:
-    """Records of all rules on one choice of layers."""
+    """Records of all rules at one site."""
     model = build(model_name, site)
     batch = random_batch(model)
     asked = rows(site)
     rules = [at_task(row.make(), model, row.task, batch) for row in asked]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)  # what transformers.Trainer takes if not told otherwise
 
     def step() -> None:
         optimizer.zero_grad()
-        model(**batch).last_hidden_state.square().mean().backward()
+        loss(model, batch).backward()
         optimizer.step()
 
     records = in_turns(step, rules, steps)
+    adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
     for record, row in zip(records, asked, strict=True):
         name = f"{row.name}, task {row.task} ({site})"
-        record.update(name=name, target=row.target, site=site, layers=len(lora_pairs(model)))
+        record.update(name=name, target=row.target, site=site, layers=adapted)
+    if site not in LORA:
+        return records
     second, fiftieth = (
         next(r for r in records if r["name"] == f"orthogonal_squared, task {task} ({site})") for task in (2, 50)
     )
@@ -164,15 +208,20 @@ def measure_wide(width: int, steps: int) -> dict:
 
 
 def in_turns(step: Callable[[], None], rules: Sequence[Rule], steps: int, warmup: int = 2) -> list[dict]:
-    """Times of every rule's own work after plain steps; the rules must watch nothing."""
+    """Times of every rule's own work after plain steps, as `attach` would have it done."""
     evict = torch.zeros(2**24)  # 64 MB, more than the caches hold
     shuffle = random.Random(0)
     plain: list[float] = []
     own: list[list[float]] = [[] for _ in rules]
+    watched: list[list[Tensor]] = [list(rule.watches()) for rule in rules]
+    copies = [[torch.empty_like(p) for p in params] for params in watched]
 
-    def work(rule: Rule) -> None:
-        rule.on_gradient()
-        rule.on_update(())
+    @torch.no_grad()
+    def work(which: int) -> None:
+        if watched[which]:
+            torch._foreach_copy_(copies[which], watched[which])
+        rules[which].on_gradient()
+        rules[which].on_update(copies[which])
 
     for number in range(warmup + steps):
         seconds = timed(step)
@@ -180,7 +229,7 @@ def in_turns(step: Callable[[], None], rules: Sequence[Rule], steps: int, warmup
             plain.append(seconds)
         for which in shuffle.sample(range(len(rules)), len(rules)):
             evict.add_(1)
-            seconds = timed(partial(work, rules[which]))
+            seconds = timed(partial(work, which))
             if number >= warmup:
                 own[which].append(seconds)
     whole = statistics.median(plain)
@@ -192,15 +241,21 @@ def in_turns(step: Callable[[], None], rules: Sequence[Rule], steps: int, warmup
             "plain_step_ms": 1e3 * whole,
             "steps": steps,
             "threads": torch.get_num_threads(),
+            "clock": clock().__name__,
         }
         for seconds in own
     ]
 
 
+def clock() -> Callable[[], float]:
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def timed(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    now = clock()
+    start = now()
     work()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def show(records: Sequence[dict]) -> None:
@@ -220,6 +275,7 @@ def show(records: Sequence[dict]) -> None:
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder or hub id of an encoder (default: the bundled MiniLM)")
+    parser.add_argument("--sites", nargs="+", choices=SITES, default=SITES, help="what to measure (default: all)")
     parser.add_argument("--steps", type=int, default=15, help="steps to take the medians of (default: %(default)s)")
     parser.add_argument("--width", type=int, default=4096, help="inputs of the wide layer (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
@@ -234,8 +290,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     model = options.model or bundled_model()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    records = [record for site in SITES for record in measure(model, site, options.steps)]
-    records.append(measure_wide(options.width, options.steps))
+    records = []
+    for site in options.sites:
+        wide = site == WIDE
+        records += [measure_wide(options.width, options.steps)] if wide else measure(model, site, options.steps)
     show(records)
     if options.json:
         options.json.write_text(json.dumps(records, indent=2) + "\n")

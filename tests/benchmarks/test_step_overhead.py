@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import step_overhead
+from perpetune.rules import Rule
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +20,45 @@ def test_measures_every_rule_and_writes_records(model, tmp_path, capsys):
     file = tmp_path / "overhead.json"
     records = step_overhead.main(["--model", model, "--steps", "1", "--width", "32", "--json", str(file)])
     assert json.loads(file.read_text()) == records
-    assert len({record["name"] for record in records}) == len(records) == 13 + 4 + 1
+    assert len({record["name"] for record in records}) == len(records) == 13 + 4 + 1 + 6
     assert all(math.isfinite(record["ratio"]) for record in records)
     measured = [record for record in records if "rule_ms" in record]
     assert all(record["ratio"] > 1 for record in measured)
-    assert {record["layers"] for record in measured} == {2, 6}  # q and v; four square ones and the two of the MLP
+    assert {record["layers"] for record in measured} == {0, 2, 6}  # none; q and v; the square ones and those of the MLP
     assert "product_l1" in capsys.readouterr().out
+
+
+def test_only_the_sites_that_are_asked_for(model, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    records = step_overhead.main(["--model", model, "--steps", "1", "--sites", "Givens, all linear", "OFT, all linear"])
+    assert [(r["name"].split(",")[0], r["layers"]) for r in records] == [("soft_orthogonal", 6), ("rotation_ball", 6)]
+    assert {r["clock"] for r in records} == {"process_time"}
+
+
+def test_rules_get_the_weights_before_the_step_that_they_watch():
+    class Watching(Rule):
+        def __init__(self, p: nn.Parameter) -> None:
+            self.p, self.seen = p, []
+
+        def watches(self):
+            return [self.p]
+
+        def on_update(self, before):
+            self.seen += [before[0].item()]
+
+    p = nn.Parameter(torch.zeros(()))
+    rule = Watching(p)
+    step_overhead.in_turns(lambda: p.data.add_(1), [rule], 2, warmup=1)
+    assert rule.seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["fixed_mask 0.3, embeddings free", "fixed_mask 0.005"])
+def test_masks_are_chosen_by_gradients_of_the_batch(model, name):
+    encoder = step_overhead.build(model, "all weights")
+    (row,) = (r for r in step_overhead.rows("all weights") if r.name == name)
+    rule = step_overhead.at_task(row.make(), encoder, 1, step_overhead.random_batch(encoder))
+    kept, changed, _ = rule.guarantee()
+    assert kept.value == kept.bound > 0 and changed.value == 0
 
 
 def test_a_rule_at_task_50_remembers_49_tasks(model):

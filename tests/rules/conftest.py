@@ -19,10 +19,9 @@ class Side(nn.Module):
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(d_in, d_out) for d_out, d_in in shapes)
-        self.widths = [d_in for _, d_in in shapes]
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum((f(x[:, :d_in]) - 1).square().mean() for f, d_in in zip(self.layers, self.widths, strict=True))
+        return sum((layer(x[:, : layer.in_features]) - 1).square().mean() for layer in self.layers)
 
 
 class Counter(TorchDispatchMode):

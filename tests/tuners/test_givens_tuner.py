@@ -47,6 +47,7 @@ def test_equation(make, form):
     layer = peft.inject_adapter_in_model(config, nn.ModuleDict({"f": copy.deepcopy(base)}))["f"]
     x = torch.randn(2, 4, 24, dtype=torch.float64)
     assert torch.equal(layer(x), base(x))
+    assert (layer.in_features, layer.out_features) == (24, 3)
     _shaken(layer.double())
     if form == "quasi":
         R = dense(layer.perpetune_givens_blocks["default"])

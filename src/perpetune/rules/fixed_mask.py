@@ -13,6 +13,7 @@ from ..errors import ConfigError, RuleError
 from ..measurement import Measurement
 from .base import Rule, TaskContext
 from .lora_penalty import work
+from .mask_bits import as_bits, pieces, restore
 from .mask_scores import Clip, burn_in, gradient_scores
 from .mask_selection import check_keep, largest, mixed, pack, unpack
 
@@ -22,7 +23,6 @@ CHOICES = {
     "embeddings": ("masked", "free", "frozen"),
     "clip": ("none", "per_tensor", "global"),
 }
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -187,13 +187,14 @@ class FixedMask(Rule):
     @torch.no_grad()
     def on_gradient(self) -> None:
         for p, outside, _ in self._masked:
-            if p.grad is not None:
-                p.grad.masked_fill_(outside, 0)
+            for g, out in () if p.grad is None else zip(pieces(p.grad), pieces(outside), strict=True):
+                as_bits(g).bitwise_and_(_inside(out))
 
     @torch.no_grad()
     def on_update(self, before: Sequence[Tensor]) -> None:
         for p, outside, start in self._masked:
-            torch.where(outside, start, p, out=p)
+            for w, w_start, out in zip(pieces(p), pieces(start), pieces(outside), strict=True):
+                restore(w, w_start, _inside(out))
 
     def end_task(self, task: TaskContext) -> None:
         if not self._masked:
@@ -231,8 +232,7 @@ class FixedMask(Rule):
             return []
         entries = kept = moved = escaped = 0
         for p, outside, start in self._masked:
-            kind = INTEGERS[p.element_size()]
-            changed = p.detach().view(kind) != start.view(kind)  # bits, so that -0 is not 0
+            changed = as_bits(p.detach()) != as_bits(start)  # so that -0 is not 0
             entries += p.numel()
             kept += p.numel() - int(outside.sum())
             moved += int(changed.sum())
@@ -252,3 +252,8 @@ class FixedMask(Rule):
                 "Of all entries that are masked, in the task just trained.",
             ),
         ]  # fmt: skip
+
+
+def _inside(outside: Tensor) -> Tensor:
+    """True -> 0, False -> -1, a byte each."""
+    return outside.view(torch.int8) - 1

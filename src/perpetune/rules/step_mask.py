@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, RuleError
 from .base import Rule, TaskContext
+from .mask_bits import draw, pieces, restore
 from .mask_selection import check_keep, mixed
 
 
@@ -31,7 +32,7 @@ class StepMask(Rule):
     Source: Child-Tuning-F, Xu et al., 2109.05687; the factor 1/keep is that of its code.
 
     Args:
-        keep: probability that an entry is in the mask; 1 is plain training.
+        keep: probability that an entry is in the mask, to the nearest multiple of 2^-16; 1 is plain training.
         on: "gradient" or "update".
         seed: what the masks are drawn from.
 
@@ -66,15 +67,16 @@ class StepMask(Rule):
     @torch.no_grad()
     def on_gradient(self) -> None:
         for p in self._params if self.on == "gradient" else ():
-            if p.grad is not None:
-                M = torch.empty_like(p.grad).bernoulli_(self.keep, generator=self._generators[p.device])
-                p.grad.mul_(M).div_(self.keep)
+            for g in () if p.grad is None else pieces(p.grad):
+                M = draw(g, self.keep, self._generators[g.device])
+                g.mul_(M).div_(self.keep)
 
     def watches(self) -> Sequence[nn.Parameter]:
         return self._params if self.on == "update" else ()
 
     @torch.no_grad()
     def on_update(self, before: Sequence[Tensor]) -> None:
-        for p, w in zip(self.watches(), before, strict=True):
-            M = torch.empty_like(p, dtype=torch.bool).bernoulli_(self.keep, generator=self._generators[p.device])
-            torch.where(M, p, w, out=p)
+        for p, values in zip(self.watches(), before, strict=True):
+            for w, w_before in zip(pieces(p), pieces(values), strict=True):
+                M = draw(w, self.keep, self._generators[w.device])
+                restore(w, w_before, inside=M.neg_())

@@ -81,6 +81,14 @@ class GivensLinear(OwnLayer):
             self.perpetune_givens_diagonal[adapter_name] = nn.Parameter(torch.ones(d))
         self.perpetune_givens_radix[adapter_name] = config.radix
 
+    @property
+    def in_features(self) -> int:
+        return self._weight().shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self._weight().shape[0]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         live = self._live(self.perpetune_givens_radix)
         if not live:
