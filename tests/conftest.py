@@ -9,6 +9,7 @@ import random
 import string
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -142,6 +143,71 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             "image_std": [0.5] * channels,
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_lm("llama", seed=0, width=32, layers=2)`: a new folder with a random language model ("llama", "qwen2",
+    "gpt2" or "t5") and a tokenizer like its own, of `words` and single characters.
+
+    T5's adds an end of sequence, LLaMA's a beginning, the others nothing; LLaMA's and T5's write a blank as the
+    beginning of the next piece (SentencePiece), the others byte by byte.
+    """
+
+    def make(kind: str, words: Iterable[str] = WORDS, *, seed: int = 0, width: int = 32, layers: int = 2) -> Path:
+        import transformers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+        pieces = kind in ("llama", "t5")
+        special = ["<pad>", "</s>", "<unk>", "<s>"]
+        split = pre_tokenizers.Metaspace() if pieces else pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = split
+        tokenizer.decoder = decoders.Metaspace() if pieces else decoders.ByteLevel()
+        letters = ["\u2581", "\n", *string.printable] if pieces else pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=600, special_tokens=special, initial_alphabet=list(letters), show_progress=False
+        )
+        tokenizer.train_from_iterator(
+            [f"{word} {word}" for word in (*words, "Options Answer") for _ in range(9)], trainer
+        )
+        adds = {"llama": "<s> $A", "t5": "$A </s>"}.get(kind)
+        if adds:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=adds, special_tokens=[(name, special.index(name)) for name in ("<s>", "</s>")]
+            )
+        size, common = tokenizer.get_vocab_size(), {"initializer_range": 0.2}
+        folder = tmp_path_factory.mktemp(f"tiny_{kind}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any
+            if kind == "t5":
+                t5 = transformers.T5Config(
+                    vocab_size=size, d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=layers, num_heads=2,
+                    dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+                )  # fmt: skip
+                model = transformers.T5ForConditionalGeneration(t5)
+            elif kind == "gpt2":
+                gpt2 = transformers.GPT2Config(
+                    vocab_size=size, n_embd=width, n_layer=layers, n_head=2, n_positions=256, bos_token_id=3,
+                    eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
+                )  # fmt: skip
+                model = transformers.GPT2LMHeadModel(gpt2)
+            else:
+                config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind](
+                    vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+                    num_attention_heads=2, num_key_value_heads=1 if kind == "qwen2" else 2, bos_token_id=3,
+                    eos_token_id=1, pad_token_id=0, max_position_embeddings=256, tie_word_embeddings=kind == "qwen2",
+                    **common,
+                )  # fmt: skip
+                auto = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}[kind]
+                model = auto(config)
+            model.save_pretrained(folder)
+        names = dict(zip(("pad_token", "eos_token", "unk_token", "bos_token"), special, strict=True))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
         return folder
 
     return make

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .streams.task import Modality
+from .tuners.base import relative_change
 
 Pooling = Literal["mean", "cls", "last", "pooler"]
 Examples = list[dict[str, Any]]
+Features = Callable[..., Tensor]  # see `Backbone.features`
 
 
 class Backbone(nn.Module):
@@ -38,8 +41,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.model: Any = model  # a transformers model, or a peft model around it
         self.processor = processor
-        self.modality = modality
-        self.pooling: Pooling = pooling
+        self.modality: Modality = modality
+        self.pooling: Pooling | None = pooling
         self.max_length = max_length
         self.name = name
         self.width: int = model.config.hidden_size
@@ -88,6 +91,7 @@ class Backbone(nn.Module):
         return {"pixel_values": torch.stack([e["pixel_values"] for e in inputs]), "labels": labels}
 
     def forward(self, **inputs: Tensor) -> Tensor:
+        assert self.pooling is not None
         return pool(self.model(**inputs), inputs.get("attention_mask"), self.pooling)
 
     @torch.inference_mode()
@@ -107,6 +111,18 @@ class Backbone(nn.Module):
         finally:
             self.train(training)
         return out
+
+    def about(self, classes: Sequence[int]) -> Features:
+        """`features`, as far as a choice among these classes needs them: here always all."""
+        return self.features
+
+    def holds(self, features: Tensor, classes: Sequence[int]) -> bool:
+        """Whether features say what a choice among these classes needs."""
+        return True
+
+    def change(self, new: Tensor, old: Tensor) -> float:
+        """How far features have moved, relative."""
+        return relative_change(new, old)
 
     def label_embeddings(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Features of label texts (C x width) under the model as it is now.
@@ -264,11 +280,11 @@ class FixedFeatures(Backbone):
     Pixels: grey values of the picture resized to side x side.
     """
 
-    def __init__(self, modality: Literal["text", "image"], *, words: int = 2048, side: int = 28) -> None:
+    def __init__(self, modality: Modality, *, words: int = 2048, side: int = 28) -> None:
         nn.Module.__init__(self)
         self.modality = modality
-        self.name = "tfidf" if modality == "text" else "pixels"
-        self.width = words if modality == "text" else side * side
+        self.name = "pixels" if modality == "image" else "tfidf"
+        self.width = side * side if modality == "image" else words
         self.side = side
         self.model = nn.Module()
         self.idf: Tensor
@@ -280,15 +296,14 @@ class FixedFeatures(Backbone):
         return False  # there are none
 
     def prepare(self, rows: datasets.Dataset) -> Examples:
-        values = self._words(rows) if self.modality == "text" else self._grey(rows["image"])
+        values = self._grey(rows["image"]) if self.modality == "image" else self._words(rows)
         return [{"x": x, "label": y, "id": i} for x, y, i in zip(values, rows["label"], rows["id"], strict=True)]
 
     def _words(self, rows: datasets.Dataset) -> list[Tensor]:
         from sklearn.feature_extraction.text import HashingVectorizer
 
-        texts = [
-            " ".join(r) for r in zip(*(rows[c] for c in ("text", "text_pair") if c in rows.column_names), strict=True)
-        ]
+        columns = [c for c in ("text", "text_pair", "prompt", "messages") if c in rows.column_names]
+        texts = [" ".join(r) for r in zip(*(rows[c] for c in columns), strict=True)]
         counts = HashingVectorizer(n_features=self.width, alternate_sign=False, norm=None).transform(texts)
         counts.data = 1 + torch.from_numpy(counts.data).log().numpy()
         return [torch.from_numpy(row.toarray()[0]).float() for row in counts]
@@ -301,7 +316,7 @@ class FixedFeatures(Backbone):
 
     def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         x = torch.stack([e["x"] for e in examples])
-        if self.modality == "text":
+        if self.modality != "image":
             if not len(self.idf):
                 seen = (x > 0).sum(0)
                 self.idf = (1 + len(x)) / (1 + seen)

@@ -27,7 +27,7 @@ Start with `perpetune demo`. Then give it your own model and a folder of tasks:
 )
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file with the settings below; options win over it.")]
-Model = Annotated[str | None, typer.Option(help="Hub id or folder of a transformers encoder.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder of an encoder, or of a language model for prompts.")]
 StreamOption = Annotated[
     str | None,
     typer.Option(
@@ -50,7 +50,8 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default an acc
 TrainLimit = Annotated[int | None, typer.Option(help="At most this many training examples a task (stratified).")]
 TestLimit = Annotated[int | None, typer.Option(help="At most this many test examples a task (stratified).")]
 Heads = Annotated[
-    str | None, typer.Option(help="Heads to read: linear, linear_seen, ncm, ridge, label_text; the first trains.")
+    str | None,
+    typer.Option(help="Heads to read: linear, linear_seen, ncm, ridge, label_text, language; the first trains."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run directory; started again with the same one, the run resumes.")]
 Epochs = Annotated[float | None, typer.Option(help="Epochs a task.")]
@@ -275,6 +276,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a run or a comparison again, from what its directory holds."""
+    from .boundaries import drift_summary
     from .metrics.records import read_records
     from .results import Result
 
@@ -284,7 +286,7 @@ def report(
         typer.echo(f"report: {_report([], records, path / 'report' / 'index.html', 'compare')}")
         return
     result = Result(path)
-    typer.echo(result.summary())
+    typer.echo("\n".join([result.summary(), *drift_summary(result)]))
     if geometry is not None:
         from .metrics.geometry import GEOMETRY_FORMULAS
 

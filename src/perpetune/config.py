@@ -11,11 +11,34 @@ import yaml
 from .errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from .streams import Stream
+    from .streams import Drift, Stream
+
+
+class DriftConfig(pydantic.BaseModel):
+    """The arguments of `drift`, and of the `Detector` that finds the boundaries."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    segments: int = 12
+    length: tuple[int, int] = (150, 400)
+    seed: int = 0
+    level: float = pydantic.Field(default=0.001, gt=0, lt=1)
+    window: int = pydantic.Field(default=64, ge=8)
+    told: bool = False
+
+    def feed(self, stream: Stream) -> Drift:
+        """The examples of a stream's tasks in order, its boundaries untold.
+
+        Raises:
+            PerpetuneError: see `drift`.
+        """
+        from .streams import drift
+
+        return drift(stream, self.segments, self.length, seed=self.seed)
 
 
 class StreamConfig(pydantic.BaseModel):
-    """The arguments of `load_stream`."""
+    """The arguments of `load_stream`; and how its tasks are fed without boundaries, if they are."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -32,7 +55,10 @@ class StreamConfig(pydantic.BaseModel):
     seed: int = 0
     order_seed: int | None = None
     columns: dict[str, str] | None = None
+    relabel: dict[str, str | None] | None = None
+    pose: Literal["instruction", "published"] | None = None
     trust_remote_code: bool = False
+    drift: DriftConfig | None = None
 
     def load(self) -> Stream:
         """The stream; with a validation share, measured on that instead of the test data.
@@ -42,7 +68,7 @@ class StreamConfig(pydantic.BaseModel):
         """
         from .streams import load_stream
 
-        stream = load_stream(**self.model_dump())
+        stream = load_stream(**self.model_dump(exclude={"drift"}))
         return stream.on_validation() if self.validation_share else stream
 
 
@@ -92,6 +118,8 @@ def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, A
     if isinstance(data.get("stream"), str):
         data["stream"] = {"source": data["stream"]}
     stream = {**(data.get("stream") or {}), **overrides.pop("stream", {})}
+    if stream.get("drift") and (data.get("stream") or {}).get("drift"):
+        stream["drift"] = {**data["stream"]["drift"], **stream["drift"]}
     training = {**(data.get("training") or {}), **overrides.pop("training", {})}
     merged = {**data, **{k: v for k, v in overrides.items() if v is not None}, "stream": stream, "training": training}
     if "source" not in stream:
@@ -107,5 +135,6 @@ def _explain(error: pydantic.ValidationError, kind: type[pydantic.BaseModel]) ->
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
         fields = StreamConfig.model_fields if first["loc"][0] == "stream" else kind.model_fields
+        fields = DriftConfig.model_fields if first["loc"][:2] == ("stream", "drift") else fields
         return f"there is no setting `{where}`: {nearest(str(first['loc'][-1]), fields)}"
     return f"setting `{where}`: {first['msg']} (it was {first.get('input')!r})"

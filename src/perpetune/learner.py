@@ -19,6 +19,7 @@ from .backbone import Examples
 from .config import RunConfig
 from .consolidation import Step
 from .errors import ConfigError, RunError, StreamError
+from .evaluation import choices
 from .heads import Head
 from .learned import Known, Learned, head_states
 from .machine import peak_memory, versions
@@ -36,7 +37,8 @@ class Learner(Learned):
     """Learns one task after another, keeps what it promised to keep, and measures it.
 
     Args:
-        model: hub id or folder of a transformers encoder. Not needed by recipes without a network.
+        model: hub id or folder of a transformers encoder, or of a language model for streams of prompts. Not needed by
+            recipes without a network.
         recipe: a name, plain data, or a `Recipe`.
         run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
         heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the
@@ -83,13 +85,17 @@ class Learner(Learned):
                 done = len(active(run.commits))
                 goes_on = 0 < done < len(steps) and not consolidation.routed
                 for task in stream.tasks[: steps[done].first] if goes_on else ():
-                    self._evaluator.features(task, "test")  # as they were before what is learned next
+                    seen = {c for t in stream.tasks[: steps[done].first] for c in t.classes}
+                    self._evaluator.features(task, "test", choices(stream, task, seen))  # before what is learned next
                 for step in steps[done:]:
                     started = time.perf_counter()
                     set_seed(task_seed(self.seed, step.name))
                     consolidation.begin_task(step)
                     self._examples = self._prepare(step)
+                    earlier = consolidation.goes_on_from(step)
                     for head in self._all_heads():
+                        if earlier is not None:
+                            head.reopen(earlier)
                         head.begin_task(consolidation.classes(step))
                     context = TaskContext(self._need_backbone(), _begun(run), self._batches, self._losses)
                     for rule in recipe.rules:
@@ -198,6 +204,7 @@ class Learner(Learned):
         if not len(stream) and without is None:
             raise StreamError(f"stream `{stream.name}` has no task")
         self.backbone, self._predicts = self._load_backbone(stream.modality), None
+        self._check_heads(self.backbone)
         run = Run.open(self.path, self.config(stream))
         try:
             whole = stream.numbered(run_directory.read_config(self.path)["stream"]["labels"])

@@ -8,8 +8,10 @@ import torch
 import yaml
 
 from perpetune.errors import ConfigError, HeadError
-from perpetune.heads import HEADS, Head, make_head
+from perpetune.heads import HEADS as ALL
+from perpetune.heads import Head, make_head
 
+HEADS = [name for name in ALL if not name.startswith("language")]  # whose features are answers: test_language.py
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox"]
 WIDTH = 7
 EMBEDDINGS = dict(zip(LABELS, torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(5)), strict=True))

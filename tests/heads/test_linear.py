@@ -175,3 +175,12 @@ def test_misuse_is_refused(act, message):
 def test_loss_must_be_known():
     with pytest.raises(ConfigError, match="did you mean `seen`"):
         LinearHead(loss="sen")
+
+
+def test_a_reopened_task_goes_on_from_its_own_rows():
+    head = learn(learn(opened(), [0, 1]), [1, 2], seed=1)
+    own, other = head.tasks[0], head.weight[2].clone()
+    head.reopen(0)
+    head.begin_task([0, 1])
+    assert torch.equal(head.active_weight, own[1]) and torch.equal(head.active_bias, own[2])
+    assert torch.equal(head.weight[2], other)

@@ -9,6 +9,7 @@ from ..checked import call_checked
 from ..errors import ConfigError, nearest
 from .base import Head
 from .label_text import LabelTextHead
+from .language import LanguageHead, Read
 from .linear import LinearHead
 from .opened import OpenedHead
 from .prototype import PrototypeHead
@@ -37,10 +38,17 @@ def ridge_refresh(
     return RidgeHead(features, regularisation, holdout, bits, refresh)
 
 
+def language_generated(read: Read = "generate", length_normalised: bool = False) -> LanguageHead:
+    """A language model's generated answers, compared with the label texts."""
+    return LanguageHead(read, length_normalised)
+
+
 HEADS: dict[str, Callable[..., OpenedHead]] = {
     "linear": LinearHead,
     "linear_seen": linear_seen,
     "label_text": LabelTextHead,
+    "language": LanguageHead,
+    "language_generated": language_generated,
     "ncm": PrototypeHead,
     "ncm_refresh": ncm_refresh,
     "ridge": RidgeHead,
@@ -74,6 +82,7 @@ __all__ = [
     "HEADS",
     "Head",
     "LabelTextHead",
+    "LanguageHead",
     "LinearHead",
     "PrototypeHead",
     "RidgeHead",

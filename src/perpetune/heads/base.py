@@ -50,6 +50,9 @@ class Head(nn.Module):
         """The head whose loss shapes the features when this head comes first: itself if it trains."""
         raise NotImplementedError
 
+    def reopen(self, task: int) -> None:
+        """The coming task goes on with what the head keeps of a finished one alone, if it does. Before `begin_task`."""
+
     def begin_task(self, classes: Sequence[int]) -> None:
         """Classes of the coming task. Trainable parameters, if any, exist from here on until `end_task`."""
         raise NotImplementedError

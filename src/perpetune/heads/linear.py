@@ -53,6 +53,10 @@ class LinearHead(TrainedHead):
         self.tasks: list[tuple[Tensor, Tensor, Tensor]] = []
         self._moved: float | None = None
 
+    def reopen(self, task: int) -> None:
+        own, weight, bias = self.tasks[task]
+        self.weight[own], self.bias[own] = weight.to(self.weight), bias.to(self.bias)
+
     def begin_task(self, classes: Sequence[int]) -> None:
         super().begin_task(classes)
         self.active_weight = nn.Parameter(self.weight[self.in_loss].clone())

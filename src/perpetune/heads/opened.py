@@ -76,11 +76,16 @@ class OpenedHead(Head):
 
     # What is saved
 
+    @property
+    def kept_width(self) -> int:
+        """The width of the features, where a saved head depends on it."""
+        return self.width
+
     def header(self, classes: Tensor) -> dict[str, Tensor]:
         """Width, and the label texts of the classes that are saved (k,), as tensors: what `columns` checks."""
         self._check_open()
         text = json.dumps([self.labels[c] for c in classes.tolist()], ensure_ascii=False).encode()
-        return {"labels": torch.tensor(list(text), dtype=torch.uint8), "width": torch.tensor(self.width)}
+        return {"labels": torch.tensor(list(text), dtype=torch.uint8), "width": torch.tensor(self.kept_width)}
 
     def columns(self, state: dict[str, Tensor]) -> Tensor:
         """For each class of a saved head its index among our classes, (C_saved,).
@@ -90,10 +95,10 @@ class OpenedHead(Head):
         """
         self._check_open()
         width = int(self.take(state, "width", ()))
-        if width != self.width:
+        if width != self.kept_width:
             raise HeadError(
-                f"head `{self.name}` no longer fits its checkpoint: expected features of width {self.width}, found "
-                f"{width}; use the model that the checkpoint was made with, or a new run directory"
+                f"head `{self.name}` no longer fits its checkpoint: expected features of width {self.kept_width}, "
+                f"found {width}; use the model that the checkpoint was made with, or a new run directory"
             )
         try:
             saved = json.loads(bytes(self.take(state, "labels", None).tolist()).decode())

@@ -23,6 +23,7 @@ class TrainedHead(OpenedHead):
     """
 
     trains = True
+    contrasts = True  # whether the loss is a choice among classes, and nothing is left of it with one
 
     def __init__(self, loss: Classes) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class TrainedHead(OpenedHead):
         classes = self.checked_classes(classes)
         if self.in_loss:
             raise HeadError(f"head `{self.name}`: a task has begun already; call `end_task` first")
-        if self.loss_over == "current" and len(classes) == 1:
+        if self.contrasts and self.loss_over == "current" and len(classes) == 1:
             raise HeadError(
                 f"head `{self.name}`: a task of one class, `{self.labels[classes[0]]}`: the loss over the current "
                 'classes is always 0; use loss="seen", or a head that does not train'

@@ -6,19 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-FORMULAS = {
-    "precision": "matched / found; a boundary matches one of the other kind within `within` examples, each once",
-    "recall": "matched / true",
-    "delay": "mean over matched boundaries of [examples read when it was noticed - true place]",
-    "misplaced": "mean over matched boundaries of |place found - true place|, in examples",
-    "purity": "1 / N sum over discovered tasks k of max over true tasks j of |k and j|: 1 if no task mixes several",
-}
-
 
 def boundary_figures(
     found: Sequence[Mapping[str, int]], truth: np.ndarray, within: int
 ) -> dict[str, float | int | None]:
-    """How well the segments found fit the true tasks; see `FORMULAS`.
+    """How well the segments found fit the true tasks.
+
+    A boundary matches one of the other kind within `within` examples, the nearest pairs first, each once.
 
     Args:
         found: segments in order, each with start, stop, task and detected_at; together they hold all N examples.
@@ -26,8 +20,11 @@ def boundary_figures(
         within: how far from its true place a boundary may be found, in examples.
 
     Returns:
-        precision, recall, delay and misplaced (None where there is nothing to divide by), purity, tasks_found,
-        tasks_true, boundaries_found, boundaries_true.
+        precision: matched / found; recall: matched / true;
+        delay: mean over matched boundaries of [examples read when it was noticed - true place];
+        misplaced: mean over matched boundaries of |place found - true place|;
+        purity: 1 / N sum over discovered tasks k of max over true tasks j of |k and j|, 1 where no task mixes several;
+        tasks_found, tasks_true, boundaries_found, boundaries_true. None where there is nothing to divide by.
     """
     true = [int(i) for i in np.flatnonzero(np.diff(truth)) + 1]
     own = [(part["start"], part["detected_at"]) for part in found[1:]]

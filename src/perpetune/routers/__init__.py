@@ -9,6 +9,7 @@ from ..checked import call_checked
 from ..errors import ConfigError, nearest
 from .base import Router, RouterError
 from .classes import ClassRouter
+from .detector import Detector, Segment
 from .kmeans import KMeansRouter
 from .oracle import OracleRouter
 from .pooled import PooledRouter
@@ -41,11 +42,13 @@ def make_router(router: str | dict[str, Any] | Router) -> Router:
 __all__ = [
     "ROUTERS",
     "ClassRouter",
+    "Detector",
     "KMeansRouter",
     "OracleRouter",
     "PooledRouter",
     "RidgeRouter",
     "Router",
     "RouterError",
+    "Segment",
     "make_router",
 ]

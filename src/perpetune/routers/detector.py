@@ -57,7 +57,7 @@ class Moments:
 class Detector:
     """Does the mean of the last w = `length` examples still lie where the n examples of the task before them put it?
 
-    With frozen features h of length 1, m and S the mean and covariance of the task so far (the window held out), v = n - 1:
+    With frozen features h of length 1, m and S mean and covariance of the task so far (the window held out), v = n - 1:
 
         T = |mean(window) - m|^2 / (1/w + 1/n)   ~   sum_k lambda_k chi^2_1,   lambda_k the eigenvalues of Sigma,
 
@@ -68,21 +68,21 @@ class Detector:
         c_3 = v^4 / ((v-1)(v-2)(v+2)(v+4)) [tr S^3 - 3/v tr S^2 tr S + 2/v^2 (tr S)^3],
 
     and T is read as `a chi^2_d + b` with the same mean, variance and skewness (Hall, Buckley and Eagleson):
-    a = c_3/c_2, d = c_2^3/c_3^2, b = c_1 - c_2^2/c_3. On text features this test found every change among five tasks,
-    sst2 included, whose sentences lie as near to the centres of other tasks as these tasks' own do: distances to k-means
-    centres, which CoLoR routes by, do not see it.
+    a = c_3/c_2, d = c_2^3/c_3^2, b = c_1 - c_2^2/c_3. (Distances to k-means centres, which CoLoR routes by, miss a task
+    that lies as near to these centres as the task's own examples do: on text, short sentences.)
 
-    A task begins where a split of the last 2w examples in two has the largest squared distance of the means,
-    n_1 n_2 / (n_1 + n_2) |m_1 - m_2|^2. Once w examples of it are there, they are tested against every known task: it is
-    the one that they fit best, and a new one where they fit none at `level`. Where they fit the task before, there was no
-    boundary.
+    An alarm is confirmed by examples that come after it, w/2 at least: those before it were chosen for being odd. Then
+    the task begins where a split of the examples kept has the largest squared distance of the means,
+    n_1 n_2 / (n_1 + n_2) |m_1 - m_2|^2, and what has come since, about w examples, is tested against every known task.
+    It is the one that it fits best, and a new one where it fits none at `level`.
 
-    Causal: whatever is decided after i examples depends on these alone, and not on how they were dealt to calls. Kept are
-    the last 2w examples, and of every task its moments, 8 L (L + 1) bytes (1.2 MB at L = 384).
+    Causal: whatever is decided after i examples depends on these alone, and not on how they were dealt to calls. Kept
+    are the last 2w to 3w examples, and of every task its moments, 8 L (L + 1) bytes (1.2 MB at L = 384).
 
     Args:
-        level: in a stream where nothing changes, the false alarms to expect while `length` examples are read. Tests
-            are made every length/4 examples, at level/4 each. They assume that the examples of a task come shuffled.
+        level: the alarms to expect by chance while `length` examples are read; tests are made every length/4 examples,
+            at level/4 each. That such an alarm is confirmed has the chance `level` again. All of it holds for examples
+            that come shuffled within a task.
         length: w; a task is expected to be at least so long when it comes, and twice as long when it comes first.
 
     Raises:
@@ -104,7 +104,7 @@ class Detector:
     def __post_init__(self) -> None:
         if not 0 < self.level < 1 or self.length < 8:
             raise ConfigError(
-                f"Detector: level={self.level}, length={self.length}; the level lies in (0, 1), the length is at least 8"
+                f"Detector: level={self.level}, length={self.length}; a level in (0, 1), a length of at least 8"
             )
 
     @property
@@ -124,7 +124,7 @@ class Detector:
         h = F.normalize(features.detach().cpu().to(torch.float64), dim=-1)
         if h.ndim != 2 or (self._read and h.shape[1] != self._rows.shape[1]) or not torch.isfinite(h).all():
             width = self._rows.shape[1] if self._read else "L"
-            raise RouterError(f"Detector: expected finite features of shape (N, {width}), found {tuple(features.shape)}")
+            raise RouterError(f"Detector: expected finite features of shape (N, {width}), found {tuple(h.shape)}")
         if not self.tasks and len(h):
             self._rows, self._current, self.tasks = h[:0], Segment(0, 0, 0, 0), [Moments.of(h[:0])]
         pace = self.length // LOOKS
@@ -139,10 +139,14 @@ class Detector:
     def _look(self) -> None:
         if self._alarm is None and self._changed():
             self._alarm = self._split(), self._read
-        if self._alarm is not None and self._read - self._alarm[0] >= self.length:
-            self._settle(*self._alarm)
-            self._alarm = None
-        old = max(0, len(self._rows) - 2 * self.length)
+        kept = 2 * self.length
+        if self._alarm is not None:
+            split, when = self._alarm
+            kept = max(kept, self._read - split)
+            if self._read - split >= self.length and self._read - when >= self.length // 2:
+                self._settle(when)
+                self._alarm = None
+        old = max(0, len(self._rows) - kept)
         self.tasks[self._current.task] += Moments.of(self._rows[:old])
         self._rows = self._rows[old:]
 
@@ -164,21 +168,23 @@ class Detector:
         gain = (before * after / (before + after))[:, 0] * (upto / before - rest / after).square().sum(1)
         return start + int(gain[start - first :].argmax())
 
-    def _settle(self, split: int, when: int) -> None:
+    def _settle(self, when: int) -> None:
         """Which task the examples since the split belong to; the split is placed once more, now that there are more."""
         split, task = self._split(), self._current.task
         here = split - (self._read - len(self._rows))
         known = list(self.tasks)
         known[task] += Moments.of(self._rows[:here])
-        fits = [fit(moments, self._rows[here:]) for moments in known]
+        since = [self._rows[when - self._read if k == task else here :] for k in range(len(known))]
+        fits = [fit(moments, rows) for moments, rows in zip(known, since, strict=True)]
         best = max(range(len(fits)), key=fits.__getitem__)
+        if fits[task] >= self.level:
+            return  # no boundary
         if fits[best] < self.level:
             best = len(known)
             known.append(Moments.of(self._rows[:0]))
-        if best != task:
-            self._done.append(_until(self._current, split))
-            self._current = Segment(split, split, best, when)
-            self.tasks, self._rows = known, self._rows[here:]
+        self._done.append(_until(self._current, split))
+        self._current = Segment(split, split, best, when)
+        self.tasks, self._rows = known, self._rows[here:]
 
 
 def fit(task: Moments, window: Tensor) -> float:

@@ -98,14 +98,15 @@ def see_inputs(
 ) -> None:
     """Run batches in eval mode without gradients; `see(site, X, mask)` gets every input X (... x d) of the sites.
 
-    `mask` is the batch's `attention_mask` (N x T) where X is N x T x d or N T x d; else None, and every row counts. So
-    it is, too, where a decoder's inputs have the shape of the encoder's and could be mistaken for them.
+    `mask` is the batch's `attention_mask` or `decoder_attention_mask` (N x T) where X is N x T x d or N T x d; else
+    None, and every row counts. So it is, too, where a decoder's inputs have as many rows as the encoder's and could be
+    mistaken for them.
     """
-    mask: Tensor | None = None
+    masks: list[Tensor] = []
 
     def show(site: LinearMap, X: Tensor) -> None:
-        fits = mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),))
-        see(site, X, mask if fits else None)
+        fitting = [mask for mask in masks if X.shape[:-1] in (mask.shape, (mask.numel(),))]
+        see(site, X, fitting[0] if len(fitting) == 1 else None)
 
     def listen(site: LinearMap, module: nn.Module) -> RemovableHandle:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -120,11 +121,10 @@ def see_inputs(
         with modes_kept(model), torch.no_grad():
             model.eval()
             for batch in batches:
-                mask = batch.get("attention_mask")
-                if mask is not None and any(
-                    k.startswith("decoder_") and v.shape == mask.shape for k, v in batch.items()
-                ):
-                    mask = None
+                masks = [batch[k] for k in ("attention_mask", "decoder_attention_mask") if k in batch]
+                inputs = [v for k, v in batch.items() if k.startswith("decoder_") and v.ndim == 2]
+                if "decoder_attention_mask" not in batch and any(v.shape == m.shape for v in inputs for m in masks):
+                    masks = []
                 model(**batch)
     finally:
         for handle in handles:

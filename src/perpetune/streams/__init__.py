@@ -2,6 +2,7 @@
 
 from .content import fingerprint
 from .digits import BUILTINS, Digits, digits_halves
+from .drift import Drift, drift
 from .load import load_again, load_stream
 from .posing import pose
 from .task import Modality, Scenario, Stream, Task
@@ -9,11 +10,13 @@ from .task import Modality, Scenario, Stream, Task
 __all__ = [
     "BUILTINS",
     "Digits",
+    "Drift",
     "Modality",
     "Scenario",
     "Stream",
     "Task",
     "digits_halves",
+    "drift",
     "fingerprint",
     "load_again",
     "load_stream",

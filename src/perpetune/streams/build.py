@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..errors import StreamError
 from .divide import Draft, check_labels
 from .pick import stratified
@@ -28,7 +30,9 @@ def build_task(
     parts = dict(draft.splits)
     for rows in parts.values():
         _check_rows(rows, parts["train"], draft.labels)
-    classes = in_order(parts["train"].labels, draft.labels or (), parts["train"].order)
+    train = parts["train"]
+    known = np.concatenate([rows.labels for rows in parts.values()]) if train.prompts else train.labels
+    classes = in_order(known, draft.labels or (), train.order)
     if validation_share and "validation" not in parts:
         train, validation = parts["train"].split_off(validation_share, seed, draft.name, "validation")
         if len(validation) == 0:
@@ -36,7 +40,7 @@ def build_task(
                 f"validation_share {validation_share} of {train.place} ({len(train)} rows) leaves validation empty"
             )
         parts.update(train=train, validation=validation)
-    if train_limit is not None and train_limit < len(classes):
+    if train_limit is not None and train_limit < len(classes) and not train.prompts:
         raise StreamError(
             f"train_limit {train_limit} is below the {len(classes)} classes of task `{draft.name}`: "
             "some would have no training example"
@@ -47,7 +51,7 @@ def build_task(
     for split, rows in parts.items():
         limit, least = (train_limit, 1) if split == "train" else (test_limit, 0)
         if limit is not None and limit < len(rows):
-            rows = rows.pick(stratified(rows.labels, limit, seed, draft.name, split, least=least))
+            rows = rows.pick(stratified(rows.strata(limit), limit, seed, draft.name, split, least=least))
         finished[split] = rows.finish(labels)
     return Task(
         name=draft.name,
@@ -67,7 +71,8 @@ def _check_rows(rows: Rows, train: Rows, allowed: Sequence[str] | None) -> None:
         raise StreamError(
             f"label `{strange[0]}` in {rows.place} is not among the labels of its task.json: {', '.join(allowed or ())}"
         )
-    check_labels(rows, train)
+    if not rows.prompts:
+        check_labels(rows, train)
 
 
 def same_inputs(drafts: Sequence[Draft]) -> tuple[str, ...]:

@@ -57,14 +57,16 @@ def divide(
         raise StreamError(f"`{name}` has no train split; its splits are: {found}")
     rows = {split: open_rows(data, f"the {split} split of `{name}`", columns) for split, data in splits.items()}
     for split in rows.keys() - {"train"}:
-        check_labels(rows[split], rows["train"])
+        if split_by == "class" or not rows[split].prompts:
+            check_labels(rows[split], rows["train"])
     if split_by == "class":
         groups, keys = _by_class(rows, classes_per_task or 1, order_seed)
     else:
         groups, keys = _by_column(splits, split_by, name)
     if "test" not in rows:
         train = rows["train"]
-        strata = np.array([f"{key}\x1f{label}" for key, label in zip(keys["train"], train.labels, strict=True)])
+        labels = train.strata(round(test_share * len(train)))
+        strata = np.array([f"{key}\x1f{label}" for key, label in zip(keys["train"], labels, strict=True)])
         # a class's rows are divided the same way whichever other classes share its task
         rows["train"], rows["test"] = train.split_off(test_share, seed, "test", strata=strata)
         keys["test"] = keys["train"]

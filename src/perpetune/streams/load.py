@@ -20,6 +20,7 @@ from .pick import shuffled
 from .posing import Template
 from .posing import pose as posed
 from .read import BUILDERS, read_files, read_hub, split_files
+from .relabel import relabelled
 from .task import Scenario, Stream
 
 
@@ -38,6 +39,7 @@ def load_stream(
     seed: int = 0,
     order_seed: int | None = None,
     columns: Mapping[str, str] | None = None,
+    relabel: Mapping[str, str | None] | None = None,
     pose: Template | None = None,
     trust_remote_code: bool = False,
 ) -> Stream:
@@ -68,6 +70,8 @@ def load_stream(
             or `image`; for language models `prompt` and `response`, or `messages` (lists of {role, content}, the last
             of which is the answer).
         pose: make instructions of texts to be classified, by this template: "instruction" or "published"; see `pose`.
+        relabel: new label texts, {"very positive": "positive", "neutral": None}: tasks that say the same in other words
+            share their classes; rows of a label that becomes None are left out.
         trust_remote_code: must be False: data sets that come with code are not supported.
 
     Returns:
@@ -105,6 +109,8 @@ def load_stream(
         )
         names = [draft.name for draft in drafts]
         drafts = [drafts[i] for i in choose(tasks, names, [set()] * len(names), text)]
+    if relabel:
+        drafts = relabelled(drafts, relabel)
     if order_seed is not None and split_by != "class":
         drafts = shuffled(drafts, order_seed)
 
@@ -125,8 +131,9 @@ def load_stream(
     given.update(source=str(path.resolve()) if local else text, scenario=scenario, tasks=[task.name for task in made])
     if split_by != "class":  # the order stands in `tasks` now
         given.pop("order_seed", None)
-    if columns:
-        given["columns"] = dict(columns)
+    for option, mapping in (("columns", columns), ("relabel", relabel)):
+        if mapping:
+            given[option] = dict(mapping)
     if name is None:
         name = slug((path.resolve().stem if path.is_file() else path.resolve().name) if local else text)
     stream = Stream(name, made, tuple(labels), scenario, inputs, source=given)
@@ -149,6 +156,8 @@ def load_again(written: Mapping[str, Any], tasks: Sequence[str], source: str | N
     if not tasks:
         return Stream(name, (), tuple(labels), written["scenario"], tuple(written["inputs"]))
     options = {**written["source"], "tasks": list(tasks)} | ({"source": source} if source else {})
+    if "drift" in options:
+        raise ConfigError(f"the tasks of `{name}` are parts that were found in a stream: only the run itself has them")
     if "source" not in options:
         raise ConfigError(f"this run does not say where the stream `{name}` comes from: give it (--stream)")
     stream = load_stream(**options)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from ..errors import StreamError
 from .content import sample_ids
 from .pick import stratified
 
 TEXT_TYPES = ("string", "large_string", "string_view")
+PROMPTS = ("prompt", "messages")
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,25 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def prompts(self) -> bool:
+        """Whether the labels are answers to prompts, which need not occur in the training data."""
+        return self.data.column_names[0] in PROMPTS
+
+    def strata(self, count: int) -> np.ndarray:
+        """(n,) what a choice of so many rows is stratified by: labels; nothing where answers are more than that."""
+        few = not self.prompts or len(set(self.labels)) <= count
+        return self.labels if few else np.full(len(self), "", dtype=object)
+
     def pick(self, positions: np.ndarray, place: str | None = None) -> Rows:
         """The rows at these positions of `index` (or where a mask of its length is true)."""
         return replace(self, place=place or self.place, index=self.index[positions], labels=self.labels[positions])
 
     def split_off(self, share: float, *key: object, strata: np.ndarray | None = None) -> tuple[Rows, Rows]:
         """(the rest, a stratified share); every class keeps at least one row in the rest."""
-        strata = self.labels if strata is None else strata
+        count = round(share * len(self))
         off = np.zeros(len(self), dtype=bool)
-        off[stratified(strata, round(share * len(self)), *key, spare=1)] = True
+        off[stratified(self.strata(count) if strata is None else strata, count, *key, spare=1)] = True
         return self.pick(~off), self.pick(off)
 
     def finish(self, classes: Mapping[str, int]) -> Dataset:
@@ -72,7 +85,8 @@ def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = Non
         columns: new names of columns, {"sentence": "text"}.
 
     Raises:
-        StreamError: the split is empty, a column is missing or of the wrong type, a text or a label is null.
+        StreamError: the split is empty, a column is missing or of the wrong type, a text, a label or an answer is null,
+            an answer is empty, or a conversation does not end with one.
     """
     names = {name: name for name in data.column_names}  # name here -> name in the file
     for old in columns or {}:
@@ -80,12 +94,18 @@ def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = Non
             names.pop(old, None)
     names.update({new: old for old, new in (columns or {}).items() if old in data.column_names})
     inputs = _inputs(names, place)
-    for needed in (*inputs, "label"):
+    target = {"prompt": ("response",), "messages": ()}.get(inputs[0], ("label",))
+    for needed in (*inputs, *target):
         if needed not in names:
             raise _missing(f"`{needed}`", data, place)
     if len(data) == 0:
         raise StreamError(f"{place} is empty")
-    labels, order = _label_texts(data, names["label"], place)
+    if inputs == ("messages",):
+        data, answers = _conversations(data[names["messages"]][:], place)
+        return Rows(place, data, np.arange(len(data)), _answers(answers, place))
+    labels, order = _label_texts(data, names[target[0]], place)
+    if inputs == ("prompt",):
+        labels = _answers(labels, place)
     data = data.select_columns([names[name] for name in inputs])
     data = data.rename_columns({names[name]: name for name in inputs if names[name] != name})
     for name in inputs:
@@ -94,6 +114,10 @@ def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = Non
 
 
 def _inputs(names: Mapping[str, str], place: str) -> tuple[str, ...]:
+    if "prompt" in names and ("response" in names or not {"text", "image"} & names.keys()):
+        return ("prompt",)
+    if "messages" in names and not {"text", "image"} & names.keys():
+        return ("messages",)
     if "image" in names:
         if "text" in names:
             raise StreamError(
@@ -104,9 +128,9 @@ def _inputs(names: Mapping[str, str], place: str) -> tuple[str, ...]:
 
 
 def _missing(what: str, data: Dataset, place: str) -> StreamError:
-    what = "`text` or `image`" if what == "`text`" else what
+    target = what.strip("`")
+    what = "`text` or `image` (or `prompt`, `messages`)" if what == "`text`" else what
     found = ", ".join(f"`{name}`" for name in data.column_names)
-    target = "label" if what == "`label`" else "text"
     example = next((name for name in data.column_names if name not in ("text", "image", "label")), "name")
     return StreamError(
         f'no column {what} in {place}, which has {found}: rename one, for instance columns={{"{example}": "{target}"}}'
@@ -133,6 +157,33 @@ def _checked(data: Dataset, name: str, place: str) -> Dataset:
     if getattr(feature, "dtype", None) not in TEXT_TYPES:
         raise StreamError(f"column `{name}` of {place} holds {_kind(feature)}, not text: quote or convert it")
     return data
+
+
+def _answers(labels: Iterable[str], place: str) -> np.ndarray:
+    """(n,) the answers without blanks around them."""
+    answers = np.array([label.strip() for label in labels], dtype=object)
+    empty = np.flatnonzero(answers == "")
+    if len(empty):
+        raise StreamError(f"{len(empty)} of {len(answers)} answers of {place} are empty, the first is row {empty[0]}")
+    return answers
+
+
+def _conversations(rows: Sequence[object], place: str) -> tuple[Dataset, list[str]]:
+    """(the messages before the answer, as JSON in the column `messages`; the answers): the last message of every row is
+    the answer, all before it is prompt."""
+    before, answers = [], []
+    for i, row in enumerate(rows):
+        turns: Any = json.loads(row) if isinstance(row, str) else row
+        good = isinstance(turns, list) and all(isinstance(t, dict) for t in turns) and len(turns) > 1
+        texts = [(t.get("role"), t.get("content")) for t in turns] if good else []
+        if not texts or not all(isinstance(x, str) for text in texts for x in text) or texts[-1][0] != "assistant":
+            raise StreamError(
+                f"row {i} of {place}: `messages` must be a list of {{role, content}}, texts both, of which the last is "
+                "the assistant's"
+            )
+        before.append(json.dumps([{"role": role, "content": text} for role, text in texts[:-1]], ensure_ascii=False))
+        answers.append(texts[-1][1])
+    return Dataset.from_dict({"messages": before}, features=Features({"messages": Value("string")})), answers
 
 
 def _kind(feature: object) -> str:

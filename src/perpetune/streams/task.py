@@ -29,6 +29,8 @@ class Task:
             answered with the label text).
             `validation` is None unless the source has one or a share was split off.
         instruction: what to decide, in words, where the source says it.
+        reopens: the task before that this one goes on with, where that is known (`learn_drift`); what keeps an adapter
+            for every task keeps one for both.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Task:
     test: datasets.Dataset
     validation: datasets.Dataset | None = None
     instruction: str | None = None
+    reopens: str | None = None
 
 
 @dataclass(frozen=True)

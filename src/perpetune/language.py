@@ -1,0 +1,269 @@
+"""A pre-trained language model seen as one thing: prompts in, and what it says of answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from .answering import PromptsRead, generate, last_logits, log_p_of, positions
+from .backbone import Backbone, Examples, Features, fingerprint, quiet
+from .errors import ModelError
+from .exact_match import normalised
+from .heads.language import Read
+from .prompts import PromptTokenizer
+from .tuners.base import relative_change
+
+LONGEST_ANSWER = 50  # tokens that are generated at most, as in the O-LoRA and N-LoRA code
+IGNORED = -100
+
+
+class LanguageBackbone(Backbone):
+    """A transformers language model (`model`), decoder or encoder and decoder, and its tokenizer.
+
+    The features of an example are what the model says of answers, read by a `LanguageHead`:
+
+    in training    `forward(**inputs)`: log p(response | prompt) and the number of its tokens, (N x 2);
+    when asked     `features`: log p(answer | prompt) of every class, -inf where it was not asked for ("options"), and
+                   the class that the greedily generated answer names, -1 for none ("generate"): (N x width).
+
+    The label texts of a stream are its answers. `open` says which they are, and how they are read.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, name: str) -> None:
+        """
+        Args:
+            max_length: longest prompt, in tokens.
+
+        Raises:
+            ModelError: see `PromptTokenizer`; an encoder-decoder model that does not say how answers start.
+        """
+        nn.Module.__init__(self)
+        self.model: Any = model
+        self.processor, self.modality, self.name, self.max_length = tokenizer, "language", name, max_length
+        self.pooling = None
+        config = model.config
+        self.start: int | None = None
+        if config.is_encoder_decoder:
+            self.start = getattr(config, "decoder_start_token_id", None)
+            self.start = config.get_text_config(decoder=True).bos_token_id if self.start is None else self.start
+            if self.start is None:
+                raise ModelError(f"`{name}` does not say how its answers start: set decoder_start_token_id")
+        self.tokens = PromptTokenizer(tokenizer, decoder=self.start is None)
+        self.fingerprint = fingerprint(model)
+        self.version, self.width = 0, 0
+        self.labels: tuple[str, ...] = ()
+        self.reads: tuple[Read, ...] = ()
+
+    def open(self, labels: Sequence[str], reads: Sequence[Read]) -> None:
+        """Say which answers there are (C label texts), and how they will be read."""
+        self.labels, self.reads = tuple(labels), tuple(dict.fromkeys(sorted(reads, reverse=True)))
+        self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads)
+        self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
+        self.room = self.max_length
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if self.start is None and limit is not None:  # prompt and answer stand in one sequence
+            longest = max(len(self.tokens.answer(text)) for text in self.labels)
+            self.room = min(self.max_length, limit - max(longest, LONGEST_ANSWER * ("generate" in self.reads)))
+            if self.room < 1:
+                raise ModelError(f"`{self.name}` reads {limit} tokens, and its answers take all of them")
+
+    # ---- examples ----
+
+    def prepare(self, rows: datasets.Dataset) -> Examples:
+        """Rows with `prompt` or `messages` to tokens: `prompt`, and `answer` with the end-of-sequence token."""
+        column = next((c for c in ("prompt", "messages") if c in rows.column_names), None)
+        if column is None:
+            raise ModelError(
+                f"`{self.name}` is a language model and reads prompts, but the task has the columns "
+                f'{", ".join(rows.column_names)}: pose texts as instructions (pose="instruction")'
+            )
+        read = self.tokens.prompts if column == "prompt" else self.tokens.conversations
+        prompts = read(rows[column][:], self.room)
+        return [
+            {"prompt": prompt, "answer": self.tokens.answer(self.labels[y], blank), "blank": blank, "label": y, "id": i}
+            for (prompt, blank), y, i in zip(prompts, rows["label"], rows["id"], strict=True)
+        ]
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A training batch: model inputs, the tokens that carry loss as `answers` (N x A, others -100), and `labels`.
+
+        A decoder reads prompt and answer in one sequence, padded on the left, so that `answers` are its last A tokens.
+        The decoder of an encoder-decoder model reads the answer shifted by its start token, padded on the right.
+        """
+        answers = [list(e["answer"]) for e in examples]
+        labels = torch.tensor([e["label"] for e in examples])
+        if self.start is None:
+            both = [[*e["prompt"], *e["answer"]] for e in examples]
+            return {**self._padded(both), "answers": _pad(answers, IGNORED, left=True), "labels": labels}
+        shifted = [[self.start, *answer[:-1]] for answer in answers]
+        return {
+            **self._padded([e["prompt"] for e in examples]),
+            **{f"decoder_{k}": v for k, v in self._padded(shifted).items()},
+            "answers": _pad(answers, IGNORED, left=False),
+            "labels": labels,
+        }
+
+    def _padded(self, sequences: list[list[int]]) -> dict[str, Tensor]:
+        left = self.start is None
+        mask = _pad([[1] * len(s) for s in sequences], 0, left)
+        return {"input_ids": _pad(sequences, self.tokens.pad, left), "attention_mask": mask}
+
+    # ---- reading ----
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """log p(answer | prompt) and the number of its tokens, the end-of-sequence token among them: (N x 2)."""
+        answers = inputs.pop("answers")
+        if self.start is None:
+            mask, keep = inputs["attention_mask"], answers.shape[1] + 1
+            extra = {**positions(self.model, mask), **last_logits(self.model, keep)}
+            logits = self.model(**inputs, **extra, use_cache=False).logits[:, -keep:-1]
+        else:
+            logits = self.model(**inputs, use_cache=False).logits
+        known = answers != IGNORED
+        log_p = log_p_of(logits, answers.clamp(min=0)) * known
+        return torch.stack([log_p.sum(1), known.sum(1).to(log_p)], 1)
+
+    def about(self, classes: Sequence[int]) -> Features:
+        return partial(self.features, classes=classes)
+
+    @torch.inference_mode()
+    def features(
+        self,
+        examples: Examples,
+        batch_size: int,
+        advance: Callable[[int], None] = lambda n: None,
+        classes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What the model says of the answers to each prompt (N x width, fp32, CPU), batched by length.
+
+        Args:
+            classes: the options whose likelihoods are asked for; None: those among the examples' own answers.
+        """
+        training = self.training
+        self.eval()
+        asked = sorted({e["label"] for e in examples} if classes is None else set(classes))
+        out = torch.full((len(examples), self.width), -torch.inf)
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["prompt"]))
+        try:
+            for first in range(0, len(order), batch_size):
+                chosen = order[first : first + batch_size]
+                some = [examples[i] for i in chosen]
+                rows = torch.tensor(chosen)
+                if "options" in self.reads:
+                    out[rows[:, None], torch.tensor(asked)] = self._likelihoods(some, asked).float().cpu()
+                if "generate" in self.reads:
+                    named = [self._named.get(normalised(text), -1) for text in self._answers(some)]
+                    out[rows, -1] = torch.tensor(named, dtype=out.dtype)
+                advance(len(chosen))
+        finally:
+            self.train(training)
+        return out
+
+    def _likelihoods(self, examples: Examples, classes: Sequence[int]) -> Tensor:
+        """log p(answer | prompt), (N x len(classes)); each prompt is read once, where the model can go on from it."""
+        read = PromptsRead(self.model, self._inputs(examples), self.start)
+        if not read.continues:
+            return torch.stack([self._alone(examples, c) for c in classes], 1)
+        options = [[self.tokens.answer(self.labels[c], e["blank"]) for c in classes] for e in examples]
+        longest = max(len(answer) for row in options for answer in row)
+        padded = torch.tensor([[[*a, *[IGNORED] * (longest - len(a))] for a in row] for row in options])
+        return read.log_likelihoods(padded.to(read.next.device), rows=2 * len(examples))
+
+    def _alone(self, examples: Examples, c: int) -> Tensor:
+        answers = [self.tokens.answer(self.labels[c], e["blank"]) for e in examples]
+        batch = self.collate([{**e, "answer": answer} for e, answer in zip(examples, answers, strict=True)])
+        batch.pop("labels")
+        return self(**self._here(batch))[:, 0]
+
+    @torch.inference_mode()
+    def answers(self, examples: Examples, batch_size: int) -> list[str]:
+        """Greedily generated answers, at most `LONGEST_ANSWER` tokens each."""
+        training = self.training
+        self.eval()
+        try:
+            batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
+            return [text for batch in batches for text in self._answers(batch)]
+        finally:
+            self.train(training)
+
+    def _answers(self, examples: Examples) -> list[str]:
+        end, pad = self.tokens.end, self.tokens.pad
+        tokens = generate(self.model, self._inputs(examples), self.start, end, pad, LONGEST_ANSWER)
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)
+
+    def _inputs(self, examples: Examples) -> dict[str, Tensor]:
+        return self._here(self._padded([e["prompt"] for e in examples]))
+
+    def _here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        return {k: v.to(device) for k, v in batch.items()}
+
+    # ---- what others ask ----
+
+    def label_embeddings(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """The number of tokens of each answer, (C x 1)."""
+        return torch.tensor([[float(len(self.tokens.answer(text)))] for text in texts])
+
+    def holds(self, features: Tensor, classes: Sequence[int]) -> bool:
+        return "options" not in self.reads or bool((features[:1, list(classes)] > -torch.inf).all())
+
+    def change(self, new: Tensor, old: Tensor) -> float:
+        """Relative change of the log-likelihoods that were asked for both times; else the share of other answers."""
+        if "options" not in self.reads:
+            return float((new != old).any(1).double().mean())
+        C = len(self.labels)
+        both = (new[:1, :C] > -torch.inf) & (old[:1, :C] > -torch.inf)
+        return relative_change(new[:, :C][:, both[0]], old[:, :C][:, both[0]])
+
+
+def load_language_model(
+    name: str | Path, *, max_length: int | None = None, trust_remote_code: bool = False
+) -> LanguageBackbone:
+    """Load any transformers language model by hub id or local folder: `AutoModelForSeq2SeqLM` where its configuration
+    says that it is an encoder and a decoder, else `AutoModelForCausalLM`.
+
+    Args:
+        name: hub id or folder.
+        max_length: longest prompt in tokens; None: 512, or less where the model reads less.
+
+    Raises:
+        ModelError: it cannot be loaded, or its weights have no language modelling head.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    source, trust = str(name), trust_remote_code
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model, info = auto.from_pretrained(
+                source, config=config, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load `{name}` as a language model with a tokenizer ({reason}): give a hub id or a folder with "
+            "config.json, weights and the tokenizer's files"
+        ) from error
+    if info["missing_keys"]:
+        raise ModelError(
+            f"the weights of `{name}` lack {sorted(info['missing_keys'])[0]}, and so it is no trained language model: "
+            "give one with a language modelling head, or a stream of `text` and `label` for an encoder"
+        )
+    reader = getattr(config, "encoder", config)  # a model made of an encoder and a decoder has a configuration for each
+    limits = [max_length or 512, getattr(reader, "max_position_embeddings", None) or max_length or 512]
+    return LanguageBackbone(model, tokenizer, max_length=min(limits), name=str(name))
+
+
+def _pad(sequences: list[list[int]], value: int, left: bool) -> Tensor:
+    longest = max(map(len, sequences))
+    blanks = [[value] * (longest - len(s)) for s in sequences]
+    return torch.tensor([[*b, *s] if left else [*s, *b] for s, b in zip(sequences, blanks, strict=True)])
