@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..heads.ridge import FEWEST, RidgeHead, solve
-from .base import Router, RouterError, State
-from .ridge import digest
+from .base import RouterError, State
+from .sums import SumsRouter
 
 DRAWS = 4096  # of which the expected log-loss is made; 20 temperatures a decade, 1e-4 to 10
 TEMPERATURES = torch.logspace(-4, 1, 101, dtype=torch.float64)
 
 
 @dataclass
-class ClassRouter(Router):
+class ClassRouter(SumsRouter):
     """p(t, c | x) = softmax_{(t, c)} (s / tau), s = Theta^T h the scores of ridge on (task, class); p(t | x) sums it.
 
     A task whose classes have little in common is no direction in feature space, but each of its classes may be one:
@@ -50,47 +49,18 @@ class ClassRouter(Router):
     features: int = 1024
     holdout: float = 0.2
     bits: int = 17
-    _fitted: Any = field(default=None, init=False, repr=False, compare=False)
-    _one: RidgeHead = field(init=False, repr=False, compare=False)  # for one task at a time
 
-    def __post_init__(self) -> None:
-        self._one = self._head()  # checks the arguments
-
-    def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
-        super().open(width, labels, seed=seed)
-        self._one = self._opened(labels)
-
-    def _head(self) -> RidgeHead:
-        return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
-
-    def _opened(self, labels: Sequence[str]) -> RidgeHead:
-        head = self._head()
-        head.open(self.width, labels, seed=self.seed)
-        return head
+    def kinds(self, labels: Sequence[str]) -> Sequence[str]:
+        return labels
 
     def summarise(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> State:
-        self._one.clear()
-        self._one.observe(features, labels, ids)
-        return self._one.state()
-
-    def combine(self, one: State, other: State) -> State:
-        self._one.load_state(one)
-        self._one.add(other)
-        return self._one.state()
-
-    def check_state(self, state: State) -> None:
-        if not self.width:
-            raise RouterError("ClassRouter is not open yet: call `open(width, labels, seed=...)` first")
-        self._one.load_state(state)
-
-    def changed(self) -> None:
-        self._fitted = None
+        return self._sums(features, labels, ids)
 
     def fit(self) -> tuple[RidgeHead, Tensor, Tensor, float | None]:
         """The head over all (task, class), for each of its K columns the task (K,) and the class (K,), and tau."""
         self.check_observed()
         if self._fitted is None:
-            order = sorted(self.tasks, key=lambda task: digest(self.known[task]))
+            order = self._order()
             names = {task: json.loads(bytes(self.known[task]["labels"].tolist())) for task in order}
             pairs = [(i, task, name) for i, task in enumerate(order) for name in sorted(names[task])]
             head = self._opened([f"{i:09d}/{name}" for i, _, name in pairs])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from ..errors import ConfigError, nearest
 from ..heads.ridge import FEWEST, RidgeHead, solve
 from ..measurement import Measurement
-from .base import Router, RouterError, State
+from .base import RouterError, State
+from .sums import SumsRouter
 
 PULL = 100.0  # samples' worth of the pooled covariance in that of each task
 TAILS = 10.0  # degrees of freedom: scores stray further than a Gaussian's
@@ -23,7 +23,7 @@ ENTRIES = 2**22  # numbers held at a time while distances are computed
 
 
 @dataclass
-class RidgeRouter(Router):
+class RidgeRouter(SumsRouter):
     """Scores s = Theta^T h in R^T of ridge regression on the task, from sums; then a density of s for each task.
 
     G = sum h h^T and Q = sum h y^T, y one-hot over *tasks*, are those of `RidgeHead`, in two folds: exact, order-free
@@ -62,43 +62,17 @@ class RidgeRouter(Router):
     reading: Literal["posterior", "sum"] = "posterior"
     holdout: float = 0.2
     bits: int = 17
-    _fitted: Fit | None = field(default=None, init=False, repr=False, compare=False)
-    _one: RidgeHead = field(init=False, repr=False, compare=False)  # for one task at a time
 
     def __post_init__(self) -> None:
         if self.reading not in ("posterior", "sum"):
             raise ConfigError(f"RidgeRouter: reading={self.reading!r}; {nearest(self.reading, ('posterior', 'sum'))}")
-        self._one = self._head()  # checks the other arguments
+        super().__post_init__()
 
-    def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
-        super().open(width, labels, seed=seed)
-        self._one = self._opened(["task"])
-
-    def _head(self) -> RidgeHead:
-        return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
-
-    def _opened(self, tasks: Sequence[str]) -> RidgeHead:
-        head = self._head()
-        head.open(self.width, tasks, seed=self.seed)
-        return head
+    def kinds(self, labels: Sequence[str]) -> Sequence[str]:
+        return ["task"]
 
     def summarise(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> State:
-        self._one.clear()
-        self._one.observe(features, torch.zeros(len(ids), dtype=torch.long), ids)
-        return self._one.state()
-
-    def combine(self, one: State, other: State) -> State:
-        self._one.load_state(one)
-        self._one.add(other)
-        return self._one.state()
-
-    def check_state(self, state: State) -> None:
-        if not self.width:
-            raise RouterError("RidgeRouter is not open yet: call `open(width, labels, seed=...)` first")
-        self._one.load_state(state)
-
-    def changed(self) -> None:
-        self._fitted = None
+        return self._sums(features, torch.zeros(len(ids), dtype=torch.long), ids)
 
     def fit(self) -> Fit:
         """All that predictions need, computed once after each change.
@@ -108,7 +82,7 @@ class RidgeRouter(Router):
         """
         self.check_observed()
         if self._fitted is None:
-            order = sorted(self.tasks, key=lambda task: digest(self.known[task]))
+            order = self._order()
             names = [f"{i:09d}" for i in range(len(order))]
             head = self._opened(names)
             for name, task in zip(names, order, strict=True):
@@ -211,11 +185,6 @@ class Fit:
     order: list[int]
     head: RidgeHead
     density: Density | None
-
-
-def digest(state: State) -> bytes:
-    """Tells tasks apart by what is stored of them: sums of features, and of squares."""
-    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in ("cross", "gram"))).digest()
 
 
 def _label(name: str) -> Tensor:

@@ -1,0 +1,73 @@
+"""What routers by ridge share: sums over the samples of each task, exact in any order, from which they are fitted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..heads.ridge import RidgeHead
+from .base import Router, RouterError, State
+
+
+@dataclass
+class SumsRouter(Router):
+    """Stores of each task the state of a `RidgeHead` that has seen this task alone.
+
+    A subclass has the settings `features`, `holdout` and `bits` of that head, says which `kinds` it tells apart within
+    a task, and fits itself in `fit`.
+    """
+
+    features: Any = field(init=False, repr=False, compare=False)
+    holdout: Any = field(init=False, repr=False, compare=False)
+    bits: Any = field(init=False, repr=False, compare=False)
+    _fitted: Any = field(default=None, init=False, repr=False, compare=False)
+    _one: RidgeHead = field(init=False, repr=False, compare=False)  # for one task at a time
+
+    def __post_init__(self) -> None:
+        self._one = self._head()  # checks the settings
+
+    def kinds(self, labels: Sequence[str]) -> Sequence[str]:
+        """What is told apart within a task, by name."""
+        raise NotImplementedError
+
+    def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
+        super().open(width, labels, seed=seed)
+        self._one = self._opened(self.kinds(labels))
+
+    def _head(self) -> RidgeHead:
+        return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
+
+    def _opened(self, names: Sequence[str]) -> RidgeHead:
+        head = self._head()
+        head.open(self.width, names, seed=self.seed)
+        return head
+
+    def _sums(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> State:
+        self._one.clear()
+        self._one.observe(features, labels, ids)
+        return self._one.state()
+
+    def combine(self, one: State, other: State) -> State:
+        self._one.load_state(one)
+        self._one.add(other)
+        return self._one.state()
+
+    def check_state(self, state: State) -> None:
+        if not self.width:
+            raise RouterError(f"{self._name} is not open yet: call `open(width, labels, seed=...)` first")
+        self._one.load_state(state)
+
+    def changed(self) -> None:
+        self._fitted = None
+
+    def _order(self) -> list[int]:
+        """The tasks in an order of their own, by what is stored of them: sums of features, and of squares."""
+        return sorted(self.tasks, key=lambda task: _digest(self.known[task]))
+
+
+def _digest(state: State) -> bytes:
+    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in ("cross", "gram"))).digest()
