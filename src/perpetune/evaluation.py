@@ -129,9 +129,9 @@ class Evaluator:
                 continue  # no adapter knows these classes
             if not able:
                 continue
+            first = learned_in[task.name]
+            own = consolidation.reads(first, step.index) if step is not None and known else None
             if routed and step is not None:
-                first = learned_in[task.name]
-                own = consolidation.reads(first, step.index) if known else None
                 last = consolidation.reads(first, max(first, step.index - 1)) if known else None
                 weights, scores = self._routed(consolidation, stream, task, own, last)
                 route = weights.argmax(1).to(torch.int32)
@@ -143,11 +143,8 @@ class Evaluator:
             out[f"target/{task.name}"] = torch.tensor(task.test["label"][:], dtype=torch.int32)
             for head in able:
                 for scenario in readings(stream):
-                    own = None
-                    if scenario == "task" and step is not None and known:
-                        own = consolidation.reads(learned_in[task.name], step.index)
                     allowed = sorted(task.classes) if scenario == "task" else sorted({*before, *task.classes})
-                    chosen = best_class(scores(head, own), allowed)
+                    chosen = best_class(scores(head, own if scenario == "task" else None), allowed)
                     out[f"{head.name}/{scenario}/{task.name}"] = chosen.to(torch.int32)
         return out
 

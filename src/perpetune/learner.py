@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .measurement import Measurement, finite
 from .results import Result
 from .rules import TaskContext
 from .run import Commit, Run, active, commit_of, reverted
-from .streams import Stream, fingerprint
+from .streams import Stream, Task, fingerprint
 from .training import TaskModel, TrainingLog, count_steps, train_task
 
 UNTOUCHED = "untouched"
@@ -188,13 +188,7 @@ class Learner(Learned):
         for name, head in self._named_heads():
             if not head.refresh:
                 head.forget(position, classes, before.get(name, {}), after[name])
-        anew = [head for head in self.heads if head.refresh]
-        for head in anew:
-            head.clear()
-        for task in stream if anew else ():
-            features, labels = self._evaluator.features(task, "train"), torch.tensor(task.train["label"])
-            for head in anew:
-                head.observe(features, labels, task.train["id"])
+        self._gather(stream.tasks)
 
     # ---- opening ----
 
@@ -299,14 +293,18 @@ class Learner(Learned):
 
     def _observe(self, step: Step, stream: Stream) -> None:
         """Show training samples to the heads that gather statistics, with the features as they are now."""
+        self._gather(stream.tasks[: step.learned], step.tasks)
+
+    def _gather(self, tasks: Sequence[Task], new: Sequence[Task] = ()) -> None:
+        """Heads with `refresh` see all of these tasks, from nothing; the others those that are new."""
         watching = [head for head in self.heads if type(head).observe is not Head.observe]
         anew = [head for head in watching if head.refresh]
         for head in anew:
             head.clear()
-        for task in stream.tasks[0 if anew else step.first : step.learned] if watching else ():
+        for task in tasks if anew else new if watching else ():
             features = self._evaluator.features(task, "train")
             labels = torch.tensor(task.train["label"])
-            for head in watching if task in step.tasks else anew:
+            for head in watching if task in new else anew:
                 head.observe(features, labels, task.train["id"])
 
     def _stale(self, step: Step) -> list[Measurement]:

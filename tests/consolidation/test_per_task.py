@@ -40,16 +40,6 @@ class Three(PerTask):
         return (2 * task, 2 * task + 1)
 
 
-@pytest.fixture(scope="module")
-def stream(word_stream):
-    return pt.load_stream(word_stream, tasks=["films", "news", "mood"])
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bert):
-    return tiny_bert()
-
-
 def learner(model, recipe="color", **options):
     return pt.Learner(model, recipe=recipe, training=TRAINING, max_length=16, **options)
 

@@ -40,16 +40,6 @@ TUNERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def stream(word_stream):
-    return pt.load_stream(word_stream, tasks=["films", "news", "mood"])
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bert):
-    return tiny_bert()
-
-
 def learn(model, stream, folder, recipe="color", **training):
     learner = pt.Learner(model, recipe, folder, training={**TRAINING, **training}, max_length=32)
     return learner, learner.learn(stream)

@@ -20,16 +20,6 @@ TUNERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def stream(word_stream):
-    return pt.load_stream(word_stream, tasks=["films", "news", "mood"])
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bert):
-    return tiny_bert()
-
-
 def learned(model, stream, kind, consolidation, path=None):
     recipe = Recipe(TUNERS[kind](), consolidation=consolidation, name=kind)
     learner = pt.Learner(model, recipe, run=path, training=TRAINING)

@@ -16,16 +16,6 @@ from perpetune.run import Run
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def stream(word_stream):
-    return pt.load_stream(word_stream, tasks=["films", "news", "mood"])
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bert):
-    return tiny_bert()
-
-
 def learn(model, stream, path, consolidation, tuner=None, heads=("ncm",)):
     recipe = pt.Recipe(tuner or pt.AllWeights(), [], consolidation, [pt.LinearHead()], training=TRAINING)
     learner = pt.Learner(model, recipe, path, heads=["linear", *heads])

@@ -1,0 +1,17 @@
+"""What every consolidation is tried on."""
+
+from __future__ import annotations
+
+import pytest
+
+import perpetune as pt
+
+
+@pytest.fixture(scope="module")
+def stream(word_stream):
+    return pt.load_stream(word_stream, tasks=["films", "news", "mood"])
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bert):
+    return tiny_bert()
