@@ -149,7 +149,9 @@ def test_a_rule_without_lora_is_explained(perpetune, tiny_bert, word_stream, tmp
     assert code == 2 and "ProductL1" in err and "LoRA" in err
 
 
-@pytest.mark.parametrize("what", ["recipes", "tuners", "heads", "rules", "consolidations", "routers", "streams"])
+@pytest.mark.parametrize(
+    "what", ["recipes", "tuners", "heads", "rules", "consolidations", "routers", "streams", "benchmarks"]
+)
 def test_lists_teach(perpetune, what):
     code, out, _ = perpetune("list", what)
     assert code == 0 and len(out.splitlines()) > 3

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def catalogue(what: str) -> list[tuple[str, str, str]]:
     """(name, first paragraph of the docstring, settings with defaults) of all recipes, tuners, rules, consolidations,
-    routers, heads or streams.
+    routers, heads, streams or published benchmarks.
 
     Raises:
         ConfigError: an unknown kind.
@@ -26,6 +26,7 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
     from .routers import ROUTERS
     from .rules import RULES
     from .streams import BUILTINS
+    from .streams.benchmarks import BENCHMARKS
 
     kinds: dict[str, Any] = {
         "recipes": RECIPES,
@@ -35,6 +36,7 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
         "routers": ROUTERS,
         "heads": HEADS,
         "streams": BUILTINS,
+        "benchmarks": BENCHMARKS,
     }
     if what not in kinds:
         raise ConfigError(f"there is no list of `{what}`: {nearest(what, kinds)}")
@@ -42,6 +44,9 @@ def catalogue(what: str) -> list[tuple[str, str, str]]:
     for name, piece in kinds[what].items():
         if what == "streams":
             rows.append((name, piece.about, ""))
+            continue
+        if what == "benchmarks":
+            rows.append((name, f"{piece.summary} ({piece.paper})", "data"))
             continue
         inherited = _inherited(piece) if what == "tuners" else ()
         settings = [

@@ -31,9 +31,12 @@ Model = Annotated[str | None, typer.Option(help="Hub id or folder of an encoder,
 StreamOption = Annotated[
     str | None,
     typer.Option(
-        "--stream", help="Folder of tasks, a built-in (digits, digits-transposed, digits-drift), or a dataset."
+        "--stream",
+        help="Folder of tasks, a built-in (digits, digits-transposed, digits-drift), a dataset, or a published "
+        "benchmark (`perpetune list benchmarks`).",
     ),
 ]
+Data = Annotated[str | None, typer.Option(help="Folder with the files of a published benchmark.")]
 Drift = Annotated[
     int | None,
     typer.Option(
@@ -45,13 +48,13 @@ Told = Annotated[bool | None, typer.Option("--told", help="With --drift: tell th
 Tasks = Annotated[str | None, typer.Option(help="Tasks to take, in this order: agnews,amazon,yelp.")]
 Scenario = Annotated[str | None, typer.Option(help="class, domain or task; default from the labels.")]
 SplitBy = Annotated[str | None, typer.Option(help="Divide one labelled dataset: by `class`, or by a column.")]
-ClassesPerTask = Annotated[int | None, typer.Option(help="With --split-by class.")]
+ClassesPerTask = Annotated[int | None, typer.Option(help="With --split-by class; of a benchmark, instead of its own.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default an accelerator where there is one.")]
 TrainLimit = Annotated[int | None, typer.Option(help="At most this many training examples a task (stratified).")]
 TestLimit = Annotated[int | None, typer.Option(help="At most this many test examples a task (stratified).")]
 Heads = Annotated[
     str | None,
-    typer.Option(help="Heads to read: linear, linear_seen, ncm, ridge, label_text, language; the first trains."),
+    typer.Option(help="Heads to read (`perpetune list heads`): linear, ncm, ridge, contrastive; the first trains."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run directory; started again with the same one, the run resumes.")]
 Epochs = Annotated[float | None, typer.Option(help="Epochs a task.")]
@@ -61,6 +64,10 @@ Training = Annotated[
     list[str] | None, typer.Option("--set", help="Any transformers.TrainingArguments setting: --set warmup_steps=10.")
 ]
 MaxLength = Annotated[int | None, typer.Option(help="Longest text, in tokens.")]
+EvaluateEvery = Annotated[
+    int | None,
+    typer.Option(help="Evaluate all earlier tasks after every so many tasks only, and after the last; 0: then alone."),
+]
 Pooling = Annotated[str | None, typer.Option(help="mean, cls, last or pooler; default from the architecture.")]
 Validation = Annotated[
     float | None,
@@ -93,6 +100,7 @@ def _settings(config: Path | None, kind: Any, given: dict[str, Any]) -> Any:
 
     stream = {
         "source": given["stream"],
+        "data": given["data"],
         "tasks": _names(given["tasks"]),
         "scenario": given["scenario"],
         "split_by": given["split_by"],
@@ -103,7 +111,7 @@ def _settings(config: Path | None, kind: Any, given: dict[str, Any]) -> Any:
         "drift": _given(segments=given["drift"], told=given["told"]),
         "pose": given["pose"],
     }
-    plain = ("model", "recipe", "seed", "controls", "jobs", "max_length", "pooling", "device")
+    plain = ("model", "recipe", "seed", "controls", "jobs", "max_length", "pooling", "evaluate_every", "device")
     overrides = {
         **{name: given[name] for name in plain if name in given},
         "heads": _names(given["heads"]),
@@ -149,6 +157,7 @@ def run(
     config: ConfigFile = None,
     model: Model = None,
     stream: StreamOption = None,
+    data: Data = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe; `perpetune list recipes` shows all.")] = None,
     heads: Heads = None,
     out: Out = None,
@@ -168,6 +177,7 @@ def run(
     training: Training = None,
     max_length: MaxLength = None,
     pooling: Pooling = None,
+    evaluate_every: EvaluateEvery = None,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the run will take: time, memory, disk.")] = False,
@@ -215,6 +225,7 @@ def compare(
     jobs: Annotated[int | None, typer.Option(help="Runs at a time, each in its own process.")] = None,
     model: Model = None,
     stream: StreamOption = None,
+    data: Data = None,
     heads: Heads = None,
     out: Out = None,
     tasks: Tasks = None,
@@ -233,6 +244,7 @@ def compare(
     training: Training = None,
     max_length: MaxLength = None,
     pooling: Pooling = None,
+    evaluate_every: EvaluateEvery = None,
     device: Device = None,
     json: JsonFile = None,
 ) -> None:
@@ -305,7 +317,7 @@ def report(
 @app.command("list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="recipes, tuners, rules, consolidations, routers, heads or streams.")
+        str, typer.Argument(help="recipes, tuners, rules, consolidations, routers, heads, streams or benchmarks.")
     ] = "recipes",
 ) -> None:
     """What can be chosen from, each with what it does and where it comes from."""

@@ -43,6 +43,7 @@ class StreamConfig(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     source: str
+    data: str | None = None
     scenario: Literal["class", "domain", "task"] | None = None
     tasks: list[str] | None = None
     name: str | None = None
@@ -86,6 +87,7 @@ class RunConfig(pydantic.BaseModel):
     training: dict[str, Any] = {}
     pooling: Literal["mean", "cls", "last", "pooler"] | None = None
     max_length: int | None = pydantic.Field(default=None, gt=0)
+    evaluate_every: int = pydantic.Field(default=1, ge=0)
     device: str | None = None
     trust_remote_code: bool = False
 

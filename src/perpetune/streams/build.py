@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from datasets import Dataset
 
 from ..errors import StreamError
 from .divide import Draft, check_labels
@@ -31,7 +32,7 @@ def build_task(
     for rows in parts.values():
         _check_rows(rows, parts["train"], draft.labels)
     train = parts["train"]
-    known = np.concatenate([rows.labels for rows in parts.values()]) if train.prompts else train.labels
+    known = np.concatenate([rows.labels for rows in parts.values()]) if train.free_texts else train.labels
     classes = in_order(known, draft.labels or (), train.order)
     if validation_share and "validation" not in parts:
         train, validation = parts["train"].split_off(validation_share, seed, draft.name, "validation")
@@ -40,7 +41,7 @@ def build_task(
                 f"validation_share {validation_share} of {train.place} ({len(train)} rows) leaves validation empty"
             )
         parts.update(train=train, validation=validation)
-    if train_limit is not None and train_limit < len(classes) and not train.prompts:
+    if train_limit is not None and train_limit < len(classes) and not train.free_texts:
         raise StreamError(
             f"train_limit {train_limit} is below the {len(classes)} classes of task `{draft.name}`: "
             "some would have no training example"
@@ -53,6 +54,8 @@ def build_task(
         if limit is not None and limit < len(rows):
             rows = rows.pick(stratified(rows.strata(limit), limit, seed, draft.name, split, least=least))
         finished[split] = rows.finish(labels)
+        if rows.captions and split != "train":
+            _check_captions(finished[split], rows.place)
     return Task(
         name=draft.name,
         classes=tuple(labels[label] for label in classes),
@@ -60,7 +63,19 @@ def build_task(
         test=finished["test"],
         validation=finished.get("validation"),
         instruction=draft.instruction,
+        captions=train.captions,
     )
+
+
+def _check_captions(data: Dataset, place: str) -> None:
+    """An image is asked for one caption: of several, one answer could only ever be right for one."""
+    pairs = set(zip(data["id"][:], data["label"][:], strict=True))
+    several = len(pairs) - len({sample for sample, _ in pairs})
+    if several:
+        raise StreamError(
+            f"{place} has {several} further captions of images that have one, and each image is asked for one: keep "
+            "one a picture there (training data may have several)"
+        )
 
 
 def _check_rows(rows: Rows, train: Rows, allowed: Sequence[str] | None) -> None:
@@ -71,7 +86,7 @@ def _check_rows(rows: Rows, train: Rows, allowed: Sequence[str] | None) -> None:
         raise StreamError(
             f"label `{strange[0]}` in {rows.place} is not among the labels of its task.json: {', '.join(allowed or ())}"
         )
-    if not rows.prompts:
+    if not rows.free_texts:
         check_labels(rows, train)
 
 
@@ -97,16 +112,17 @@ def choose_scenario(asked: Scenario | None, tasks: Sequence[Task], labels: Seque
     """The scenario asked for; without one, "domain" if several tasks all have the same classes, else "class".
 
     Raises:
-        StreamError: "domain" is asked for and the classes differ.
+        StreamError: "domain" is asked for and a task has a class that the first lacks.
     """
     first = tasks[0]
-    other = next((task for task in tasks if set(task.classes) != set(first.classes)), None)
+    if asked is None:
+        same = all(set(task.classes) == set(first.classes) for task in tasks)
+        return "domain" if same and len(tasks) > 1 else "class"
+    other = next((task for task in tasks if not set(task.classes) <= set(first.classes)), None)
     if asked == "domain" and other is not None:
-        odd = labels[min(set(other.classes) ^ set(first.classes))]
+        odd = labels[min(set(other.classes) - set(first.classes))]
         raise StreamError(
             f"not domain-incremental: only one of the tasks `{first.name}` and `{other.name}` has the label `{odd}`; "
             'use scenario="class" or "task"'
         )
-    if asked is None:
-        return "domain" if other is None and len(tasks) > 1 else "class"
     return asked

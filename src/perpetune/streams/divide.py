@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -26,7 +27,7 @@ class Draft:
     """
 
     name: str
-    splits: dict[str, Rows]
+    splits: Mapping[str, Rows]
     labels: tuple[str, ...] | None = None
     instruction: str | None = None
 
@@ -46,8 +47,13 @@ def divide(
     seed: int,
     order_seed: int | None,
     columns: Mapping[str, str] | None,
+    groups: Sequence[Sequence[str]] | None = None,
+    folder: Path | None = None,
 ) -> list[Draft]:
     """Arguments as in `load_stream`; `splits` are those of the dataset, whose `name` is for messages.
+
+    `groups` gives the classes of each task in order, instead of `classes_per_task` and `order_seed`; paths of images
+    start in `folder`.
 
     Raises:
         StreamError: no train split, a class or domain that only the test data has, a missing column, an empty split.
@@ -55,14 +61,16 @@ def divide(
     if "train" not in splits:
         found = ", ".join(splits) or "none that perpetune knows"
         raise StreamError(f"`{name}` has no train split; its splits are: {found}")
-    rows = {split: open_rows(data, f"the {split} split of `{name}`", columns) for split, data in splits.items()}
+    places = {split: f"the {split} split of `{name}`" for split in splits}
+    rows = {split: open_rows(data, places[split], columns, folder) for split, data in splits.items()}
     for split in rows.keys() - {"train"}:
-        if split_by == "class" or not rows[split].prompts:
+        if split_by == "class" or not rows[split].free_texts:
             check_labels(rows[split], rows["train"])
-    if split_by == "class":
-        groups, keys = _by_class(rows, classes_per_task or 1, order_seed)
+    if split_by != "class":
+        dealt, keys = _by_column(splits, split_by, name)
     else:
-        groups, keys = _by_column(splits, split_by, name)
+        keys = {split: part.labels for split, part in rows.items()}
+        dealt = [list(group) for group in groups or ()] or _by_class(rows["train"], classes_per_task or 1, order_seed)
     if "test" not in rows:
         train = rows["train"]
         labels = train.strata(round(test_share * len(train)))
@@ -71,13 +79,13 @@ def divide(
         rows["train"], rows["test"] = train.split_off(test_share, seed, "test", strata=strata)
         keys["test"] = keys["train"]
     drafts = []
-    for task, group in zip(_names(groups), groups, strict=True):
+    for task, group in zip(_names(dealt), dealt, strict=True):
         parts = {}
         for split in rows:
             mine = np.isin(keys[split][rows[split].index], group)
             if split != "validation" or mine.any():
                 parts[split] = rows[split].pick(mine, f"the {split} split of task `{task}`")
-        drafts.append(Draft(task, parts))
+        drafts.append(Draft(task, parts, tuple(group) if groups else None))
     return drafts
 
 
@@ -89,15 +97,12 @@ def check_labels(rows: Rows, train: Rows) -> None:
         raise StreamError(f"{rows.place} has labels that the train split lacks ({which}): no model could learn them")
 
 
-def _by_class(
-    rows: Mapping[str, Rows], size: int, order_seed: int | None
-) -> tuple[list[list[str]], dict[str, np.ndarray]]:
-    """(the classes of each task, the class of each row); the last task may have fewer classes."""
-    order = in_order(rows["train"].labels, rows["train"].order)
+def _by_class(train: Rows, size: int, order_seed: int | None) -> list[list[str]]:
+    """The classes of each task; the last may have fewer."""
+    order = in_order(train.labels, train.order)
     if order_seed is not None:
         order = shuffled(order, order_seed)
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return groups, {split: part.labels for split, part in rows.items()}
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _by_column(splits: Mapping[str, Dataset], column: str, name: str) -> tuple[list[list[str]], dict[str, np.ndarray]]:

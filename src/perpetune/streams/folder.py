@@ -53,7 +53,7 @@ def _draft(folder: Path, name: str, card: Card, columns: Mapping[str, str] | Non
     splits = {}
     for split, paths in files.items():
         place = f"the {split} split of task `{name}`"
-        splits[split] = open_rows(read_files(paths, place), place, columns)
+        splits[split] = open_rows(read_files(paths, place), place, columns, folder)
     return Draft(name, splits, card.labels, card.instruction)
 
 

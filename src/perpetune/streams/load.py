@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..errors import ConfigError, StreamError, nearest
+from .benchmarks import BENCHMARKS
 from .build import build_task, choose_scenario, same_inputs
 from .digits import BUILTINS
 from .divide import divide, slug
@@ -27,6 +28,7 @@ from .task import Scenario, Stream
 def load_stream(
     source: str | os.PathLike[str],
     *,
+    data: str | os.PathLike[str] | None = None,
     scenario: Scenario | None = None,
     tasks: Sequence[str] | None = None,
     name: str | None = None,
@@ -48,17 +50,20 @@ def load_stream(
     Args:
         source: one of
             a built-in name (see `BUILTINS`; wins over a folder of that name, which is then `./name`);
+            a published benchmark (see `BENCHMARKS`; wins in the same way), read from the folder `data`;
             a folder of task folders, each with `train.*`, `test.*` and perhaps `validation.*` as JSONL, CSV, Parquet
             or image folders (`train/<label>/*.png`), and perhaps `task.json` with name, labels and instruction;
             one labelled dataset to be divided with `split_by`: a folder or file of the same formats, or a Hub id
             `owner/name` or `owner/name:configuration`.
+        data: the folder with the files of a published benchmark; without it, from the Hub where that is possible.
         scenario: "class", "domain" or "task"; by default "domain" if there are several tasks and all have the same
             labels, else "class".
         tasks: which tasks, in which order: `Task.name`, folder names or the names in task.json, in any case. By default
             all, folders in sorted order.
         name: of the stream; by default from the source.
         split_by: "class" for tasks of new classes, or a column whose every value becomes a task.
-        classes_per_task: for `split_by="class"`; the last task takes what is left.
+        classes_per_task: for `split_by="class"`, and for benchmarks that are divided by class, instead of the published
+            number; the last task takes what is left.
         test_share: what to split off, stratified and seeded, where a dataset to be divided has no test split.
         train_limit, test_limit: at most so many rows a task, stratified and seeded, drawn independently of the other
             tasks; `test_limit` caps test and validation data.
@@ -67,8 +72,9 @@ def load_stream(
         seed: of caps and splits.
         order_seed: shuffle the tasks; with `split_by="class"`, the classes before they are dealt to tasks.
         columns: new names of columns, {"sentence": "text"}. Needed are `label` and `text`, `text` and `text_pair`,
-            or `image`; for language models `prompt` and `response`, or `messages` (lists of {role, content}, the last
-            of which is the answer).
+            or `image`, or `image` and `caption`; for language models `prompt` and `response`, with `image` or without,
+            or `messages` (lists of {role, content}, the last of which is the answer). Paths of images start where the
+            file is.
         pose: make instructions of texts to be classified, by this template: "instruction" or "published"; see `pose`.
         relabel: new label texts, {"very positive": "positive", "neutral": None}: tasks that say the same in other words
             share their classes; rows of a label that becomes None are left out.
@@ -83,15 +89,25 @@ def load_stream(
         ConfigError: an argument has an impossible value.
     """
     given = dict(locals())  # the arguments, and nothing else yet
-    for option, default in (load_stream.__kwdefaults__ or {}).items():
+    defaults = load_stream.__kwdefaults__ or {}
+    for option, default in defaults.items():
         if given[option] == default:
             del given[option]
     _check(scenario, tasks, classes_per_task, test_share, train_limit, test_limit, validation_share, trust_remote_code)
     text = os.fspath(source)
     path = Path(text).expanduser()
-    local = text not in BUILTINS and path.exists()
+    benchmark = BENCHMARKS.get(text)
+    folder = None if data is None else Path(data).expanduser().resolve()
+    _check_benchmark(text, folder, split_by, columns)
+    own = benchmark.options if benchmark is not None else {}
+    own = {option: value for option, value in own.items() if option not in given and value != defaults[option]}
+    if own:
+        return load_stream(**given, **own)
+    local = text not in BUILTINS and benchmark is None and path.exists()
     split_by = BUILTINS[text].split_by if text in BUILTINS and split_by is None else split_by
-    if split_by is None:
+    if benchmark is not None:
+        drafts = benchmark.read(folder, classes_per_task, tasks)
+    elif split_by is None:
         if not path.is_dir():
             raise _no_source(path, text)
         drafts = read_folder(path, tasks, columns)
@@ -106,6 +122,7 @@ def load_stream(
             seed=seed,
             order_seed=order_seed,
             columns=columns,
+            folder=(path if path.is_dir() else path.parent) if local else None,
         )
         names = [draft.name for draft in drafts]
         drafts = [drafts[i] for i in choose(tasks, names, [set()] * len(names), text)]
@@ -131,6 +148,8 @@ def load_stream(
     given.update(source=str(path.resolve()) if local else text, scenario=scenario, tasks=[task.name for task in made])
     if split_by != "class":  # the order stands in `tasks` now
         given.pop("order_seed", None)
+    if folder is not None:
+        given["data"] = str(folder)
     for option, mapping in (("columns", columns), ("relabel", relabel)):
         if mapping:
             given[option] = dict(mapping)
@@ -155,7 +174,9 @@ def load_again(written: Mapping[str, Any], tasks: Sequence[str], source: str | N
     labels, name = written["labels"], written["name"]
     if not tasks:
         return Stream(name, (), tuple(labels), written["scenario"], tuple(written["inputs"]))
-    options = {**written["source"], "tasks": list(tasks)} | ({"source": source} if source else {})
+    options = {**written["source"], "tasks": list(tasks)}
+    if source:  # of a benchmark, the data lies elsewhere, and its name stays
+        options["data" if options.get("source") in BENCHMARKS and source not in BENCHMARKS else "source"] = source
     if "drift" in options:
         raise ConfigError(f"the tasks of `{name}` are parts that were found in a stream: only the run itself has them")
     if "source" not in options:
@@ -190,6 +211,15 @@ def _check(
         raise ConfigError(f"test_share must lie between 0 and 1, not {test_share!r}")
     if not 0 <= validation_share < 1:
         raise ConfigError(f"validation_share must be at least 0 and below 1, not {validation_share!r}")
+
+
+def _check_benchmark(source: str, folder: Path | None, split_by: str | None, columns: Mapping[str, str] | None) -> None:
+    if source not in BENCHMARKS and folder is not None:
+        raise ConfigError(f"`data` is for a published benchmark, and `{source}` is none: {nearest(source, BENCHMARKS)}")
+    if source in BENCHMARKS and (split_by or columns):
+        raise ConfigError(
+            f"the tasks and columns of the benchmark `{source}` are fixed: leave split_by and columns out"
+        )
 
 
 def _dataset(
@@ -231,6 +261,6 @@ def _no_source(path: Path, text: str) -> StreamError:
             f"no folder {path}: " + (nearest(path.name, beside) if beside else f"{path.parent} is empty")
         )
     return StreamError(
-        f"no stream `{text}`, neither a folder nor a built-in: {nearest(text, BUILTINS)} "
-        "(a dataset on the Hub needs split_by)"
+        f"no stream `{text}`, neither a folder nor a built-in nor a benchmark: "
+        f"{nearest(text, (*BUILTINS, *BENCHMARKS))} (a dataset on the Hub needs split_by)"
     )

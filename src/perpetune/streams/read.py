@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
@@ -161,20 +162,30 @@ def _csv_options(path: Path) -> dict[str, object]:
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
-def read_hub(source: str) -> dict[str, datasets.Dataset]:
+def read_hub(source: str, test: str = "test") -> dict[str, datasets.Dataset]:
     """Read `owner/name` or `owner/name:configuration` from the Hub. Never runs code that comes with a dataset.
+
+    Args:
+        source: the dataset.
+        test: what it calls the split that serves as test data.
 
     Raises:
         StreamError: there is no such dataset, it cannot be reached, or it needs code of its own.
     """
     name, _, configuration = source.partition(":")
+    found = load_hub(name, configuration or None)
+    names = {split: test if split == "test" else split for split in SPLITS}
+    return {split: found[name] for split, name in names.items() if name in found}
+
+
+def load_hub(path: str, configuration: str | None = None, **options: Any) -> Any:
+    """What `datasets.load_dataset` makes of a dataset on the Hub; errors as in `read_hub`."""
     try:
-        found = datasets.load_dataset(name, configuration or None)
+        return datasets.load_dataset(path, configuration, **options)
     except DatasetNotFoundError as error:
-        raise StreamError(f"no dataset `{name}` on the Hub, and no such folder or built-in: {_line(error)}") from error
+        raise StreamError(f"no dataset `{path}` on the Hub, and no such folder or built-in: {_line(error)}") from error
     except (*_UNREADABLE, ImportError) as error:
-        raise StreamError(f"cannot load `{source}` from the Hub: {_line(_root(error))}") from error
-    return {split: found[split] for split in SPLITS if split in found}
+        raise StreamError(f"cannot load `{path}` from the Hub: {_line(_root(error))}") from error
 
 
 def _root(error: BaseException) -> BaseException:

@@ -7,17 +7,18 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 
 from ..errors import StreamError
 from .content import sample_ids
 from .pick import stratified
 
 TEXT_TYPES = ("string", "large_string", "string_view")
-PROMPTS = ("prompt", "messages")
+PROMPTS = {"prompt", "messages"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Rows:
         index: (n,) rows of `data` that belong here, ascending.
         labels: (n,) their label texts.
         order: the label texts in the order that the file declares; empty where it declares none.
+        captions: whether the labels are captions of images.
     """
 
     place: str
@@ -37,18 +39,19 @@ class Rows:
     index: np.ndarray
     labels: np.ndarray
     order: tuple[str, ...] = ()
+    captions: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
-    def prompts(self) -> bool:
-        """Whether the labels are answers to prompts, which need not occur in the training data."""
-        return self.data.column_names[0] in PROMPTS
+    def free_texts(self) -> bool:
+        """Whether the labels are answers to prompts or captions, which need not occur in the training data."""
+        return self.captions or not PROMPTS.isdisjoint(self.data.column_names)
 
     def strata(self, count: int) -> np.ndarray:
-        """(n,) what a choice of so many rows is stratified by: labels; nothing where answers are more than that."""
-        few = not self.prompts or len(set(self.labels)) <= count
+        """(n,) what a choice of so many rows is stratified by: labels; nothing where free texts are more than that."""
+        few = not self.free_texts or len(set(self.labels)) <= count
         return self.labels if few else np.full(len(self), "", dtype=object)
 
     def pick(self, positions: np.ndarray, place: str | None = None) -> Rows:
@@ -76,13 +79,14 @@ class Rows:
         return data if len(self) == len(data) else data.select(self.index, new_fingerprint=f"{stamp}-rows")
 
 
-def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = None) -> Rows:
+def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = None, folder: Path | None = None) -> Rows:
     """Find the inputs and the labels of one split.
 
     Args:
         data: as read.
         place: "the train split of task `x`", for messages.
         columns: new names of columns, {"sentence": "text"}.
+        folder: where paths of images start.
 
     Raises:
         StreamError: the split is empty, a column is missing or of the wrong type, a text, a label or an answer is null,
@@ -94,7 +98,9 @@ def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = Non
             names.pop(old, None)
     names.update({new: old for old, new in (columns or {}).items() if old in data.column_names})
     inputs = _inputs(names, place)
-    target = {"prompt": ("response",), "messages": ()}.get(inputs[0], ("label",))
+    captions = inputs == ("image",) and "caption" in names and "label" not in names
+    own = ("caption",) if captions else ("label",)
+    target = {"prompt": ("response",), "messages": ()}.get(inputs[-1], own)
     for needed in (*inputs, *target):
         if needed not in names:
             raise _missing(f"`{needed}`", data, place)
@@ -104,20 +110,26 @@ def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = Non
         data, answers = _conversations(data[names["messages"]][:], place)
         return Rows(place, data, np.arange(len(data)), _answers(answers, place))
     labels, order = _label_texts(data, names[target[0]], place)
-    if inputs == ("prompt",):
-        labels = _answers(labels, place)
+    if captions or "prompt" in inputs:
+        labels = _answers(labels, place, "captions" if captions else "answers")
     data = data.select_columns([names[name] for name in inputs])
     data = data.rename_columns({names[name]: name for name in inputs if names[name] != name})
     for name in inputs:
-        data = _checked(data, name, place)
-    return Rows(place, data, np.arange(len(data)), labels, order)
+        data = _checked(data, name, place, folder)
+    return Rows(place, data, np.arange(len(data)), labels, order, captions)
 
 
 def _inputs(names: Mapping[str, str], place: str) -> tuple[str, ...]:
-    if "prompt" in names and ("response" in names or not {"text", "image"} & names.keys()):
-        return ("prompt",)
+    other = {"text", "label", "caption"} if "image" in names else {"text"}
+    if "prompt" in names and ("response" in names or other.isdisjoint(names)):
+        return ("image", "prompt") if "image" in names else ("prompt",)
     if "messages" in names and not {"text", "image"} & names.keys():
         return ("messages",)
+    if {"messages", "image"} <= names.keys() and "label" not in names:
+        raise StreamError(
+            f"{place} has `messages` with images, which are not read: write each conversation as `prompt`, with the "
+            "model's own marks of turns, and `response`"
+        )
     if "image" in names:
         if "text" in names:
             raise StreamError(
@@ -137,10 +149,15 @@ def _missing(what: str, data: Dataset, place: str) -> StreamError:
     )
 
 
-def _checked(data: Dataset, name: str, place: str) -> Dataset:
+def _checked(data: Dataset, name: str, place: str, folder: Path | None) -> Dataset:
     """The column as text without nulls, or as images."""
     feature = data.features[name]
     if name == "image":
+        if folder is not None and getattr(feature, "dtype", None) in TEXT_TYPES:
+            paths = [None if path is None else str(folder / path) for path in data[name][:]]
+            made = Dataset.from_dict({name: paths}, features=Features({name: Image()}))
+            others = data.remove_columns(name)
+            return concatenate_datasets([made, others], axis=1) if others.column_names else made
         # an image may come as bytes, or as {bytes, path} from a Parquet file without the metadata of `datasets`
         binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
         struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
@@ -159,12 +176,12 @@ def _checked(data: Dataset, name: str, place: str) -> Dataset:
     return data
 
 
-def _answers(labels: Iterable[str], place: str) -> np.ndarray:
-    """(n,) the answers without blanks around them."""
+def _answers(labels: Iterable[str], place: str, what: str = "answers") -> np.ndarray:
+    """(n,) the answers, or captions, without blanks around them."""
     answers = np.array([label.strip() for label in labels], dtype=object)
     empty = np.flatnonzero(answers == "")
     if len(empty):
-        raise StreamError(f"{len(empty)} of {len(answers)} answers of {place} are empty, the first is row {empty[0]}")
+        raise StreamError(f"{len(empty)} of {len(answers)} {what} of {place} are empty, the first is row {empty[0]}")
     return answers
 
 

@@ -25,12 +25,13 @@ class Task:
         train, test, validation: rows with the columns
             `id` (str: hash of the sample's content, the same wherever the sample appears),
             `label` (int: index into `Stream.labels`) and the input columns of the stream
-            (`text`, or `text` and `text_pair`, or `image` as a PIL image; `prompt`, or `messages` as JSON, to be
-            answered with the label text).
+            (`text`, or `text` and `text_pair`, or `image` as a PIL image; `prompt`, `image` and `prompt`, or `messages`
+            as JSON, to be answered with the label text). A caption is the label text of its image.
             `validation` is None unless the source has one or a share was split off.
         instruction: what to decide, in words, where the source says it.
         reopens: the task before that this one goes on with, where that is known (`learn_drift`); what keeps an adapter
             for every task keeps one for both.
+        captions: whether the label texts are captions, each of an image or few.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Task:
     validation: datasets.Dataset | None = None
     instruction: str | None = None
     reopens: str | None = None
+    captions: bool = False
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """The classes among which its test examples are placed: its own; of captions those of the test data."""
+        return tuple(sorted(set(self.test["label"][:]))) if self.captions else self.classes
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,10 @@ class Stream:
         labels: the label texts of all classes, in order of first appearance. A class *is* its label text:
             two tasks that share a label text share the class.
         scenario: "class" (a prediction chooses among all classes seen; the task-incremental reading, among the classes
-            of the sample's own task, is reported beside it), "domain" (all tasks share all classes), "task" (the task
-            is given with each sample).
-        inputs: the input columns, ("text",), ("text", "text_pair"), ("image",), ("prompt",) or ("messages",).
+            of the sample's own task, is reported beside it), "domain" (no task has a class that the first lacks),
+            "task" (the task is given with each sample).
+        inputs: the input columns, ("text",), ("text", "text_pair"), ("image",), ("prompt",), ("image", "prompt") or
+            ("messages",).
         source: JSON-able description from which `load_stream` makes the same stream again.
     """
 
@@ -68,8 +76,9 @@ class Stream:
     @property
     def modality(self) -> Modality:
         """What is read; "language" where it is prompts, and the label texts are answers."""
-        kinds: dict[str, Modality] = {"image": "image", "prompt": "language", "messages": "language"}
-        return kinds.get(self.inputs[0], "text")
+        if not {"prompt", "messages"}.isdisjoint(self.inputs):
+            return "language"
+        return "image" if "image" in self.inputs else "text"
 
     def __len__(self) -> int:
         return len(self.tasks)
