@@ -149,6 +149,66 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_clip("clip", seed=0, width=32)`: a new folder with a random CLIPModel or SiglipModel, its image
+    processor and a tokenizer of `words` and single characters."""
+
+    def make(kind: str = "clip", words: Iterable[str] = WORDS, *, seed: int = 0, width: int = 32) -> Path:
+        import transformers
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+        special = ["<pad>", "<s>", "<unk>", "</s>"]
+        letters = [c for c in string.printable if not c.isspace()]
+        pieces = dict.fromkeys([*special, *letters, *("##" + c for c in letters), *words])
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[(name, vocabulary[name]) for name in ("<s>", "</s>")]
+        )
+        tower = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+        marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+        text = {**tower, **marks, "vocab_size": len(vocabulary), "max_position_embeddings": 24}
+        vision = {**tower, "image_size": 8, "patch_size": 4}
+        folder = tmp_path_factory.mktemp(f"tiny_{kind}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any
+            if kind == "clip":
+                wide = {"initializer_factor": 5.0}  # CLIP's own leaves all images nearly alike in so narrow a model
+                model = transformers.CLIPModel(
+                    transformers.CLIPConfig(
+                        text_config={**text, **wide},
+                        vision_config={**vision, **wide},
+                        projection_dim=width // 2,
+                        **wide,
+                    )
+                )
+            else:
+                model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+            model.save_pretrained(folder)
+        names = dict(zip(("pad_token", "bos_token", "unk_token", "eos_token"), special, strict=True))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **names).save_pretrained(
+            folder
+        )
+        processor = {
+            "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[kind],
+            "do_resize": True,
+            "size": {"height": 8, "width": 8},
+            "do_center_crop": False,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_lm("llama", seed=0, width=32, layers=2)`: a new folder with a random language model ("llama", "qwen2",
     "gpt2" or "t5") and a tokenizer like its own, of `words` and single characters.
@@ -208,6 +268,46 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model.save_pretrained(folder)
         names = dict(zip(("pad_token", "eos_token", "unk_token", "bos_token"), special, strict=True))
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Callable[..., Path]) -> Callable[..., Path]:
+    """`tiny_llava("llava", seed=0, width=32, layers=2)`: a new folder with a random LLaVA ("llava_next": of several
+    resolutions) of a CLIP tower and a LLaMA, and its processor. An image is 8 x 8 pixels, in patches of 4 x 4."""
+
+    def make(
+        kind: str = "llava", words: Iterable[str] = WORDS, *, seed: int = 0, width: int = 32, layers: int = 2
+    ) -> Path:
+        import transformers
+
+        folder = tmp_path_factory.mktemp(f"tiny_{kind}")
+        llama = tiny_lm("llama", words, width=width, layers=layers)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(llama, extra_special_tokens={"image_token": "<image>"})
+        text = transformers.AutoConfig.from_pretrained(llama, vocab_size=len(tokenizer))
+        vision = transformers.CLIPVisionConfig(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
+            image_size=8, patch_size=4, projection_dim=width, initializer_factor=5.0,
+        )  # fmt: skip
+        common = {"vision_config": vision, "text_config": text, "image_token_id": tokenizer.image_token_id}
+        scale = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+        placing = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        model: Any
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if kind == "llava":
+                model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common))
+                images: Any = transformers.CLIPImageProcessorPil(**scale)
+                processor: Any = transformers.LlavaProcessor(images, tokenizer, **placing)
+            else:
+                grid = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
+                model = transformers.LlavaNextForConditionalGeneration(transformers.LlavaNextConfig(**common, **grid))
+                images = transformers.LlavaNextImageProcessorPil(**scale, **grid)
+                processor = transformers.LlavaNextProcessor(images, tokenizer, **placing)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
         return folder
 
     return make

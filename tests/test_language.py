@@ -41,7 +41,7 @@ def pieces(model, ids):
 
 
 def prompt_of(model, text, column="prompt"):
-    return pieces(model, model.prepare(rows([text], column=column))[0]["prompt"])
+    return pieces(model, model.prepare(rows([text], column=column))[0]["input_ids"])
 
 
 def naive(model, examples, classes):
@@ -171,11 +171,11 @@ def test_the_loss_is_the_librarys_own(tiny_lm, kind):
     log_p, tokens = model(**batch).sum(0)
     pad = torch.nn.utils.rnn.pad_sequence
     if kind == "t5":
-        ids = [torch.tensor(e["prompt"]) for e in examples]
+        ids = [torch.tensor(e["input_ids"]) for e in examples]
         labels = [torch.tensor(e["answer"]) for e in examples]
     else:
-        ids = [torch.tensor([*e["prompt"], *e["answer"]]) for e in examples]
-        labels = [torch.tensor([*[-100] * len(e["prompt"]), *e["answer"]]) for e in examples]
+        ids = [torch.tensor([*e["input_ids"], *e["answer"]]) for e in examples]
+        labels = [torch.tensor([*[-100] * len(e["input_ids"]), *e["answer"]]) for e in examples]
     mask = pad([torch.ones_like(i) for i in ids], batch_first=True)
     reference = model.model(
         input_ids=pad(ids, batch_first=True),
@@ -261,11 +261,11 @@ def test_generated_answers_are_the_most_likely_tokens(tiny_lm, kind):
     for example, answer in zip(examples, model.answers(examples, 3), strict=True):
         told: list[int] = []
         while len(told) < 50 and (not told or told[-1] != model.tokens.end):
-            ids = torch.tensor([example["prompt"]])
+            ids = torch.tensor([example["input_ids"]])
             if kind == "t5":
                 logits = model.model(input_ids=ids, decoder_input_ids=torch.tensor([[model.start, *told]])).logits
             else:
-                logits = model.model(input_ids=torch.tensor([[*example["prompt"], *told]])).logits
+                logits = model.model(input_ids=torch.tensor([[*example["input_ids"], *told]])).logits
             told.append(int(logits[0, -1].argmax()))
         assert answer == model.processor.decode(told, skip_special_tokens=True)
 

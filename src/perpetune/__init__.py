@@ -56,6 +56,7 @@ _HOME = {
     "load_adapter": "tuners",
     "LinearHead": "heads",
     "LabelTextHead": "heads",
+    "ContrastiveHead": "heads",
     "LanguageHead": "heads",
     "PrototypeHead": "heads",
     "RidgeHead": "heads",

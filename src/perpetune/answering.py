@@ -17,15 +17,21 @@ class PromptsRead:
 
     Args:
         model: a transformers language model, or a peft model around it.
-        inputs: `input_ids` and `attention_mask` (N x P) of the prompts; for a decoder padded on the left.
+        inputs: `input_ids` and `attention_mask` (N x P) of the prompts; for a decoder padded on the left. What else the
+            model reads with them, images for instance, is read this once.
         start: the token with which the answers of an encoder-decoder model start; None for a decoder.
     """
 
     def __init__(self, model: Any, inputs: dict[str, Tensor], start: int | None) -> None:
         self.model, self.start = model, start
         self.mask = inputs["attention_mask"]
+        self.following: Tensor | None = None  # the position of an answer's first token: N, or 3 x N
         if start is None:
-            output = model(**inputs, **positions(model, self.mask), **last_logits(model, 1), use_cache=True)
+            place = positions(model, inputs)
+            if place:
+                last = place["position_ids"].amax(-1)
+                self.following = (last if last.ndim == 1 else last.amax(0).expand_as(last)) + 1
+            output = model(**inputs, **place, **last_logits(model, 1), use_cache=True)
             self.encoded = None
         else:
             first = torch.full((len(self.mask), 1), start, device=self.mask.device)
@@ -66,9 +72,10 @@ class PromptsRead:
             encoded = BaseModelOutput(last_hidden_state=self.encoded.repeat_interleave(g, 0))
             inputs = {"attention_mask": mask, "encoder_outputs": encoded, "decoder_input_ids": fed}
         else:
-            whole = torch.cat([mask, torch.ones_like(fed)], 1)
-            place = {k: v[:, -fed.shape[1] :] for k, v in positions(self.model, whole).items()}
-            inputs = {"attention_mask": whole, "input_ids": fed, **place}
+            inputs = {"attention_mask": torch.cat([mask, torch.ones_like(fed)], 1), "input_ids": fed}
+            if self.following is not None:
+                steps = torch.arange(fed.shape[1], device=fed.device)
+                inputs["position_ids"] = self.following.repeat_interleave(g, -1)[..., None] + steps
         logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits  # N g x (K - 1) x V
         return (log_p_of(logits, tokens[:, 1:]) * known[:, 1:]).sum(1).unflatten(0, (N, g))
 
@@ -79,9 +86,18 @@ def log_p_of(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
-    """Positions that do not count padding on the left, for models that are told them."""
-    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if _takes(model, "position_ids") else {}
+def positions(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Positions that do not count padding on the left, for models that are told them: N x T, or 3 x N x T where the
+    model gives the tokens of an image a place in time, height and width (Qwen2-VL, 2409.12191)."""
+    if not _takes(model, "position_ids"):
+        return {}
+    mask = inputs["attention_mask"]
+    if "image_grid_thw" in inputs:
+        told = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+        reader = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+        if reader is not None:
+            return {"position_ids": reader.get_rope_index(**{k: inputs[k] for k in told if k in inputs})[0]}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def last_logits(model: Any, count: int) -> dict[str, int]:

@@ -97,20 +97,24 @@ class Backbone(nn.Module):
     @torch.inference_mode()
     def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """Features of all examples in their order (N x width, fp32, CPU), in eval mode, batched by length."""
-        training, device = self.training, next(self.model.parameters()).device
+        training = self.training
         self.eval()
         out = torch.empty(len(examples), self.width)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].get("input_ids", ())))
         try:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                batch = self.collate([examples[i] for i in chosen])
-                batch.pop("labels")
-                out[chosen] = self(**{k: v.to(device) for k, v in batch.items()}).float().cpu()
+                out[chosen] = self.read([examples[i] for i in chosen]).float().cpu()
                 advance(len(chosen))
         finally:
             self.train(training)
         return out
+
+    def read(self, examples: Examples) -> Tensor:
+        """Features of one batch (N x width), where the model is, in the mode it is in."""
+        device = next(self.model.parameters()).device
+        batch = {k: v.to(device) for k, v in self.collate(examples).items() if k != "labels"}
+        return self(**batch)
 
     def about(self, classes: Sequence[int]) -> Features:
         """`features`, as far as a choice among these classes needs them: here always all."""
@@ -136,6 +140,10 @@ class Backbone(nn.Module):
             )
         rows = datasets.Dataset.from_dict({"text": list(texts), "label": [0] * len(texts), "id": [""] * len(texts)})
         return self.features(self.prepare(rows), batch_size)
+
+    def save_processors(self, folder: str) -> None:
+        """Write the tokenizer or image processor beside an exported model."""
+        self.processor.save_pretrained(folder)
 
 
 def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
@@ -187,7 +195,7 @@ def load_backbone(
     max_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> Backbone:
-    """Load any transformers encoder by hub id or local folder.
+    """Load any transformers encoder by hub id or local folder; for images a dual encoder, too (see `DualBackbone`).
 
     Args:
         name: hub id or folder that `AutoModel` loads.
@@ -215,6 +223,15 @@ def load_backbone(
             f"cannot load `{name}` as a transformers model with a {kind} ({reason}): give a hub id or a folder with "
             "config.json, weights and the processor's files"
         ) from error
+    from .dual import is_dual, load_dual
+
+    if is_dual(model):
+        if modality == "text":
+            raise ModelError(
+                f"`{name}` ({config.model_type}) reads images and texts into one space: give it a stream of images "
+                "with labels or captions, and a text encoder for this one"
+            )
+        return load_dual(model, processor, source, max_length, pooling=pooling, trust_remote_code=trust)
     if not hasattr(config, "hidden_size"):
         raise ModelError(f"`{name}` ({config.model_type}) has no single hidden size: it is not a plain encoder")
     if modality == "text":

@@ -49,7 +49,7 @@ def with_controls(recipes: Sequence[str | dict[str, Any]], modality: str, heads:
     wanted = [*CONTROLS, "pixels_ridge" if modality == "image" else "tfidf_ridge"]
     if modality == "language":  # whose features no ridge can read
         wanted[wanted.index("frozen_ridge")] = "frozen_label_text"
-    elif modality == "text" and any(make_head(h).name == "label_text" for h in heads):
+    elif {"text": "label_text", "image": "contrastive"}[modality] in {make_head(h).name for h in heads}:
         wanted.append("frozen_label_text")
     names = {r if isinstance(r, str) else r.get("name") for r in recipes}
     return [*recipes, *(c for c in wanted if c not in names)]

@@ -35,10 +35,11 @@ class LanguageBackbone(Backbone):
     The label texts of a stream are its answers. `open` says which they are, and how they are read.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, name: str, picture: int | None = None) -> None:
         """
         Args:
             max_length: longest prompt, in tokens.
+            picture: see `PromptTokenizer`.
 
         Raises:
             ModelError: see `PromptTokenizer`; an encoder-decoder model that does not say how answers start.
@@ -54,39 +55,51 @@ class LanguageBackbone(Backbone):
             self.start = config.get_text_config(decoder=True).bos_token_id if self.start is None else self.start
             if self.start is None:
                 raise ModelError(f"`{name}` does not say how its answers start: set decoder_start_token_id")
-        self.tokens = PromptTokenizer(tokenizer, decoder=self.start is None)
+        self.tokens = PromptTokenizer(tokenizer, decoder=self.start is None, picture=picture)
         self.fingerprint = fingerprint(model)
         self.version, self.width = 0, 0
         self.labels: tuple[str, ...] = ()
         self.reads: tuple[Read, ...] = ()
+        self.limit: int | None = None  # of a prompt, in tokens
 
     def open(self, labels: Sequence[str], reads: Sequence[Read]) -> None:
         """Say which answers there are (C label texts), and how they will be read."""
         self.labels, self.reads = tuple(labels), tuple(dict.fromkeys(sorted(reads, reverse=True)))
         self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads)
         self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
-        self.room = self.max_length
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        self.room, self.limit = self.max_length, None
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if self.start is None and limit is not None:  # prompt and answer stand in one sequence
             longest = max(len(self.tokens.answer(text)) for text in self.labels)
-            self.room = min(self.max_length, limit - max(longest, LONGEST_ANSWER * ("generate" in self.reads)))
+            self.limit = limit - max(longest, LONGEST_ANSWER * ("generate" in self.reads))
+            self.room = min(self.max_length, self.limit)
             if self.room < 1:
                 raise ModelError(f"`{self.name}` reads {limit} tokens, and its answers take all of them")
 
     # ---- examples ----
 
     def prepare(self, rows: datasets.Dataset) -> Examples:
-        """Rows with `prompt` or `messages` to tokens: `prompt`, and `answer` with the end-of-sequence token."""
+        """Rows with `prompt` or `messages` to tokens: `input_ids` of the prompt; `answer`, which ends the sequence."""
         column = next((c for c in ("prompt", "messages") if c in rows.column_names), None)
         if column is None:
             raise ModelError(
                 f"`{self.name}` is a language model and reads prompts, but the task has the columns "
                 f'{", ".join(rows.column_names)}: pose texts as instructions (pose="instruction")'
             )
+        if "image" in rows.column_names:
+            raise ModelError(f"`{self.name}` reads no images: use a model that does (LLaVA), or leave out the column")
         read = self.tokens.prompts if column == "prompt" else self.tokens.conversations
-        prompts = read(rows[column][:], self.room)
+        return self._examples(read(rows[column][:], self.room), rows)
+
+    def _examples(self, prompts: Sequence[tuple[list[int], bool]], rows: datasets.Dataset) -> Examples:
         return [
-            {"prompt": prompt, "answer": self.tokens.answer(self.labels[y], blank), "blank": blank, "label": y, "id": i}
+            {
+                "input_ids": prompt,
+                "answer": self.tokens.answer(self.labels[y], blank),
+                "blank": blank,
+                "label": y,
+                "id": i,
+            }
             for (prompt, blank), y, i in zip(prompts, rows["label"], rows["id"], strict=True)
         ]
 
@@ -99,11 +112,12 @@ class LanguageBackbone(Backbone):
         answers = [list(e["answer"]) for e in examples]
         labels = torch.tensor([e["label"] for e in examples])
         if self.start is None:
-            both = [[*e["prompt"], *e["answer"]] for e in examples]
-            return {**self._padded(both), "answers": _pad(answers, IGNORED, left=True), "labels": labels}
+            both = [[*e["input_ids"], *e["answer"]] for e in examples]
+            known = {"answers": _pad(answers, IGNORED, left=True), "labels": labels}
+            return {**self._padded(both), **self._pictures(examples), **known}
         shifted = [[self.start, *answer[:-1]] for answer in answers]
         return {
-            **self._padded([e["prompt"] for e in examples]),
+            **self._padded([e["input_ids"] for e in examples]),
             **{f"decoder_{k}": v for k, v in self._padded(shifted).items()},
             "answers": _pad(answers, IGNORED, left=False),
             "labels": labels,
@@ -114,14 +128,18 @@ class LanguageBackbone(Backbone):
         mask = _pad([[1] * len(s) for s in sequences], 0, left)
         return {"input_ids": _pad(sequences, self.tokens.pad, left), "attention_mask": mask}
 
+    def _pictures(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """What a batch reads besides tokens: nothing."""
+        return {}
+
     # ---- reading ----
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """log p(answer | prompt) and the number of its tokens, the end-of-sequence token among them: (N x 2)."""
         answers = inputs.pop("answers")
         if self.start is None:
-            mask, keep = inputs["attention_mask"], answers.shape[1] + 1
-            extra = {**positions(self.model, mask), **last_logits(self.model, keep)}
+            keep = answers.shape[1] + 1
+            extra = {**positions(self.model, inputs), **last_logits(self.model, keep)}
             logits = self.model(**inputs, **extra, use_cache=False).logits[:, -keep:-1]
         else:
             logits = self.model(**inputs, use_cache=False).logits
@@ -149,7 +167,7 @@ class LanguageBackbone(Backbone):
         self.eval()
         asked = sorted({e["label"] for e in examples} if classes is None else set(classes))
         out = torch.full((len(examples), self.width), -torch.inf)
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["prompt"]))
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
         try:
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
@@ -198,7 +216,7 @@ class LanguageBackbone(Backbone):
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
     def _inputs(self, examples: Examples) -> dict[str, Tensor]:
-        return self._here(self._padded([e["prompt"] for e in examples]))
+        return self._here({**self._padded([e["input_ids"] for e in examples]), **self._pictures(examples)})
 
     def _here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
@@ -226,7 +244,8 @@ def load_language_model(
     name: str | Path, *, max_length: int | None = None, trust_remote_code: bool = False
 ) -> LanguageBackbone:
     """Load any transformers language model by hub id or local folder: `AutoModelForSeq2SeqLM` where its configuration
-    says that it is an encoder and a decoder, else `AutoModelForCausalLM`.
+    says that it is an encoder and a decoder, `AutoModelForImageTextToText` where it reads images, else
+    `AutoModelForCausalLM`.
 
     Args:
         name: hub id or folder.
@@ -236,22 +255,35 @@ def load_language_model(
         ModelError: it cannot be loaded, or its weights have no language modelling head.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoProcessor,
+        AutoTokenizer,
+    )
+
+    from .pictured import PicturedBackbone, reads_images
 
     source, trust = str(name), trust_remote_code
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-            auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            pictures = reads_images(config)
+            decoder: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+            auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else decoder
             model, info = auto.from_pretrained(
                 source, config=config, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            reads: Any = AutoProcessor if pictures else AutoTokenizer
+            processor = reads.from_pretrained(source, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load `{name}` as a language model with a tokenizer ({reason}): give a hub id or a folder with "
-            "config.json, weights and the tokenizer's files"
+            "config.json, weights and the files of the tokenizer, or of the processor where it reads images (one that "
+            "reads videos, too, as Qwen2-VL's, needs the package torchvision)"
         ) from error
     if info["missing_keys"]:
         raise ModelError(
@@ -259,8 +291,10 @@ def load_language_model(
             "give one with a language modelling head, or a stream of `text` and `label` for an encoder"
         )
     reader = getattr(config, "encoder", config)  # a model made of an encoder and a decoder has a configuration for each
-    limits = [max_length or 512, getattr(reader, "max_position_embeddings", None) or max_length or 512]
-    return LanguageBackbone(model, tokenizer, max_length=min(limits), name=str(name))
+    limit = getattr(reader.get_text_config(), "max_position_embeddings", None)
+    longest = min(max_length or 512, limit or max_length or 512)
+    kind = PicturedBackbone if pictures else LanguageBackbone
+    return kind(model, processor, max_length=longest, name=str(name))
 
 
 def _pad(sequences: list[list[int]], value: int, left: bool) -> Tensor:

@@ -17,9 +17,10 @@ from . import run as run_directory
 from .backbone import Backbone, Examples, FixedFeatures, Pooling, load_backbone
 from .compose import choose, plain
 from .consolidation import Consolidation
+from .dual import DualBackbone
 from .errors import ConfigError, RunError, nearest
 from .evaluation import Evaluator, best_class
-from .heads import Head, LanguageHead, make_head
+from .heads import ContrastiveHead, Head, LanguageHead, make_head
 from .language import LanguageBackbone, load_language_model
 from .machine import default_device
 from .progress import Progress
@@ -27,6 +28,7 @@ from .reading import routed_scores
 from .recipe import Recipe
 from .recipes import make_recipe
 from .run import Commit, Run, active
+from .suited import suited
 from .training import resolve_training
 from .tuners import NoNetwork
 
@@ -57,6 +59,7 @@ class Learned:
         pooling: Pooling | None = None,
         max_length: int | None = None,
         trust_remote_code: bool = False,
+        evaluate_every: int = 1,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -73,6 +76,7 @@ class Learned:
             "max_length": max_length,
             "trust_remote_code": trust_remote_code,
         }
+        self.evaluate_every = evaluate_every
         self.device = torch.device(device) if device is not None else default_device()
         self.progress = progress or Progress()
         self._temporary = tempfile.TemporaryDirectory() if run is None else None
@@ -136,32 +140,10 @@ class Learned:
         return load_language_model(self.model_name, **options).to(self.device)
 
     def _check_heads(self, backbone: Backbone) -> None:
-        """Language models are read by language heads, which take the place of a recipe's own, and nothing else is.
-
-        Raises:
-            ConfigError: heads that were asked for read something else, or what the model is tuned with does.
-        """
-        speaks = isinstance(backbone, LanguageBackbone)
-        strange = [head for head in self._recipe.heads if isinstance(head, LanguageHead) != speaks]
-        if strange and not speaks:
-            raise ConfigError(
-                f"head `{strange[0].name}` reads the answers of a language model: use a stream of prompts (or "
-                'pose="instruction"), or another head'
-            )
-        if strange and (self._heads_given or not (self._recipe.tuner.trains or strange[0].trains)):
-            raise ConfigError(
-                f"head `{strange[0].name}` reads pooled features, and prompts are answered by a language model: use "
-                "the heads language or language_generated"
-            )
-        if speaks and self._recipe.consolidation.routed:
-            raise ConfigError(
-                f"{type(self._recipe.consolidation).__name__} finds out tasks from pooled features, which language "
-                "models do not give here: use a recipe with one model for all tasks (`lora`, `olora`)"
-            )
-        if strange:
-            self._recipe = self._recipe.with_heads([LanguageHead()])
-            self.recipe = copy.deepcopy(self._recipe)
-            self.heads = self.recipe.heads
+        """Read the model with heads that suit it; see `suited`."""
+        self._recipe = suited(self._recipe, backbone, self._heads_given)
+        self.recipe = copy.deepcopy(self._recipe)
+        self.heads = self.recipe.heads
 
     def frozen_features(self, rows: datasets.Dataset, modality: Any) -> Tensor:
         """Features of the base model, nothing learned (N x width); rows with the columns of `Task.train`."""
@@ -190,6 +172,9 @@ class Learned:
             backbone.open(labels, [head.read for head in self.heads if isinstance(head, LanguageHead)])
         first = self.heads[0]
         self._surrogate = None if first.trains or not recipe.tuner.trains else first.trainer()
+        if isinstance(backbone, DualBackbone):
+            read = next((head for head in self.heads if isinstance(head, ContrastiveHead)), first)
+            backbone.open(read.label_prompts(labels), paired=isinstance(self._surrogate or first, ContrastiveHead))
         for head in self._all_heads():
             embeddings = None
             if head.needs_label_embeddings:
@@ -242,8 +227,8 @@ class Learned:
         classes: Sequence[str] | None = None,
         task: str | None = None,
     ) -> list[str]:
-        """Label texts for new inputs: texts, (text, text_pair) tuples, PIL images, prompts, or lists of messages. An
-        empty text where a generated answer names no class.
+        """Label texts for new inputs: texts, (text, text_pair) tuples, PIL images, prompts, (image, prompt) tuples, or
+        lists of messages. An empty text where a generated answer names no class.
 
         An input is answered as if it were alone, whatever else is asked with it: only the last bits of scores differ
         (padding to the longest of a batch makes sums round anew, 2e-7 with MiniLM), so a tie alone could be decided
@@ -278,6 +263,7 @@ class Learned:
         table = {c: [r[i] for r in rows] for i, c in enumerate(columns[: len(rows[0])] if rows else ())}
         if not rows:
             return []
+        self._evaluator.embed([by_name[head or self.heads[0].name]], labels, [allowed])
         data = datasets.Dataset.from_dict({**table, "label": [0] * len(rows), "id": [""] * len(rows)})
         scores = self._scores(by_name[head or self.heads[0].name], backbone.prepare(data), len(labels), task, allowed)
         return [labels[c] if c >= 0 else "" for c in best_class(scores, allowed).tolist()]
@@ -355,7 +341,7 @@ class Learned:
         model = model.to(dtype=getattr(torch, dtype))
         with run_directory.writing(Path(folder)):
             model.save_pretrained(str(folder))
-            backbone.processor.save_pretrained(str(folder))
+            backbone.save_processors(str(folder))
         return Path(folder)
 
 

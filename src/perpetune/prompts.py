@@ -21,13 +21,14 @@ class PromptTokenizer:
         tokenizer: of transformers, a fast one.
         decoder: whether the answer follows the prompt in one sequence. The prompt then ends without special tokens, and
             the answer is tokenised as it stands behind it: after a blank, unless the prompt ends with one.
+        picture: the token that stands for an image in a prompt, and is never cut; None: prompts have no images.
 
     Raises:
         ModelError: a tokenizer without offsets or without an end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, *, decoder: bool) -> None:
-        self.tokenizer, self.decoder = tokenizer, decoder
+    def __init__(self, tokenizer: Any, *, decoder: bool, picture: int | None = None) -> None:
+        self.tokenizer, self.decoder, self.picture = tokenizer, decoder, picture
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
             raise ModelError(f"{kind} tells no offsets, which say where a passage is: use a fast tokenizer")
@@ -67,7 +68,8 @@ class PromptTokenizer:
                 tokens.pop()
             if len(tokens) > 1 and tokens[0][0] == tokens[1][0] == self.tokenizer.bos_token_id:
                 tokens.pop(0)  # the text brings its own
-            passage = [i for i, (_, (a, b), added) in enumerate(tokens) if first <= a < b <= last and not added]
+            inside = [first <= a < b <= last and not added and t != self.picture for t, (a, b), added in tokens]
+            passage = [i for i, cuttable in enumerate(inside) if cuttable]
             lost = _middle(passage, len(tokens) - room)
             if lost is None:
                 raise ModelError(

@@ -28,6 +28,8 @@ def opened(name, labels=LABELS, width=WIDTH, seed=3):
         torch.stack([EMBEDDINGS[label] for label in labels]) if width == WIDTH else torch.ones(len(labels), width)
     )
     head.open(width, labels, seed=seed, label_embeddings=embeddings if head.needs_label_embeddings else None)
+    if head.follows_texts:
+        head.embed(range(len(labels)), embeddings)
     return head
 
 
@@ -97,8 +99,9 @@ def test_scores_have_one_column_per_class(name):
     assert scores.shape == (40, 6) and torch.isfinite(scores[:, :4]).all()
     assert head.knows([0, 1, 2, 3])
     unseen = scores[:, 4:]
-    assert torch.isfinite(unseen).all() if head.needs_label_embeddings else (unseen == -torch.inf).all()
-    assert head.knows([4]) == head.needs_label_embeddings
+    by_name = head.needs_label_embeddings or head.follows_texts
+    assert torch.isfinite(unseen).all() if by_name else (unseen == -torch.inf).all()
+    assert head.knows([4]) == by_name
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -159,7 +162,7 @@ def test_a_forgotten_task_has_never_been(name):
         assert all(torch.equal(saved[key], value) for key, value in never.state().items())
         with pytest.raises(HeadError, match="not seen"):
             head.forget(1, [2, 3], states[1], states[2])
-    if not head.needs_label_embeddings:
+    if not (head.needs_label_embeddings or head.follows_texts):
         assert (head.scores(QUERY)[:, [2, 3]] == -torch.inf).all() and not head.knows([2])
     small = opened(name, labels=[LABELS[c] for c in (4, 5, 1, 0)])  # the others may leave the stream
     small.load_state(safetensors.torch.load(safetensors.torch.save(saved)))

@@ -8,6 +8,7 @@ from typing import Any
 from ..checked import call_checked
 from ..errors import ConfigError, nearest
 from .base import Head
+from .contrastive import ContrastiveHead
 from .label_text import LabelTextHead
 from .language import LanguageHead, Read
 from .linear import LinearHead
@@ -47,6 +48,7 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
     "linear": LinearHead,
     "linear_seen": linear_seen,
     "label_text": LabelTextHead,
+    "contrastive": ContrastiveHead,
     "language": LanguageHead,
     "language_generated": language_generated,
     "ncm": PrototypeHead,
@@ -80,6 +82,7 @@ def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
 
 __all__ = [
     "HEADS",
+    "ContrastiveHead",
     "Head",
     "LabelTextHead",
     "LanguageHead",

@@ -28,6 +28,7 @@ class Head(nn.Module):
     name: str = ""
     trains: bool = False
     needs_label_embeddings: bool = False
+    follows_texts: bool = False  # reads label texts under the model as it is now, see `embed`
     refresh: bool = False  # statistics are gathered anew from all tasks, after every task
 
     def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
@@ -35,6 +36,16 @@ class Head(nn.Module):
 
         `label_embeddings` (C x width): features of the label texts under the untouched model; given only to a head that
         asks for them with `needs_label_embeddings`.
+        """
+        raise NotImplementedError
+
+    def embed(self, classes: Sequence[int], label_embeddings: Tensor) -> None:
+        """Features of the label texts of some classes (k x width) under the model as it is now.
+
+        Asked of heads with `follows_texts` alone, before they are read, whenever the model has changed.
+
+        Raises:
+            HeadError: they are of another shape, or not finite.
         """
         raise NotImplementedError
 

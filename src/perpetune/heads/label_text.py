@@ -38,9 +38,7 @@ class LabelTextHead(TrainedHead):
         super().__init__(loss)
         if not temperature > 0:
             raise ConfigError(f"label_text head: temperature={temperature}; give a positive number")
-        if not _has_one_place(template):
-            raise ConfigError(f'label_text head: template={template!r}; give a text with one "{{}}" for the label')
-        self.temperature, self.template = temperature, template
+        self.temperature, self.template = temperature, checked_template(self.name, template)
 
     def label_prompts(self, labels: Sequence[str]) -> list[str]:
         """The texts to embed for these labels."""
@@ -106,9 +104,16 @@ class LabelTextHead(TrainedHead):
         self.embeddings[columns] = saved
 
 
-def _has_one_place(template: str) -> bool:
+def checked_template(head: str, template: str) -> str:
+    """The template as it is.
+
+    Raises:
+        ConfigError: there is not exactly one "{}" in it.
+    """
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError:  # an unbalanced brace
-        return False
-    return fields == [""]
+        fields = []
+    if fields != [""]:
+        raise ConfigError(f'{head} head: template={template!r}; give a text with one "{{}}" for the label')
+    return template

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import RuleError
 from ..linear_map import LinearMap
+from ..towers import text_tower
 from .lora_sites import lora_pairs
 from .modes import modes_kept
 
@@ -100,21 +101,24 @@ def see_inputs(
 
     `mask` is the batch's `attention_mask` or `decoder_attention_mask` (N x T) where X is N x T x d or N T x d; else
     None, and every row counts. So it is, too, where a decoder's inputs have as many rows as the encoder's and could be
-    mistaken for them.
+    mistaken for them, and outside of the text tower of a model that reads images as well.
     """
     masks: list[Tensor] = []
+    text = text_tower(model)
+    masked = None if text is None else {id(module) for module in text.modules()}
 
-    def show(site: LinearMap, X: Tensor) -> None:
-        fitting = [mask for mask in masks if X.shape[:-1] in (mask.shape, (mask.numel(),))]
+    def show(site: LinearMap, module: nn.Module, X: Tensor) -> None:
+        known = masks if masked is None or id(module) in masked else []
+        fitting = [mask for mask in known if X.shape[:-1] in (mask.shape, (mask.numel(),))]
         see(site, X, fitting[0] if len(fitting) == 1 else None)
 
     def listen(site: LinearMap, module: nn.Module) -> RemovableHandle:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            show(site, args[0] if args else next(iter(kwargs.values())))
+            show(site, module, args[0] if args else next(iter(kwargs.values())))
 
         if site.reads == "input":
             return module.register_forward_pre_hook(look, with_kwargs=True)
-        return module.register_forward_hook(lambda _, args, output: show(site, output))
+        return module.register_forward_hook(lambda _, args, output: show(site, module, output))
 
     handles = [listen(site, module) for site in sites for module in site.modules]
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import RuleError
 from .linear_sites import reshard
 from .modes import modes_kept
 
@@ -25,9 +26,15 @@ class Probes:
     tasks: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
 
     def add(self, model: nn.Module, batches: Iterable[dict[str, Tensor]], number: int) -> None:
-        """Keep the first `number` inputs of the first batch, and the model's output for them."""
+        """Keep the first `number` inputs of the first batch, and the model's output for them. A model whose inputs are
+        not one row for each example may say what they are, by `first_examples(batch, number)`.
+
+        Raises:
+            RuleError: an input that has not one row for each example, as the patches of Qwen2-VL's images.
+        """
+        first = getattr(model, "first_examples", _first_rows)
         for batch in islice(batches, 1):
-            inputs = {k: v[:number].cpu().clone() for k, v in batch.items()}
+            inputs = {k: v.cpu().clone() for k, v in first(batch, number).items()}
             self.tasks.append((inputs, _output(model, inputs)))
 
     def drift(self, model: nn.Module) -> float:
@@ -55,6 +62,14 @@ class Probes:
         return cls(
             [({k[len("input.") :]: v for k, v in t.items() if k.startswith("input.")}, t["output"]) for t in tasks]
         )
+
+
+def _first_rows(batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    rows = {name: len(tensor) for name, tensor in batch.items()}
+    odd = [name for name, count in rows.items() if count != min(rows.values())]
+    if odd:
+        raise RuleError(f"no probes can be taken of `{odd[0]}`, whose rows are not examples: set probes to 0")
+    return {name: tensor[:number] for name, tensor in batch.items()}
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, nearest
 from ..measurement import Measurement
+from ..towers import decoder_name
 
 QUERY_VALUE = "query_value"
 BLOCK_OUTPUTS = "block_outputs"
@@ -190,7 +191,8 @@ class PeftTuner(Tuner):
     Args:
         config: a `PeftConfig`. `target_modules="query_value"` finds this model's query and value projections,
             "block_outputs" the output projections of attention and feed-forward network, "key_value_ffn" keys, values
-            and feed-forward outputs (the last alone in `feedforward_modules` of IA3).
+            and feed-forward outputs (the last alone in `feedforward_modules` of IA3); of a model that reads images and
+            answers in words those of its decoder alone.
     """
 
     def __init__(self, config: Any) -> None:
@@ -314,15 +316,22 @@ def resolve_targets(model: nn.Module, targets: str | set[str] | list[str]) -> st
     Raises:
         ModelError: one does not; names the nearest that does.
     """
-    linear = [n for n, m in model.named_modules() if _is_linear(m)]
-    suffixes = {n.rsplit(".", 1)[-1] for n in linear}
     kind = type(model).__name__
     if targets == "all-linear":
         return "all-linear"
+    decoder = decoder_name(model)
+    if decoder and targets in (QUERY_VALUE, KEY_VALUE_FFN, BLOCK_OUTPUTS):
+        part = model.get_submodule(decoder.rstrip("."))
+        ends = resolve_targets(part, targets)
+        return [f"{decoder}{n}" for n, _ in part.named_modules() if any(_ends(n, end) for end in ends)]
+    linear = [n for n, m in model.named_modules() if _is_linear(m)]
+    suffixes = {n.rsplit(".", 1)[-1] for n in linear}
     if targets in (QUERY_VALUE, KEY_VALUE_FFN):
-        for names in _QUERY_VALUE_NAMES if targets == QUERY_VALUE else _KEY_VALUE_NAMES:
-            if suffixes.issuperset(names):
-                return [*names, *(_feed_forward_outputs(model) if targets == KEY_VALUE_FFN else ())]
+        # two towers may call theirs by different names
+        known = _QUERY_VALUE_NAMES if targets == QUERY_VALUE else _KEY_VALUE_NAMES
+        found = [name for names in known if suffixes.issuperset(names) for name in names]
+        if found:
+            return [*found, *(_feed_forward_outputs(model) if targets == KEY_VALUE_FFN else ())]
         words = str(targets).split("_")[:2]
         raise ModelError(
             f"cannot tell the {' and '.join(words)} projections of {kind}; it has {', '.join(sorted(suffixes))}"
@@ -360,7 +369,8 @@ def _block_outputs(model: nn.Module) -> list[str]:
 
 def _feed_forward_outputs(model: nn.Module) -> list[str]:
     """Whole names: some ends are those of attention outputs, too."""
-    names = [n for n, m in model.named_modules() if _is_linear(m)]
+    decoder = decoder_name(model)
+    names = [n for n, m in model.named_modules() if n.startswith(decoder) and _is_linear(m)]
     behind_attention = [n for n in names if any(_ends(n, e) for e in _ATTENTION_OUTPUTS)]
     return [n for n in names if n not in behind_attention and any(_ends(n, e) for e in _FEED_FORWARD_OUTPUTS)]
 

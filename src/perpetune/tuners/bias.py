@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, RuleError
 from ..linear_map import LinearMap, Tap
+from ..towers import decoder_name
 from .base import UNCALLED_PARTS
 from .registration import OwnConfig, OwnLayer, OwnTuner, register
 
@@ -118,7 +119,8 @@ class BiasModel(OwnTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
-            names = set(_biased(self.model))
+            decoder = decoder_name(self.model)
+            names = {name for name in _biased(self.model) if name.startswith(decoder)}
             # peft does not count layers for whole names, so that it is asked about their ends.
             ends = replace(peft_config, target_modules={name.rpartition(".")[2] for name in names})
             peft_config.target_modules = {name for name in names if self._check_target_module_exists(ends, name)}

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
+from ..towers import decoder_name
 
 # Names of key projections, and of the value projections beside them; in `c_attn`, GPT-2's, both are one.
 VALUE_OF = {"key": "value", "k_proj": "v_proj", "k_lin": "v_lin", "k": "v", "c_attn": "c_attn"}
@@ -79,13 +80,15 @@ def _width(projection: Any, fused: bool) -> int | None:
 
 
 def key_projections(model: nn.Module) -> set[str]:
-    """Ends of module names by which the key projections of all self-attentions, and nothing else, are found.
+    """Ends of module names by which the key projections of all self-attentions, and nothing else, are found; of a model
+    that reads images and answers in words those of its decoder.
 
     Raises:
         ModelError: there is none of a known name.
     """
     names = [name for name, _ in model.named_modules() if name]
-    keys = {name for name in names if _is_key_projection(model, name)}
+    decoder = decoder_name(model)
+    keys = {name for name in names if name.startswith(decoder) and _is_key_projection(model, name)}
     if not keys:
         raise ModelError(
             f"no attention of {type(model).__name__} has a key projection of a known name ({', '.join(VALUE_OF)}): "
