@@ -8,10 +8,12 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from perpetune import ConfigError, Learner, RunError, TrainingError, load_stream
+from perpetune.gate import judge
 from perpetune.learner import task_seed
 from perpetune.recipes import RECIPES
 from perpetune.run import Run
@@ -394,3 +396,44 @@ def test_a_real_encoder_on_real_tasks(streams_dir, minilm, tmp_path):
     assert result.matrix("ridge", "class").values[-1].mean() > 0.4  # six classes
     zero_shot = Learner(minilm, "frozen_label_text", tmp_path / "z", max_length=32).learn(stream)
     assert zero_shot.matrix("label_text", "task").baseline[0] > 0.4  # four topics, by their names alone
+
+
+@pytest.mark.parametrize("every, rows", [(1, [1, 2, 3]), (2, [1, 2, 3]), (0, [1, 1, 3])])
+def test_how_often_all_tasks_are_evaluated(every, rows, stream, model, tmp_path):
+    """In between, the task just learned alone; what is learned, and read at the end, does not depend on it."""
+    whole = Learner(model, "lora", tmp_path / "whole", training=TRAINING).learn(stream)
+    options = {"training": TRAINING, "evaluate_every": every}
+    learner = Learner(model, "lora", tmp_path / "r", **options)
+    learner.learn(stream.select(["films"]))  # the end of a stream that then grows
+    result = Learner(model, "lora", tmp_path / "r", **options).learn(stream)
+    a, b = result.matrix("linear", "class").values, whole.matrix("linear", "class").values
+    assert [int((~np.isnan(row[: i + 1])).sum()) for i, row in enumerate(a)] == rows
+    assert np.array_equal(a[~np.isnan(a)], b[~np.isnan(a)])
+    record = next(r for r in result.records() if r.scenario == "class")
+    assert record.plasticity is not None and record.backward_transfer is not None
+    assert (record.average_incremental_accuracy is None) == (every == 0)
+    assert result.summary() and len(result.commits) == 4
+    if every == 0:
+        with pytest.raises(ConfigError, match="not evaluated"):
+            judge(result, max_forgetting=0.5, min_gain=0.0)
+
+
+def test_seldom_evaluation_gives_the_same_bits_when_stopped(stream, model, tmp_path, monkeypatch):
+    options = {"training": TRAINING, "evaluate_every": 2}
+    Learner(model, "routed", tmp_path / "whole", **options).learn(stream)
+    stopped = Learner(model, "routed", tmp_path / "stopped", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "commit", _stops_before(Run.commit, "mood"))
+        with pytest.raises(KeyboardInterrupt):
+            stopped.learn(stream)
+    Learner(model, "routed", tmp_path / "stopped", **options).learn(stream)
+    assert commits(tmp_path / "whole") == commits(tmp_path / "stopped")
+
+
+def _stops_before(commit, name):
+    def interrupted(self, task, files, facts):
+        if task == name:
+            raise KeyboardInterrupt
+        return commit(self, task, files, facts)
+
+    return interrupted

@@ -33,6 +33,7 @@ class Evaluator:
         self._examples: dict[tuple[str, str], Examples] = {}
         self._features: dict[tuple[str, str], tuple[int, Tensor]] = {}
         self._views: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        self._embedded: dict[str, tuple[int, set[int]]] = {}
         self.drift: dict[str, float] = {}
 
     def features(self, task: Task, split: str, classes: Sequence[int] = ()) -> Tensor:
@@ -49,12 +50,34 @@ class Evaluator:
                 self._features[key] = (self.backbone.version, features)
         return features
 
+    def embed(self, heads: Sequence[Head], labels: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
+        """Show heads that follow the texts of labels what these are under the model as it is now.
+
+        Args:
+            labels: of all classes.
+            groups: classes that are read together, so that a group has the same bits whatever follows it.
+        """
+        for head in heads:
+            if not head.follows_texts:
+                continue
+            version, done = self._embedded.get(head.name, (-1, set()))
+            if version != self.backbone.version:
+                done = set()
+            for group in groups:
+                new = [c for c in group if c not in done]
+                if new:
+                    texts = head.label_prompts([labels[c] for c in new])
+                    head.embed(new, self.backbone.label_embeddings(texts, self.batch_size))
+                    done.update(new)
+            self._embedded[head.name] = (self.backbone.version, done)
+
     def _prepared(self, task: Task, split: str) -> Examples:
         key = (task.name, split)
         if key in self._examples:
             return self._examples[key]
         examples = self.backbone.prepare(getattr(task, split))
-        if split == "test" and self.backbone.modality != "image":  # pixels would fill the memory
+        pixels = self.backbone.modality == "image" or any("picture" in e for e in examples)
+        if split == "test" and not pixels:  # which would fill the memory
             self._examples[key] = examples
         return examples
 
@@ -89,7 +112,9 @@ class Evaluator:
             some = every[:PROBE]
             then = self.viewed(consolidation, task, before, some)
             self.drift[task.name] = self.backbone.change(self._view(consolidation, task, own, some), then)
-        weights = consolidation.candidates_of(self.viewed(consolidation, task, None, every), own)
+        told = consolidation.needs_task  # and then no features say anything of the route
+        seen = torch.empty(len(every), 0) if told else self.viewed(consolidation, task, None, every)
+        weights = consolidation.candidates_of(seen, own)
 
         def scores(head: Head, given: int | None) -> Tensor:
             shown = weights
@@ -102,12 +127,18 @@ class Evaluator:
         return weights, scores
 
     def predictions(
-        self, stream: Stream, step: Step | None, heads: Sequence[Head], consolidation: Consolidation
+        self,
+        stream: Stream,
+        step: Step | None,
+        heads: Sequence[Head],
+        consolidation: Consolidation,
+        first: int = 0,
     ) -> dict[str, Tensor]:
         """Predicted classes of every head on the tasks learned so far, and on the next ones that it can name already.
 
         Args:
             step: the step just learned; None for the untouched model, which is asked about all tasks.
+            first: number of the first task that is read; those before it are left out.
 
         Returns:
             `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32, -1 where a head names no class. Where the model
@@ -115,35 +146,38 @@ class Evaluator:
             tasks it is shown to.
         """
         learned = step.learned if step is not None else 0
-        seen = {c for task in stream.tasks[:learned] for c in task.classes}
+        seen = {c for task in stream.tasks[:learned] for c in task.candidates}
         ahead = stream.tasks[learned : learned + 1] if step is not None else stream.tasks
+        self.embed(heads, stream.labels, [task.candidates for task in (*stream.tasks[:learned], *ahead)])
         learned_in = {t.name: s.index for s in consolidation.schedule(stream) for t in s.tasks}
         out: dict[str, Tensor] = {}
         for position, task in enumerate((*stream.tasks[:learned], *ahead)):
+            if position < first:
+                continue
             known = position < learned
             # b_j of the untouched model and a(j - 1, j) must choose among the same classes
-            before = {c for t in stream.tasks[:position] for c in t.classes} if step is None else seen
+            before = {c for t in stream.tasks[:position] for c in t.candidates} if step is None else seen
             able = [head for head in heads if known or head.knows(task.classes)]
             routed = consolidation.routed and step is not None
-            if routed and not known and (consolidation.needs_task or not seen.issuperset(task.classes)):
+            if routed and not known and (consolidation.needs_task or not seen.issuperset(task.candidates)):
                 continue  # no adapter knows these classes
             if not able:
                 continue
-            first = learned_in[task.name]
-            own = consolidation.reads(first, step.index) if step is not None and known else None
+            when = learned_in[task.name]
+            own = consolidation.reads(when, step.index) if step is not None and known else None
             if routed and step is not None:
-                last = consolidation.reads(first, max(first, step.index - 1)) if known else None
+                last = consolidation.reads(when, max(when, step.index - 1)) if known else None
                 weights, scores = self._routed(consolidation, stream, task, own, last)
                 route = weights.argmax(1).to(torch.int32)
                 # a state that was reopened by a later task is still the task's own
-                out[f"route/{task.name}"] = route if own is None else route.masked_fill(route == own, first)
+                out[f"route/{task.name}"] = route if own is None else route.masked_fill(route == own, when)
                 out[f"asked/{task.name}"] = (weights > -torch.inf).sum(1).to(torch.int32)
             else:
                 scores = partial(_scores, self.features(task, "test", choices(stream, task, before)))
             out[f"target/{task.name}"] = torch.tensor(task.test["label"][:], dtype=torch.int32)
             for head in able:
                 for scenario in readings(stream):
-                    allowed = sorted(task.classes) if scenario == "task" else sorted({*before, *task.classes})
+                    allowed = sorted(task.candidates) if scenario == "task" else sorted({*before, *task.candidates})
                     chosen = best_class(scores(head, own if scenario == "task" else None), allowed)
                     out[f"{head.name}/{scenario}/{task.name}"] = chosen.to(torch.int32)
         return out
@@ -156,7 +190,7 @@ def readings(stream: Stream) -> tuple[str, ...]:
 
 def choices(stream: Stream, task: Task, seen: Collection[int]) -> list[int]:
     """The classes among which an example of a task is ever to be placed, once others have been seen."""
-    return sorted(task.classes if readings(stream) == ("task",) else {*seen, *task.classes})
+    return sorted(task.candidates if readings(stream) == ("task",) else {*seen, *task.candidates})
 
 
 def best_class(scores: Tensor, allowed: Sequence[int]) -> Tensor:

@@ -121,7 +121,8 @@ def judge(
         head, scenario: which reading; None takes the first head, and the scenario of the stream.
 
     Raises:
-        ConfigError: settings out of range, an unknown head or scenario, or tasks that were learned all at once.
+        ConfigError: settings out of range, an unknown head or scenario, tasks that were learned all at once, or
+            earlier tasks that were not evaluated (evaluate_every).
         RunError: nothing is learned yet.
     """
     for name, value in (("max-forgetting", max_forgetting), ("min-gain", min_gain)):
@@ -149,6 +150,10 @@ def judge(
         known = ((float((found[task] == targets[task]).mean()), what) for found, what in references if task in found)
         reference, against = next(known, (chance, "chance"))
     tasks, classes = [], []
+    if missing := [j for j in earlier if j not in old or j not in new]:
+        raise ConfigError(
+            f"`{missing[0]}` was not evaluated both before and after the newest task: learn with evaluate_every: 1"
+        )
     for j in earlier:
         target = targets[j]
         was, now = old[j] == target, new[j] == target

@@ -46,6 +46,8 @@ class Learner(Learned):
         training: names of `transformers.TrainingArguments`, and `head_learning_rate`.
         seed: decides everything random.
         pooling, max_length, trust_remote_code: see `load_backbone`.
+        evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
+            (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
         device: where to train and predict; None takes an accelerator where there is one.
         progress: a display; None shows nothing.
 
@@ -62,7 +64,7 @@ class Learner(Learned):
     def from_config(cls, config: RunConfig, **instead: Any) -> Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
-        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code")
+        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code", "evaluate_every")
         settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
         settings |= {name: getattr(config, name) for name in names}
         return cls(config.model, **{**settings, **instead})
@@ -83,10 +85,13 @@ class Learner(Learned):
                 if not run.commits:
                     self._commit_untouched(run, stream)
                 done = len(active(run.commits))
-                goes_on = 0 < done < len(steps) and not consolidation.routed
+                goes_on = 0 < done < len(steps) and not consolidation.routed and self.evaluate_every == 1
                 for task in stream.tasks[: steps[done].first] if goes_on else ():
                     seen = {c for t in stream.tasks[: steps[done].first] for c in t.classes}
                     self._evaluator.features(task, "test", choices(stream, task, seen))  # before what is learned next
+                if 0 < done < len(steps):
+                    learned = stream.tasks[: steps[done].first]
+                    self._evaluator.embed(self.heads, stream.labels, [task.candidates for task in learned])
                 for step in steps[done:]:
                     started = time.perf_counter()
                     set_seed(task_seed(self.seed, step.name))
@@ -110,7 +115,10 @@ class Learner(Learned):
                     consolidation.end_task(step)
                     trained = time.perf_counter()
                     self._observe(step, stream)
-                    predictions = self._evaluator.predictions(stream, step, self.heads, consolidation)
+                    due = step is steps[-1] or (self.evaluate_every > 0 and (step.index + 1) % self.evaluate_every == 0)
+                    predictions = self._evaluator.predictions(
+                        stream, step, self.heads, consolidation, first=0 if due else step.first
+                    )
                     measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]
                     measured += [*self._stale(step), *self._moved(step, stream)]
                     commit = run.commit(step.name, self._files(predictions), self._facts(stream, step, measured))
@@ -317,6 +325,8 @@ class Learner(Learned):
 
     def _moved(self, step: Step, stream: Stream) -> list[Measurement]:
         """How far the features of earlier tasks' test inputs have moved: what forgetting is made of."""
+        if self.evaluate_every != 1:  # how far since when would depend on where a run was stopped
+            return []
         drifts = [self._evaluator.drift[task.name] for task in stream.tasks[: step.first]]
         if not drifts or not self.recipe.tuner.trains:
             return []
