@@ -17,8 +17,9 @@ from perpetune.run import Run
 
 LORA = [name for name in RECIPES if "lora" in name and not name.startswith("pegp")]
 PROJECTION = [name for name in RECIPES if name.startswith(("pegp", "gpm"))]
-OTHERS = ["sequential", "sotu", "child_tuning_d", "replay"]
-ON_T5 = [name for name in (*LORA, *PROJECTION) if "released" not in name] + ["sequential", "sotu"]
+ROTATIONS = ["oft", "coft", "goft", "goft_norm", "qgoft"]
+OTHERS = ["sequential", "sotu", "task_arithmetic", "child_tuning_f", "child_tuning_d", "sam", "replay", *ROTATIONS]
+ON_T5 = [name for name in (*LORA, *PROJECTION) if "released" not in name] + ["sequential", "sotu", "goft"]
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
 
 
@@ -86,6 +87,13 @@ def test_a_run_that_was_stopped_has_the_bits_of_one_that_was_not(kind, source, t
     assert len(files) > 12
     for file in files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+
+
+def test_training_batches_by_length(source, tiny_lm, tmp_path):
+    """Prompts of about one length together, by the Trainer's own sampler, which looks for `input_ids`."""
+    training = {**TRAINING, "train_sampling_strategy": "group_by_length"}
+    result = Learner(tiny_lm("llama"), "lora", tmp_path / "r", training=training).learn(source("films"))
+    assert result.tasks == ("films",)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "t5"])

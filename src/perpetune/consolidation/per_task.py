@@ -122,10 +122,11 @@ class PerTask(Consolidation):
         self._files = self.tuner.files(self.backbone.model)
         self._keep(self._files[ADAPTER], classes, step.name, self.goes_on_from(step))
         self._files[ADAPTER] = self._adapters[-1]  # not the model's own, which change with every view
-        rows = step.tasks[0].train
-        with self.view(None):
-            seen = self.backbone.features(self.backbone.prepare(rows), BATCH)
-        self.router.observe(task, seen, torch.tensor(rows["label"]), rows["id"])
+        if not self.needs_task:
+            rows = step.tasks[0].train
+            with self.view(None):
+                seen = self.backbone.features(self.backbone.prepare(rows), BATCH)
+            self.router.observe(task, seen, torch.tensor(rows["label"]), rows["id"])
         if task in self.router.known:
             self._files[ROUTER] = self.router.task_state(task)
         own = {"classes": [self._labels[c] for c in classes], "task": step.name, "reopens": step.tasks[0].reopens}
