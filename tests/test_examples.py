@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 
 import peft
 import pytest
@@ -10,8 +12,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import perpetune as pt
+from examples import pretrain_instructions
 from examples.attach_plain_loop import TASKS, batch, run, tiny_llama
 from examples.attach_trl import Attach
+from perpetune.language import load_language_model
 
 STEPS, RATE = 6, 5e-3
 ARGUMENTS = {
@@ -106,3 +110,28 @@ def test_trls_trainer_with_rules_attached_does_what_the_plain_loop_does(tiny_lm,
         trainer.train()
         model = tuned.merge_and_unload()
     assert same_weights(plain_loop(first, tasks), model.state_dict(), base)
+
+
+def test_an_encoder_learns_to_answer(tiny_bert, word_stream, tmp_path, monkeypatch):
+    """The losses fall, what is written is a language model, the same bits again, and what is there is kept."""
+    texts = " ".join(
+        prompt for task in pt.load_stream(word_stream, pose="instruction") for prompt in task.train["prompt"]
+    )
+    encoder = tiny_bert(words=re.findall(r"\w+", texts), layers=6)
+
+    def teach(out, *more):
+        words = ["x", "--encoder", str(encoder), "--stream", str(word_stream), "--out", str(tmp_path / out)]
+        monkeypatch.setattr("sys.argv", [*words, "--tasks", "films", "mood", "--rows", "2400", *more])
+        pretrain_instructions.main()
+        return (tmp_path / out / "model.safetensors").read_bytes()
+
+    first = teach("a")
+    losses = json.loads((tmp_path / "a" / "pretraining.json").read_text())["losses"]
+    assert losses[-1] < 0.5 * losses[0]
+    assert teach("b") == first != teach("c", "--puzzles", "0.5", "--rows", "600")
+    model = load_language_model(tmp_path / "a")
+    stream = pt.load_stream(word_stream, tasks=["films"], pose="instruction")
+    model.open(stream.labels, ["options"])
+    scores = model.features(model.prepare(stream.tasks[0].test), 8)
+    assert (scores.argmax(1) == torch.tensor(stream.tasks[0].test["label"][:])).float().mean() > 0.7
+    assert teach("a", "--seed", "1") == first
