@@ -30,7 +30,7 @@ from perpetune.streams.passage import mark, unmark
 TASKS = ("amazon", "dbpedia", "imdb")
 LAYERS = (2, 5)  # of the encoder, which the decoder starts from
 ROWS, BATCH, LONGEST = 30_000, 12, 96  # rows read in all, rows a step, tokens of a prompt
-FRESH, COPIED = 1e-3, 2e-4  # learning rates; at 3e-4 what the encoder knows is gone before the decoder can read it
+FRESH, COPIED = 1e-3, 2e-4  # learning rates; with 5e-4 and 3e-4 amazon stayed at its majority
 
 Row = tuple[str, str]  # prompt, answer
 

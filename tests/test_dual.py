@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import perpetune.dual
-from perpetune import Learner, Recipe, load_stream
+from perpetune import Learner, Recipe, drift, load_stream
 from perpetune.backbone import load_backbone
+from perpetune.boundaries import parts, told_segments
 from perpetune.compare import with_controls
 from perpetune.dual import load_dual
 from perpetune.errors import ConfigError, ModelError, StreamError
@@ -214,6 +215,12 @@ def test_captions_are_label_texts_and_those_of_the_test_data_are_in_question(cap
     assert learner.predict(pictures(2), classes=["bank", "world"])[0] in ("bank", "world")
 
 
+def test_captions_of_the_test_data_are_in_question_where_nobody_says_where_tasks_end(captions):
+    fed = drift(load_stream(captions), 2, (1, 3))
+    for part in parts(fed, told_segments(fed)):
+        assert part.captions and set(part.test["label"][:]) <= set(part.candidates)
+
+
 def test_captions_beside_image_folders_and_under_another_name(tmp_path):
     for task in "ab":
         for split in ("train", "test"):
@@ -234,6 +241,10 @@ def test_records_of_captions_that_cannot_be_asked_for_are_refused(tmp_path):
     write_captions(tmp_path / "s", "a", train=[(0, "x"), (1, "y")], test=[(2, "x"), (2, "z"), (3, "y"), (3, "y")])
     with pytest.raises(StreamError, match="test split of task `a` has 1 further captions of images that have one"):
         load_stream(tmp_path / "s")
+    several = [(n, f"{n} {text}") for n in range(4) for text in "xyz"]
+    write_captions(tmp_path / "v", "a", train=several, test=[(5, "x")])
+    with pytest.raises(StreamError, match="validation split of task `a` has .* no share of it is split off"):
+        load_stream(tmp_path / "v", validation_share=0.5)
     write_captions(tmp_path / "t", "a", train=[(0, "x"), (1, " ")], test=[(2, "x")])
     with pytest.raises(StreamError, match="1 of 2 captions of the train split of task `a` are empty"):
         load_stream(tmp_path / "t")

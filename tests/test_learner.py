@@ -338,6 +338,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(stream, model
         Learner(None, "tfidf_ridge", heads=["linear"])
     with pytest.raises(ConfigError, match="must be a number above 0"):
         Learner(model, "lora", training={"per_device_train_batch_size": 0})
+    for never in (-1, 2.5, None):
+        with pytest.raises(ConfigError, match="evaluate_every is a number of tasks, or 0"):
+            Learner(model, "lora", evaluate_every=never)
     with pytest.raises(ConfigError, match="`label_smoothing_factor` has no effect here"):
         Learner(model, "lora", training={"label_smoothing_factor": 0.1})
     with pytest.raises(ModelError, match="peft cannot put LoraConfig"):

@@ -77,7 +77,8 @@ def parts(drift: Drift, found: Sequence[Segment], detector: Detector | None = No
         classes[part.task] = tuple(sorted({*classes.get(part.task, ()), *rows["label"]}))
         name = f"part-{i + 1:02d}"
         test = datasets.concatenate_datasets([task.test for task in tested])
-        tasks.append(Task(name, classes[part.task], rows, test, reopens=last.get(part.task)))
+        captions = any(task.captions for task in tested)
+        tasks.append(Task(name, classes[part.task], rows, test, reopens=last.get(part.task), captions=captions))
         last[part.task] = name
         described.append({**asdict(part), "name": name, "tested": {task.name: len(task.test) for task in tested}})
     names = [task.name for task in drift.stream]

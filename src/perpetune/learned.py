@@ -76,6 +76,8 @@ class Learned:
             "max_length": max_length,
             "trust_remote_code": trust_remote_code,
         }
+        if not isinstance(evaluate_every, int) or evaluate_every < 0:
+            raise ConfigError(f"evaluate_every is a number of tasks, or 0, not {evaluate_every!r}")
         self.evaluate_every = evaluate_every
         self.device = torch.device(device) if device is not None else default_device()
         self.progress = progress or Progress()

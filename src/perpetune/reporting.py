@@ -86,9 +86,6 @@ def _labels(result: Result) -> dict[str, list[str]]:
 
 def _flips(result: Result) -> list[dict[str, Any]] | None:
     """A few test examples that were right at some point and are wrong at the end; None where the stream is gone."""
-    import base64
-    import io
-
     from .errors import PerpetuneError
     from .metrics.accuracy import flips
     from .streams import fingerprint, load_again
@@ -109,17 +106,26 @@ def _flips(result: Result) -> list[dict[str, Any]] | None:
         for i in list(indices)[: max(1, MOST_FLIPS // max(1, len(stream.tasks)))]:
             example = task.test[int(i)]
             was = next(r[task.name][i] for r in rows if task.name in r and r[task.name][i] == targets[task.name][i])
+            now = int(rows[-1][task.name][i])  # -1: a generated answer that is no label, for instance
             entry = {
                 "task": task.name,
                 "label": stream.labels[example["label"]],
                 "was": stream.labels[int(was)],
-                "now": stream.labels[int(rows[-1][task.name][i])],
+                "now": stream.labels[now] if now >= 0 else "none of the labels",
             }
             if "image" in example:
-                buffer = io.BytesIO()
-                example["image"].save(buffer, "PNG")
-                entry["image"] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+                entry["image"] = _picture(example["image"])
             else:
                 entry["text"] = " ⏐ ".join(example[c] for c in stream.inputs)[:300]
             found.append(entry)
     return found[:MOST_FLIPS]
+
+
+def _picture(image: Any) -> str:
+    """A PIL image as a PNG in a data URL; photographs in CMYK, which PNG does not know, in RGB."""
+    import base64
+    import io
+
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

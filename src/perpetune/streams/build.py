@@ -55,7 +55,7 @@ def build_task(
             rows = rows.pick(stratified(rows.strata(limit), limit, seed, draft.name, split, least=least))
         finished[split] = rows.finish(labels)
         if rows.captions and split != "train":
-            _check_captions(finished[split], rows.place)
+            _check_captions(finished[split], f"the {split} split of task `{draft.name}`")
     return Task(
         name=draft.name,
         classes=tuple(labels[label] for label in classes),
@@ -74,7 +74,7 @@ def _check_captions(data: Dataset, place: str) -> None:
     if several:
         raise StreamError(
             f"{place} has {several} further captions of images that have one, and each image is asked for one: keep "
-            "one a picture there (training data may have several)"
+            "one a picture there (training data may have several, but then no share of it is split off)"
         )
 
 

@@ -98,7 +98,7 @@ def load_stream(
     path = Path(text).expanduser()
     benchmark = BENCHMARKS.get(text)
     folder = None if data is None else Path(data).expanduser().resolve()
-    _check_benchmark(text, folder, split_by, columns)
+    _check_benchmark(text, folder, [o for o in ("split_by", "columns", "test_share") if o in given])
     own = benchmark.options if benchmark is not None else {}
     own = {option: value for option, value in own.items() if option not in given and value != defaults[option]}
     if own:
@@ -213,13 +213,11 @@ def _check(
         raise ConfigError(f"validation_share must be at least 0 and below 1, not {validation_share!r}")
 
 
-def _check_benchmark(source: str, folder: Path | None, split_by: str | None, columns: Mapping[str, str] | None) -> None:
+def _check_benchmark(source: str, folder: Path | None, fixed: Sequence[str]) -> None:
     if source not in BENCHMARKS and folder is not None:
         raise ConfigError(f"`data` is for a published benchmark, and `{source}` is none: {nearest(source, BENCHMARKS)}")
-    if source in BENCHMARKS and (split_by or columns):
-        raise ConfigError(
-            f"the tasks and columns of the benchmark `{source}` are fixed: leave split_by and columns out"
-        )
+    if source in BENCHMARKS and fixed:
+        raise ConfigError(f"the tasks of the benchmark `{source}` are fixed: leave {' and '.join(fixed)} out")
 
 
 def _dataset(

@@ -127,8 +127,10 @@ def test_what_a_benchmark_refuses(cl_benchmark: Path) -> None:
         load_stream("cl-order-1", data=cl_benchmark / "nowhere")
     with pytest.raises(ConfigError, match="whole datasets: leave classes_per_task out"):
         load_stream("cl-order-1", data=cl_benchmark, classes_per_task=2)
-    with pytest.raises(ConfigError, match="leave split_by and columns out"):
+    with pytest.raises(ConfigError, match="tasks of the benchmark `cl-order-1` are fixed: leave split_by out"):
         load_stream("cl-order-1", data=cl_benchmark, split_by="class")
+    with pytest.raises(ConfigError, match="leave columns and test_share out"):
+        load_stream("imagenet-r", data=cl_benchmark, columns={"picture": "image"}, test_share=0.5)
     with pytest.raises(ConfigError, match="`data` is for a published benchmark, and `digits` is none"):
         load_stream("digits", data=cl_benchmark)
     with pytest.raises(StreamError, match="nor a benchmark: did you mean `cl-order-6`"):

@@ -152,5 +152,8 @@ def test_columns_that_are_no_longer_there(hub: list, monkeypatch: pytest.MonkeyP
 
 
 def test_no_network_is_one_line() -> None:
-    with pytest.raises(StreamError, match="fancyzhx/dbpedia_14"):
+    with pytest.raises(StreamError, match="fancyzhx/dbpedia_14.*Give the folder CL_Benchmark") as text:
         load_stream("cl-order-1")
+    with pytest.raises(StreamError, match="uoft-cs/cifar100.*or images in train/<class>/") as images:
+        load_stream("cifar100")
+    assert "\n" not in f"{text.value}{images.value}"

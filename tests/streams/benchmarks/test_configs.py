@@ -11,6 +11,7 @@ import yaml
 
 from perpetune import cli
 from perpetune.config import CompareConfig, load_config
+from perpetune.heads import make_head
 from perpetune.recipes import make_recipe
 from perpetune.streams import load_stream
 from perpetune.streams.benchmarks import BENCHMARKS
@@ -36,6 +37,14 @@ def test_every_configuration_can_be_read(path: Path) -> None:
         named = re.search(r"--stream (\S+)", command)
         if ROOT / "benchmarks" in path.parents and named:
             assert named[1] in BENCHMARKS
+
+
+def test_zero_shot_and_tuned_clip_read_the_same_sentences() -> None:
+    """A recipe that trains nothing is read with its own head, not with those of the comparison."""
+    config = load_config(ROOT / "benchmarks" / "clip_cifar100.yaml", CompareConfig, {})
+    (zero_shot,) = make_recipe(config.recipes[0]).heads
+    (tuned,) = map(make_head, config.heads or ())
+    assert zero_shot.name == tuned.name == "contrastive" and zero_shot.config() == tuned.config()
 
 
 @pytest.mark.parametrize("path", TEXT, ids=lambda path: path.stem)

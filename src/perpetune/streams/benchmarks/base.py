@@ -111,6 +111,18 @@ def needed(path: Path, *more: Path) -> Path:
     return path
 
 
+def fetched(read: Callable[[], Any]) -> Any:
+    """What `read` finds on the Hub.
+
+    Raises:
+        MissingData: it finds nothing, or no Hub.
+    """
+    try:
+        return read()
+    except StreamError as error:
+        raise MissingData(str(error)) from error
+
+
 def not_divided(benchmark: str, classes_per_task: int | None) -> None:
     """Raises ConfigError if classes are to be dealt to the tasks of a benchmark whose tasks are whole datasets."""
     if classes_per_task is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ...errors import StreamError
 from ..pick import stratified
 from ..read import load_hub
 from ..rows import Rows
-from .base import text_rows
+from .base import fetched, text_rows
 
 SEED = 0
 
@@ -107,12 +108,13 @@ def from_hub(name: str, sizes: tuple[int, int]) -> dict[str, Rows]:
         sizes: so many training and test rows, where there are as many.
 
     Raises:
-        StreamError: the dataset cannot be reached or lacks a column.
+        MissingData: the dataset cannot be reached.
+        StreamError: it lacks a column.
     """
     source, splits = SOURCES[name], {}
     options = list(source.labels.values())
     for split, of_hub, count in (("train", "train", sizes[0]), ("test", source.test, sizes[1])):
-        data = load_hub(source.hub, split=of_hub, **source.where)
+        data = fetched(partial(load_hub, source.hub, split=of_hub, **source.where))
         if source.label not in data.column_names:
             raise StreamError(f"`{source.hub}` on the Hub has no column `{source.label}` any more: give data=FOLDER")
         values = np.array([-1 if value is None else value for value in data[source.label][:]], dtype=np.int64)

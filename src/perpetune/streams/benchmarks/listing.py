@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from ...errors import StreamError
 from ..read import read_files, read_hub
-from .base import MissingData, needed
+from .base import MissingData, fetched, needed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 WORDS = ("words.txt", "README.txt")  # of Tiny ImageNet; of ImageNet-R and ImageNet-A
@@ -155,11 +155,11 @@ class ParquetCopy:
         """From the Hub, or from the folder into which its files were put.
 
         Raises:
-            MissingData: the files of a split are missing.
+            MissingData: the files of a split are missing, or the Hub cannot be reached.
             StreamError: the copy cannot be read, or is no longer what it was.
         """
         if folder is None:
-            found = read_hub(self.source, self.test)
+            found = fetched(lambda: read_hub(self.source, self.test))
         else:
             files = {split: sorted(folder.glob(f"{name}*.parquet")) for split, name in self._names().items()}
             missing = [f"{self._names()[split]}*.parquet" for split, paths in files.items() if not paths]
