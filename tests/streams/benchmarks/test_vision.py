@@ -182,7 +182,7 @@ def test_imagenet_r_without_a_split_with_one_and_listed(tmp_path: Path) -> None:
     whole = load_stream("imagenet-r", data=data / "imagenet-r")
     assert sizes(whole) == [(20, 80, 20)] * 10
     assert all(set(Counter(task.test["label"]).values()) == {1} for task in whole)
-    other = load_stream("imagenet-r", data=data / "imagenet-r", seed=7, test_share=0.4)
+    other = load_stream("imagenet-r", data=data / "imagenet-r", seed=7)
     assert [t.test["id"][:] for t in other] == [t.test["id"][:] for t in whole]  # the split is one for all seeds
     rows = [(f"imagenet-r/{key}/{i}.JPEG", c) for c, key in enumerate(keys) for i in range(5)]
     write(data / "train_list.txt", (f"{path} {c}" for path, c in rows if path[-6] != "2"))
