@@ -333,3 +333,34 @@ def word_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             (folder / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+@pytest.fixture
+def same_bits_when_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[str], object]], None]:
+    """`same_bits_when_stopped(learn)`: `learn(name)` learns three tasks in the run directory `tmp_path / name`; stopped
+    after every commit and started again, it leaves the bits of a run that was not stopped."""
+    from perpetune.run import Run
+
+    original = Run.commit
+
+    def stop_after(self: Run, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    def check(learn: Callable[[str], object]) -> None:
+        learn("whole")
+        for _ in range(4):
+            with monkeypatch.context() as patch:
+                patch.setattr(Run, "commit", stop_after)
+                with pytest.raises(KeyboardInterrupt):
+                    learn("parts")
+        learn("parts")
+        whole = tmp_path / "whole"
+        files = [path.relative_to(whole) for path in (whole / "commits").rglob("*") if path.is_file()]
+        assert len(files) > 12
+        for file in files:
+            assert (whole / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+
+    return check

@@ -15,7 +15,6 @@ from perpetune.backbone import load_backbone
 from perpetune.recipes import make_recipe
 from perpetune.rules.linear_sites import linear_sites
 from perpetune.rules.probes import Probes
-from perpetune.run import Run
 
 LORA = ["sequential_lora", "lora", "olora", "nlora", "olora_nlora"]
 PROJECTION = ["pegp_lora", "pegp_lora_fresh", "pegp_adapter", "pegp_prompt", "pegp_prefix", "gpm"]
@@ -167,25 +166,11 @@ def test_probes_see_both_towers(four, tiny_clip):
             weight.copy_(before)
 
 
-def test_a_run_that_was_stopped_has_the_bits_of_one_that_was_not(pictures, tiny_clip, tmp_path, monkeypatch):
-    stream, model, original = load_stream(pictures), tiny_clip(), Run.commit
+def test_a_run_that_was_stopped_has_the_bits_of_one_that_was_not(pictures, tiny_clip, tmp_path, same_bits_when_stopped):
+    stream, model = load_stream(pictures), tiny_clip()
 
     def learn(name):
         heads = ["contrastive", "ncm"]
         Learner(model, "pegp_lora_fresh", tmp_path / name, heads=heads, training=TRAINING).learn(stream)
 
-    def stop_after(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    learn("whole")
-    for _ in range(4):
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, "commit", stop_after)
-            with pytest.raises(KeyboardInterrupt):
-                learn("parts")
-    learn("parts")
-    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/commits").rglob("*") if p.is_file()]
-    assert len(files) > 12
-    for file in files:
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+    same_bits_when_stopped(learn)

@@ -15,7 +15,6 @@ from perpetune.answering import positions
 from perpetune.language import load_language_model
 from perpetune.recipes import RECIPES, make_recipe
 from perpetune.rules.linear_sites import linear_sites
-from perpetune.run import Run
 from perpetune.tuners import as_tuner
 from perpetune.tuners.base import relative_change
 
@@ -111,28 +110,14 @@ def test_every_recipe_learns_resumes_and_opens_again(recipe, source, tiny_llava,
     assert again.predict(asked) == learner.predict(asked)
 
 
-def test_a_run_that_was_stopped_has_the_bits_of_one_that_was_not(source, tiny_llava, tmp_path, monkeypatch):
-    stream, model, original = source(*TASKS), tiny_llava(), Run.commit
+def test_a_run_that_was_stopped_has_the_bits_of_one_that_was_not(source, tiny_llava, tmp_path, same_bits_when_stopped):
+    stream, model = source(*TASKS), tiny_llava()
 
     def learn(name):
         heads = ["language", "language_generated"]
         Learner(model, "pegp_lora_fresh", tmp_path / name, heads=heads, training=TRAINING).learn(stream)
 
-    def stop_after(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    learn("whole")
-    for _ in range(4):
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, "commit", stop_after)
-            with pytest.raises(KeyboardInterrupt):
-                learn("parts")
-    learn("parts")
-    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/commits").rglob("*") if p.is_file()]
-    assert len(files) > 12
-    for file in files:
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+    same_bits_when_stopped(learn)
 
 
 # ---- the guarantee ----
