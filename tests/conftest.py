@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import random
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +365,12 @@ def same_bits_when_stopped(
             assert (whole / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
 
     return check
+
+
+@pytest.fixture(scope="module")
+def quick_collection() -> Iterator[None]:
+    """The Trainer collects garbage after every task, and looks at all that was ever imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

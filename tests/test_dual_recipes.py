@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import peft
 import pytest
@@ -16,20 +14,13 @@ from perpetune.recipes import make_recipe
 from perpetune.rules.linear_sites import linear_sites
 from perpetune.rules.probes import Probes
 
+pytestmark = pytest.mark.usefixtures("quick_collection")
+
 LORA = ["sequential_lora", "lora", "olora", "nlora", "olora_nlora"]
 PROJECTION = ["pegp_lora", "pegp_lora_fresh", "pegp_adapter", "pegp_prompt", "pegp_prefix", "gpm"]
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
 LONG = {"num_train_epochs": 15, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
 CLASSES = {"films": ["movie", "film"], "games": ["team", "game"], "mood": ["good", "bad"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The Trainer collects garbage after every task, and looks at all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

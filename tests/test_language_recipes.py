@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 
 import datasets
@@ -14,21 +13,14 @@ from perpetune.language import load_language_model
 from perpetune.recipes import RECIPES
 from perpetune.rules.linear_sites import linear_sites, see_inputs
 
+pytestmark = pytest.mark.usefixtures("quick_collection")
+
 LORA = [name for name in RECIPES if "lora" in name and not name.startswith("pegp")]
 PROJECTION = [name for name in RECIPES if name.startswith(("pegp", "gpm"))]
 ROTATIONS = ["oft", "coft", "goft", "goft_norm", "qgoft"]
 OTHERS = ["sequential", "sotu", "task_arithmetic", "child_tuning_f", "child_tuning_d", "sam", "replay", *ROTATIONS]
 ON_T5 = [name for name in (*LORA, *PROJECTION) if "released" not in name] + ["sequential", "sotu", "goft"]
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The Trainer collects garbage after every task, and looks at all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 
 import numpy as np
@@ -18,6 +17,8 @@ from perpetune.rules.linear_sites import linear_sites
 from perpetune.tuners import as_tuner
 from perpetune.tuners.base import relative_change
 
+pytestmark = pytest.mark.usefixtures("quick_collection")
+
 LORA = [name for name in RECIPES if "lora" in name and not name.startswith("pegp")]
 PROJECTION = [name for name in RECIPES if name.startswith(("pegp", "gpm")) and name != "pegp_bias"]
 OTHERS = ["sequential", "sotu", "oft"]
@@ -27,15 +28,6 @@ TASKS = {
     "sport": [("which team", "sport"), ("<image> the game of the team is great", "business")],
     "world": [("the world", "science"), ("market <image>", "great")],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The Trainer collects garbage after every task, and looks at all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

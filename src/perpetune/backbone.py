@@ -97,24 +97,41 @@ class Backbone(nn.Module):
     @torch.inference_mode()
     def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """Features of all examples in their order (N x width, fp32, CPU), in eval mode, batched by length."""
-        training = self.training
-        self.eval()
+        return self._read_all(examples, batch_size, advance, self.read)
+
+    def _read_all(
+        self, examples: Examples, batch_size: int, advance: Callable[[int], None], read: Callable[[Examples], Tensor]
+    ) -> Tensor:
+        """See `features`; `read` is what makes features (n x width) of a batch."""
         out = torch.empty(len(examples), self.width)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].get("input_ids", ())))
-        try:
+        with self._asked():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                out[chosen] = self.read([examples[i] for i in chosen]).float().cpu()
+                out[chosen] = read([examples[i] for i in chosen]).float().cpu()
                 advance(len(chosen))
-        finally:
-            self.train(training)
         return out
 
     def read(self, examples: Examples) -> Tensor:
         """Features of one batch (N x width), where the model is, in the mode it is in."""
+        batch = self.collate(examples)
+        batch.pop("labels")
+        return self(**self._here(batch))
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[None]:
+        """In eval mode, and afterwards in the mode it had."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def _here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where the model is."""
         device = next(self.model.parameters()).device
-        batch = {k: v.to(device) for k, v in self.collate(examples).items() if k != "labels"}
-        return self(**batch)
+        return {k: v.to(device) for k, v in batch.items()}
 
     def about(self, classes: Sequence[int]) -> Features:
         """`features`, as far as a choice among these classes needs them: here always all."""

@@ -116,28 +116,22 @@ class DualBackbone(Backbone):
         return torch.cat([s * f, s * g[own], log_p], 1)
 
     def read(self, examples: Examples) -> Tensor:
-        pixels = torch.stack([e["pixel_values"] for e in examples])
-        return F.normalize(_pooled(self.model.get_image_features(pixel_values=self._here(pixels))), dim=1)
+        pixels = self._here({"pixel_values": torch.stack([e["pixel_values"] for e in examples])})
+        return F.normalize(_pooled(self.model.get_image_features(**pixels)), dim=1)
 
     @torch.inference_mode()
     def label_embeddings(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """s g of texts (C x D, fp32, CPU) under the model as it is now, in eval mode."""
-        training, parts = self.training, []
-        self.eval()
-        try:
+        parts = []
+        with self._asked():
             for start in range(0, len(texts), batch_size):
-                tokens = {k: self._here(v) for k, v in self._tokens(texts[start : start + batch_size]).items()}
+                tokens = self._here(self._tokens(texts[start : start + batch_size]))
                 g = F.normalize(_pooled(self.model.get_text_features(**tokens)), dim=1)
                 parts.append((self._scale() * g).float().cpu())
-        finally:
-            self.train(training)
         return torch.cat(parts)
 
     def _scale(self) -> Tensor:
         return self.model.logit_scale.exp()
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(next(self.model.parameters()).device)
 
     def save_processors(self, folder: str) -> None:
         super().save_processors(folder)

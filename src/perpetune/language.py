@@ -163,24 +163,17 @@ class LanguageBackbone(Backbone):
         Args:
             classes: the options whose likelihoods are asked for; None: those among the examples' own answers.
         """
-        training = self.training
-        self.eval()
         asked = sorted({e["label"] for e in examples} if classes is None else set(classes))
+        return self._read_all(examples, batch_size, advance, partial(self.read, classes=asked))
+
+    def read(self, examples: Examples, classes: Sequence[int] = ()) -> Tensor:
+        """See `features`; of one batch, on the CPU."""
         out = torch.full((len(examples), self.width), -torch.inf)
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
-        try:
-            for first in range(0, len(order), batch_size):
-                chosen = order[first : first + batch_size]
-                some = [examples[i] for i in chosen]
-                rows = torch.tensor(chosen)
-                if "options" in self.reads:
-                    out[rows[:, None], torch.tensor(asked)] = self._likelihoods(some, asked).float().cpu()
-                if "generate" in self.reads:
-                    named = [self._named.get(normalised(text), -1) for text in self._answers(some)]
-                    out[rows, -1] = torch.tensor(named, dtype=out.dtype)
-                advance(len(chosen))
-        finally:
-            self.train(training)
+        if "options" in self.reads:
+            out[:, list(classes)] = self._likelihoods(examples, classes).float().cpu()
+        if "generate" in self.reads:
+            named = [self._named.get(normalised(text), -1) for text in self._answers(examples)]
+            out[:, -1] = torch.tensor(named, dtype=out.dtype)
         return out
 
     def _likelihoods(self, examples: Examples, classes: Sequence[int]) -> Tensor:
@@ -202,13 +195,9 @@ class LanguageBackbone(Backbone):
     @torch.inference_mode()
     def answers(self, examples: Examples, batch_size: int) -> list[str]:
         """Greedily generated answers, at most `LONGEST_ANSWER` tokens each."""
-        training = self.training
-        self.eval()
-        try:
-            batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
+        batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
+        with self._asked():
             return [text for batch in batches for text in self._answers(batch)]
-        finally:
-            self.train(training)
 
     def _answers(self, examples: Examples) -> list[str]:
         end, pad = self.tokens.end, self.tokens.pad
@@ -217,10 +206,6 @@ class LanguageBackbone(Backbone):
 
     def _inputs(self, examples: Examples) -> dict[str, Tensor]:
         return self._here({**self._padded([e["input_ids"] for e in examples]), **self._pictures(examples)})
-
-    def _here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        device = next(self.model.parameters()).device
-        return {k: v.to(device) for k, v in batch.items()}
 
     # ---- what others ask ----
 

@@ -252,6 +252,7 @@ class Learned:
         by_name = {h.name: h for h in self.heads}
         if head is not None and head not in by_name:
             raise ConfigError(f"this run reads no head `{head}`: {nearest(head, by_name)}")
+        reader = by_name[head or self.heads[0].name]
         allowed = list(seen)
         if classes is not None:
             known = {labels[c]: c for c in seen}
@@ -265,9 +266,9 @@ class Learned:
         table = {c: [r[i] for r in rows] for i, c in enumerate(columns[: len(rows[0])] if rows else ())}
         if not rows:
             return []
-        self._evaluator.embed([by_name[head or self.heads[0].name]], labels, [allowed])
+        self._evaluator.embed([reader], labels, [allowed])
         data = datasets.Dataset.from_dict({**table, "label": [0] * len(rows), "id": [""] * len(rows)})
-        scores = self._scores(by_name[head or self.heads[0].name], backbone.prepare(data), len(labels), task, allowed)
+        scores = self._scores(reader, backbone.prepare(data), len(labels), task, allowed)
         return [labels[c] if c >= 0 else "" for c in best_class(scores, allowed).tolist()]
 
     def _scores(self, head: Head, examples: Examples, classes: int, task: str | None, allowed: Sequence[int]) -> Tensor:

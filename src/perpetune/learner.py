@@ -85,12 +85,11 @@ class Learner(Learned):
                 if not run.commits:
                     self._commit_untouched(run, stream)
                 done = len(active(run.commits))
-                goes_on = 0 < done < len(steps) and not consolidation.routed and self.evaluate_every == 1
-                for task in stream.tasks[: steps[done].first] if goes_on else ():
-                    seen = {c for t in stream.tasks[: steps[done].first] for c in t.classes}
-                    self._evaluator.features(task, "test", choices(stream, task, seen))  # before what is learned next
-                if 0 < done < len(steps):
+                if 0 < done < len(steps):  # as all was before what is learned next
                     learned = stream.tasks[: steps[done].first]
+                    seen = {c for task in learned for c in task.classes}
+                    for task in learned if self.evaluate_every == 1 and not consolidation.routed else ():
+                        self._evaluator.features(task, "test", choices(stream, task, seen))
                     self._evaluator.embed(self.heads, stream.labels, [task.candidates for task in learned])
                 for step in steps[done:]:
                     started = time.perf_counter()
