@@ -30,8 +30,8 @@ import transformers
 from torch import Tensor
 
 import perpetune as pt
-from perpetune.backbone import load_backbone
 from perpetune.consolidation import Step
+from perpetune.loading import load_backbone
 from perpetune.routers import KMeansRouter, RidgeRouter, Router
 from perpetune.run import Run
 from perpetune.streams import Stream, Task

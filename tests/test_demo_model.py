@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from perpetune import demo_model
-from perpetune.backbone import load_backbone
 from perpetune.demo_model import DIGITS, demo_vit
 from perpetune.errors import ModelError
+from perpetune.loading import load_backbone
 from perpetune.pretrain import augment, pretrain_vit
 from perpetune.streams import digits_halves
 

@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 
 import perpetune.dual
 from perpetune import Learner, Recipe, drift, load_stream
-from perpetune.backbone import load_backbone
 from perpetune.boundaries import parts, told_segments
 from perpetune.compare import with_controls
-from perpetune.dual import load_dual
 from perpetune.errors import ConfigError, ModelError, StreamError
 from perpetune.heads import ContrastiveHead, LinearHead, RidgeHead
+from perpetune.loading import load_backbone, load_dual
 from perpetune.recipes import make_recipe
 from perpetune.rules.linear_sites import linear_sites, see_inputs
 

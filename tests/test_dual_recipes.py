@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from perpetune import Learner, load_stream
-from perpetune.backbone import load_backbone
+from perpetune.loading import load_backbone
 from perpetune.recipes import make_recipe
 from perpetune.rules.linear_sites import linear_sites
 from perpetune.rules.probes import Probes

@@ -15,7 +15,7 @@ import perpetune as pt
 from examples import pretrain_instructions
 from examples.attach_plain_loop import TASKS, batch, run, tiny_llama
 from examples.attach_trl import Attach
-from perpetune.language import load_language_model
+from perpetune.loading import load_language_model
 
 STEPS, RATE = 6, 5e-3
 ARGUMENTS = {

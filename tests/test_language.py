@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from perpetune import ConfigError, Learner, ModelError, load_stream
-from perpetune.backbone import load_backbone
-from perpetune.language import load_language_model
+from perpetune.heads import make_head
+from perpetune.loading import load_backbone, load_language_model
 from perpetune.streams.passage import mark
 from perpetune.tuners import DeepPromptConfig, as_tuner
 
@@ -268,6 +268,19 @@ def test_generated_answers_are_the_most_likely_tokens(tiny_lm, kind):
                 logits = model.model(input_ids=torch.tensor([[*example["input_ids"], *told]])).logits
             told.append(int(logits[0, -1].argmax()))
         assert answer == model.processor.decode(told, skip_special_tokens=True)
+
+
+def test_answers_are_as_long_as_was_said(tiny_lm):
+    """Longer ones go on from the shorter, and leave less room for a prompt."""
+    model = loaded(tiny_lm("llama"), reads=("generate",))
+    examples, room = model.prepare(rows(PROMPTS[:3])), model.limit
+    answers = model.answers(examples, 3)
+    model.open(LABELS, ["generate"], longest=60)
+    assert model.limit == room - 10
+    longer = model.answers(examples, 3)
+    assert longer != answers and all(b.startswith(a) for a, b in zip(answers, longer, strict=True))
+    with pytest.raises(ConfigError, match="longest"):
+        make_head("language_generated", longest=0)
 
 
 def test_settings_of_the_models_own_do_not_change_an_answer(tiny_lm):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from perpetune import Learner, load_stream
-from perpetune.language import load_language_model
+from perpetune.loading import load_language_model
 from perpetune.recipes import RECIPES
 from perpetune.rules.linear_sites import linear_sites, see_inputs
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from perpetune import ConfigError, Learner, ModelError, RuleError, load_stream
 from perpetune.evaluation import Evaluator
-from perpetune.language import load_language_model
+from perpetune.loading import load_language_model
 from perpetune.pictured import PicturedBackbone
 from perpetune.progress import Progress
 from perpetune.rules.linear_sites import linear_sites, see_inputs

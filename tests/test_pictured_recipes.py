@@ -11,7 +11,7 @@ from PIL import Image
 
 from perpetune import Learner, ModelError, load_stream
 from perpetune.answering import positions
-from perpetune.language import load_language_model
+from perpetune.loading import load_language_model
 from perpetune.recipes import RECIPES, make_recipe
 from perpetune.rules.linear_sites import linear_sites
 from perpetune.tuners import as_tuner

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .backbone import FixedFeatures
 from .compose import plain
 from .consolidation.sparse_sum import VALUES, stored_delta
 from .errors import ConfigError, RunError, nearest
+from .fixed_features import FixedFeatures
 from .learned import Learned
 from .metrics.energy import relative_energy_change, row_norm_change
 from .overlap import overlap

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, Examples, fingerprint
-from .errors import ModelError
 
 FEW = 100  # classes whose texts are all read with every batch
 
@@ -136,37 +135,6 @@ class DualBackbone(Backbone):
     def save_processors(self, folder: str) -> None:
         super().save_processors(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def load_dual(
-    model: Any, processor: Any, source: str, max_length: int | None, *, pooling: str | None, trust_remote_code: bool
-) -> DualBackbone:
-    """A dual encoder whose model and image processor are loaded, with its tokenizer; arguments as `load_backbone`.
-
-    Raises:
-        ModelError: it has no tokenizer, is to be pooled, or reads images as patches of any number.
-    """
-    from transformers import AutoTokenizer
-
-    if pooling is not None:
-        raise ModelError(f"`{source}` is a dual encoder, and its towers pool for themselves: leave pooling out")
-    if "spatial_shapes" in inspect.signature(model.get_image_features).parameters:
-        raise ModelError(
-            f"`{source}` ({model.config.model_type}) reads images as patches of any number, which are not supported: "
-            "give one that was trained on images of one size"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        # without its files, one is made that knows no word
-        words = tokenizer(["a", "b"]).input_ids
-    except (OSError, ValueError, KeyError, ImportError):
-        words = [[], []]
-    if words[0] == words[1]:
-        raise ModelError(
-            f"`{source}` is a dual encoder without a tokenizer: put its files beside config.json, for the label texts "
-            "are read with it"
-        )
-    return DualBackbone(model, processor, tokenizer, max_length=max_length, name=source)
 
 
 def _pooled(output: Any) -> Tensor:

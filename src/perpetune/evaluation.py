@@ -42,7 +42,7 @@ class Evaluator:
         version, before = self._features.get(key, (-1, None))
         features = before
         if features is None or version != self.backbone.version or not self.backbone.holds(features, classes):
-            examples = self._prepared(task, split)
+            examples = self.prepared(task, split)
             with self.progress.bar(f"features of {task.name}", len(examples)) as advance:
                 features = self.backbone.about(classes)(examples, self.batch_size, advance)
             if split == "test":  # read again after every task; training data is not
@@ -71,7 +71,8 @@ class Evaluator:
                     done.update(new)
             self._embedded[head.name] = (self.backbone.version, done)
 
-    def _prepared(self, task: Task, split: str) -> Examples:
+    def prepared(self, task: Task, split: str) -> Examples:
+        """The model inputs of a split; those of test texts are kept."""
         key = (task.name, split)
         if key in self._examples:
             return self._examples[key]
@@ -95,7 +96,7 @@ class Evaluator:
         return known[rows]
 
     def _view(self, consolidation: Consolidation, task: Task, view: int | None, rows: Tensor) -> Tensor:
-        examples = self._prepared(task, "test")
+        examples = self.prepared(task, "test")
         with consolidation.view(view), self.progress.bar(f"features of {task.name}", len(rows)) as advance:
             return self.backbone.features([examples[i] for i in rows.tolist()], self.batch_size, advance)
 

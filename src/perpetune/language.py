@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .answering import PromptsRead, generate, last_logits, log_p_of, positions
-from .backbone import Backbone, Examples, Features, fingerprint, quiet
+from .backbone import Backbone, Examples, Features, fingerprint
 from .errors import ModelError
 from .exact_match import normalised
-from .heads.language import Read
+from .heads.language import LONGEST, Read
+from .metrics import rouge
 from .prompts import PromptTokenizer
 from .tuners.base import relative_change
 
-LONGEST_ANSWER = 50  # tokens that are generated at most, as in the O-LoRA and N-LoRA code
 IGNORED = -100
 
 
@@ -29,8 +28,9 @@ class LanguageBackbone(Backbone):
     The features of an example are what the model says of answers, read by a `LanguageHead`:
 
     in training    `forward(**inputs)`: log p(response | prompt) and the number of its tokens, (N x 2);
-    when asked     `features`: log p(answer | prompt) of every class, -inf where it was not asked for ("options"), and
-                   the class that the greedily generated answer names, -1 for none ("generate"): (N x width).
+    when asked     `features`: log p(answer | prompt) of every class, -inf where it was not asked for ("options");
+                   ROUGE-L of the generated answer to the example's own, where that is measured; and the class that the
+                   greedily generated answer names, -1 for none ("generate"): (N x width).
 
     The label texts of a stream are its answers. `open` says which they are, and how they are read.
     """
@@ -60,21 +60,35 @@ class LanguageBackbone(Backbone):
         self.version, self.width = 0, 0
         self.labels: tuple[str, ...] = ()
         self.reads: tuple[Read, ...] = ()
+        self.rouge_l, self.longest = False, LONGEST
         self.limit: int | None = None  # of a prompt, in tokens
 
-    def open(self, labels: Sequence[str], reads: Sequence[Read]) -> None:
-        """Say which answers there are (C label texts), and how they will be read."""
+    def open(
+        self, labels: Sequence[str], reads: Sequence[Read], *, rouge_l: bool = False, longest: int = LONGEST
+    ) -> None:
+        """Say which answers there are (C label texts), and how they will be read.
+
+        Args:
+            rouge_l: whether ROUGE-L of generated answers is measured.
+            longest: how many tokens are generated at most.
+        """
         self.labels, self.reads = tuple(labels), tuple(dict.fromkeys(sorted(reads, reverse=True)))
-        self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads)
+        self.rouge_l, self.longest = rouge_l, longest
+        self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads) + rouge_l
         self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
-        self.room, self.limit = self.max_length, None
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if self.start is None and limit is not None:  # prompt and answer stand in one sequence
-            longest = max(len(self.tokens.answer(text)) for text in self.labels)
-            self.limit = limit - max(longest, LONGEST_ANSWER * ("generate" in self.reads))
+        self.room, self.limit, limit = self.max_length, None, self._positions
+        if limit is not None:
+            answer = max(len(self.tokens.answer(text)) for text in self.labels)
+            self.limit = limit - max(answer, longest * ("generate" in self.reads))
             self.room = min(self.max_length, self.limit)
             if self.room < 1:
                 raise ModelError(f"`{self.name}` reads {limit} tokens, and its answers take all of them")
+
+    @property
+    def _positions(self) -> int | None:
+        """How long a sequence of prompt and answer may be; None where they have a sequence each, or it may be any."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None) if self.start is None else None
 
     # ---- examples ----
 
@@ -172,8 +186,11 @@ class LanguageBackbone(Backbone):
         if "options" in self.reads:
             out[:, list(classes)] = self._likelihoods(examples, classes).float().cpu()
         if "generate" in self.reads:
-            named = [self._named.get(normalised(text), -1) for text in self._answers(examples)]
-            out[:, -1] = torch.tensor(named, dtype=out.dtype)
+            answers = self._answers(examples)
+            if self.rouge_l:
+                own = [self.labels[e["label"]] for e in examples]
+                out[:, -2] = torch.tensor([rouge.rouge_l(a, b) for a, b in zip(answers, own, strict=True)])
+            out[:, -1] = torch.tensor([self._named.get(normalised(text), -1) for text in answers])
         return out
 
     def _likelihoods(self, examples: Examples, classes: Sequence[int]) -> Tensor:
@@ -188,24 +205,47 @@ class LanguageBackbone(Backbone):
 
     def _alone(self, examples: Examples, c: int) -> Tensor:
         answers = [self.tokens.answer(self.labels[c], e["blank"]) for e in examples]
-        batch = self.collate([{**e, "answer": answer} for e, answer in zip(examples, answers, strict=True)])
-        batch.pop("labels")
-        return self(**self._here(batch))[:, 0]
+        return self(**self._training_batch([{**e, "answer": a} for e, a in zip(examples, answers, strict=True)]))[:, 0]
 
     @torch.inference_mode()
     def answers(self, examples: Examples, batch_size: int) -> list[str]:
-        """Greedily generated answers, at most `LONGEST_ANSWER` tokens each."""
+        """Greedily generated answers."""
         batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
         with self._asked():
             return [text for batch in batches for text in self._answers(batch)]
 
     def _answers(self, examples: Examples) -> list[str]:
         end, pad = self.tokens.end, self.tokens.pad
-        tokens = generate(self.model, self._inputs(examples), self.start, end, pad, LONGEST_ANSWER)
+        tokens = generate(self.model, self._inputs(examples), self.start, end, pad, self.longest)
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
     def _inputs(self, examples: Examples) -> dict[str, Tensor]:
         return self._here({**self._padded([e["input_ids"] for e in examples]), **self._pictures(examples)})
+
+    @torch.inference_mode()
+    def responses(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """log p(answer | prompt) of the examples' own answers and the numbers of their tokens, (N x 2, fp32, CPU)."""
+        return self._read_all(examples, batch_size, advance, lambda batch: self(**self._training_batch(batch)), 2)
+
+    def _training_batch(self, examples: Examples) -> dict[str, Tensor]:
+        batch = self.collate(examples)
+        batch.pop("labels")
+        return self._here(batch)
+
+    def halves(self, texts: Sequence[str]) -> Examples:
+        """Texts as examples: the first half of the words is the prompt, and up to 50 tokens of the rest the answer,
+        without an end. None at all where the model has no room for them."""
+        limit = self._positions
+        room = self.room if limit is None else min(self.room, limit - LONGEST)
+        if room < 1:
+            return []
+        words = [text.split(" ") for text in texts]
+        prompts = self.tokens.prompts([" ".join(w[: len(w) // 2]) for w in words], room)
+        rest = [self.tokens.answer(" ".join(w[len(w) // 2 :]))[:-1] for w in words]
+        return [
+            {"input_ids": prompt, "answer": tokens[:LONGEST], "label": 0}
+            for (prompt, _), tokens in zip(prompts, rest, strict=True)
+        ]
 
     # ---- what others ask ----
 
@@ -223,63 +263,6 @@ class LanguageBackbone(Backbone):
         C = len(self.labels)
         both = (new[:1, :C] > -torch.inf) & (old[:1, :C] > -torch.inf)
         return relative_change(new[:, :C][:, both[0]], old[:, :C][:, both[0]])
-
-
-def load_language_model(
-    name: str | Path, *, max_length: int | None = None, trust_remote_code: bool = False
-) -> LanguageBackbone:
-    """Load any transformers language model by hub id or local folder: `AutoModelForSeq2SeqLM` where its configuration
-    says that it is an encoder and a decoder, `AutoModelForImageTextToText` where it reads images, else
-    `AutoModelForCausalLM`.
-
-    Args:
-        name: hub id or folder.
-        max_length: longest prompt in tokens; None: 512, or less where the model reads less.
-
-    Raises:
-        ModelError: it cannot be loaded, or its weights have no language modelling head.
-    """
-    from safetensors import SafetensorError
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForSeq2SeqLM,
-        AutoProcessor,
-        AutoTokenizer,
-    )
-
-    from .pictured import PicturedBackbone, reads_images
-
-    source, trust = str(name), trust_remote_code
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-            pictures = reads_images(config)
-            decoder: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
-            auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else decoder
-            model, info = auto.from_pretrained(
-                source, config=config, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True
-            )
-            reads: Any = AutoProcessor if pictures else AutoTokenizer
-            processor = reads.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load `{name}` as a language model with a tokenizer ({reason}): give a hub id or a folder with "
-            "config.json, weights and the files of the tokenizer, or of the processor where it reads images (one that "
-            "reads videos, too, as Qwen2-VL's, needs the package torchvision)"
-        ) from error
-    if info["missing_keys"]:
-        raise ModelError(
-            f"the weights of `{name}` lack {sorted(info['missing_keys'])[0]}, and so it is no trained language model: "
-            "give one with a language modelling head, or a stream of `text` and `label` for an encoder"
-        )
-    reader = getattr(config, "encoder", config)  # a model made of an encoder and a decoder has a configuration for each
-    limit = getattr(reader.get_text_config(), "max_position_embeddings", None)
-    longest = min(max_length or 512, limit or max_length or 512)
-    kind = PicturedBackbone if pictures else LanguageBackbone
-    return kind(model, processor, max_length=longest, name=str(name))
 
 
 def _pad(sequences: list[list[int]], value: int, left: bool) -> Tensor:

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from . import run as run_directory
-from .backbone import Backbone, Examples, FixedFeatures, Pooling, load_backbone
+from .backbone import Backbone, Examples, Pooling
 from .compose import choose, plain
 from .consolidation import Consolidation
 from .dual import DualBackbone
 from .errors import ConfigError, RunError, nearest
 from .evaluation import Evaluator, best_class
+from .fixed_features import FixedFeatures
 from .heads import ContrastiveHead, Head, LanguageHead, make_head
-from .language import LanguageBackbone, load_language_model
+from .heads.language import LONGEST
+from .language import LanguageBackbone
+from .loading import load_backbone, load_language_model
 from .machine import default_device
 from .progress import Progress
 from .reading import routed_scores
@@ -171,7 +174,13 @@ class Learned:
         self.heads, backbone = recipe.heads, self._need_backbone()
         self._evaluator = Evaluator(backbone, int(self.training["per_device_eval_batch_size"]), self.progress)
         if isinstance(backbone, LanguageBackbone):
-            backbone.open(labels, [head.read for head in self.heads if isinstance(head, LanguageHead)])
+            asking = [head for head in self.heads if isinstance(head, LanguageHead)]
+            backbone.open(
+                labels,
+                [head.read for head in asking],
+                rouge_l=any(head.rouge_l for head in asking),
+                longest=max((head.longest for head in asking), default=LONGEST),
+            )
         first = self.heads[0]
         self._surrogate = None if first.trains or not recipe.tuner.trains else first.trainer()
         if isinstance(backbone, DualBackbone):

@@ -21,12 +21,14 @@ from .consolidation import Step
 from .errors import ConfigError, RunError, StreamError
 from .evaluation import choices
 from .heads import Head
+from .language import LanguageBackbone
 from .learned import Known, Learned, head_states
 from .machine import peak_memory, versions
 from .measurement import Measurement, finite
 from .results import Result
 from .rules import TaskContext
 from .run import Commit, Run, active, commit_of, reverted
+from .spoken import general_loss, spoken
 from .streams import Stream, Task, fingerprint
 from .training import TaskModel, TrainingLog, count_steps, train_task
 
@@ -115,11 +117,11 @@ class Learner(Learned):
                     trained = time.perf_counter()
                     self._observe(step, stream)
                     due = step is steps[-1] or (self.evaluate_every > 0 and (step.index + 1) % self.evaluate_every == 0)
-                    predictions = self._evaluator.predictions(
-                        stream, step, self.heads, consolidation, first=0 if due else step.first
-                    )
+                    first = 0 if due else step.first
+                    predictions = self._evaluator.predictions(stream, step, self.heads, consolidation, first)
                     measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]
                     measured += [*self._stale(step), *self._moved(step, stream)]
+                    measured += self._spoken(run, stream.tasks[first : step.learned])
                     commit = run.commit(step.name, self._files(predictions), self._facts(stream, step, measured))
                     self._note(run, commit, step, log, trained - started, time.perf_counter() - trained)
         except KeyboardInterrupt:
@@ -333,13 +335,19 @@ class Learner(Learned):
         name = "change of features on earlier tasks' test inputs"
         return [Measurement(name, max(drifts), None, "relative", type(self.recipe.tuner).__name__, note)]
 
+    def _spoken(self, run: Run, tasks: Sequence[Task]) -> list[Measurement]:
+        if not isinstance(self.backbone, LanguageBackbone):
+            return []
+        return spoken(self._evaluator, self.backbone, tasks, run.commits[0].manifest.get("general_loss"))
+
     # ---- committing ----
 
     def _commit_untouched(self, run: Run, stream: Stream) -> None:
         predictions = self._evaluator.predictions(stream, None, self.heads, self.recipe.consolidation)
-        run.commit(
-            UNTOUCHED, {"predictions.safetensors": predictions}, {"learned": [], "classes": [], "guarantees": []}
-        )
+        facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
+        if isinstance(self.backbone, LanguageBackbone):
+            facts["general_loss"] = general_loss(self.backbone, self._evaluator.batch_size)
+        run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
 
     def _note_start(self, run: Run) -> None:
         """Journal a start, and warn where a run goes on under other versions: its bits may then differ."""

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from .backbone import Examples
 from .errors import ModelError
-from .heads.language import Read
+from .heads.language import LONGEST, Read
 from .language import LanguageBackbone
 from .streams.passage import unmark
 
@@ -54,8 +54,10 @@ class PicturedBackbone(LanguageBackbone):
         super().__init__(model, tokenizer, max_length=max_length, name=name, picture=picture)
         self.processor, self._token = processor, token
 
-    def open(self, labels: Sequence[str], reads: Sequence[Read]) -> None:
-        super().open(labels, reads)
+    def open(
+        self, labels: Sequence[str], reads: Sequence[Read], *, rouge_l: bool = False, longest: int = LONGEST
+    ) -> None:
+        super().open(labels, reads, rouge_l=rouge_l, longest=longest)
         wrong = [text for text in self.labels if self._token and self._token in text]
         if wrong:
             raise ModelError(f"the answer `{wrong[0][:40]}` holds `{self._token}`, the place of an image: reword it")

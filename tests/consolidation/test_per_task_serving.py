@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import perpetune as pt
-from perpetune.backbone import load_backbone
 from perpetune.consolidation import PerTask
 from perpetune.consolidation.base import stored_adapter
+from perpetune.loading import load_backbone
 from perpetune.recipe import Recipe
 from perpetune.run import Run
 from perpetune.tuners import (

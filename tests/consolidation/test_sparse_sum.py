@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import perpetune as pt
-from perpetune.backbone import load_backbone
 from perpetune.consolidation.sparse_sum import SETTINGS, VALUES
 from perpetune.delta import Delta, merge
+from perpetune.loading import load_backbone
 from perpetune.overlap import overlap
 from perpetune.run import Run
 

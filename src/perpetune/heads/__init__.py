@@ -10,7 +10,7 @@ from ..errors import ConfigError, nearest
 from .base import Head
 from .contrastive import ContrastiveHead
 from .label_text import LabelTextHead
-from .language import LanguageHead, Read
+from .language import LONGEST, LanguageHead, Read
 from .linear import LinearHead
 from .opened import OpenedHead
 from .prototype import PrototypeHead
@@ -39,9 +39,11 @@ def ridge_refresh(
     return RidgeHead(features, regularisation, holdout, bits, refresh)
 
 
-def language_generated(read: Read = "generate", length_normalised: bool = False) -> LanguageHead:
+def language_generated(
+    read: Read = "generate", length_normalised: bool = False, rouge_l: bool = False, longest: int = LONGEST
+) -> LanguageHead:
     """A language model's generated answers, compared with the label texts."""
-    return LanguageHead(read, length_normalised)
+    return LanguageHead(read, length_normalised, rouge_l, longest)
 
 
 HEADS: dict[str, Callable[..., OpenedHead]] = {

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, HeadError, nearest
 from ..exact_match import normalised
+from ..metrics import rouge
 from .base import Head
 from .trained import TrainedHead
 
 Read = Literal["options", "generate"]
 MANY = 300  # options, each of which is read with every prompt
+LONGEST = 50  # tokens that are generated at most, as in the O-LoRA and N-LoRA code
 
 
 class LanguageHead(TrainedHead):
@@ -25,9 +27,9 @@ class LanguageHead(TrainedHead):
 
     read="options"   the score of a class is log p(label text | prompt), the sum over its tokens and the end of the
                      sequence. Every answer has the right form, and every class has a score.
-    read="generate"  at most 50 tokens, greedily; a class is predicted if the answer equals its label text in lower
-                     case, without ASCII punctuation and with blanks squeezed, as the O-LoRA (2310.14152) and N-LoRA
-                     (2410.10179) code compares them. An answer that names no class is never right.
+    read="generate"  at most `longest` tokens, greedily; a class is predicted if the answer equals its label text in
+                     lower case, without ASCII punctuation and with blanks squeezed, as the O-LoRA (2310.14152) and
+                     N-LoRA (2410.10179) code compares them. An answer that names no class is never right.
 
     No parameters of its own, and every class is known from the start by its name. Its features come from a
     `LanguageBackbone`.
@@ -35,9 +37,12 @@ class LanguageHead(TrainedHead):
     Args:
         read: "options" or "generate".
         length_normalised: divide the log-likelihood of an option by its number of tokens.
+        rouge_l: measure ROUGE-L of generated answers to the responses of each task as well; decides no prediction.
+        longest: how many tokens are generated at most.
 
     Raises:
-        ConfigError: an unknown reading; generated answers normalised by length.
+        ConfigError: an unknown reading; generated answers normalised by length; ROUGE-L of options, or without the
+            package rouge-score; nothing to be generated.
     """
 
     name = "language"
@@ -46,13 +51,26 @@ class LanguageHead(TrainedHead):
     lengths: Tensor  # of the answers in tokens, (C,)
     same: Tensor  # the first class of the same normalised text, (C,)
 
-    def __init__(self, read: Read = "options", length_normalised: bool = False) -> None:
+    def __init__(
+        self,
+        read: Read = "options",
+        length_normalised: bool = False,
+        rouge_l: bool = False,
+        longest: int = LONGEST,
+    ) -> None:
         super().__init__("current")
         if read not in get_args(Read):
             raise ConfigError(f"LanguageHead: read={read!r}; {nearest(str(read), get_args(Read))}")
         if read == "generate" and length_normalised:
             raise ConfigError("LanguageHead: length_normalised is for options; generated answers have no likelihood")
+        if rouge_l and read != "generate":
+            raise ConfigError('LanguageHead: rouge_l compares generated answers: read="generate"')
+        if rouge_l:
+            rouge.scorer()
         self.read: Read = read
+        if longest < 1:
+            raise ConfigError(f"LanguageHead: longest={longest} tokens; an answer has at least one")
+        self.rouge_l, self.longest = rouge_l, longest
         self.length_normalised = length_normalised
         if read == "generate":
             self.name = "language_generated"

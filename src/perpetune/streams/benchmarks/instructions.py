@@ -185,7 +185,7 @@ INSTRUCTIONS = (
     *(
         Benchmark(
             name=_superni_name(number),
-            summary=f"SuperNI as in SAPT, order {number}: 15 generation tasks; exact match here, ROUGE-L as published",
+            summary=f"SuperNI as in SAPT, order {number}: 15 generation tasks; published by ROUGE-L",
             paper="2401.08295",
             get=SUPERNI_GET,
             drafts=partial(_superni, number),
