@@ -393,8 +393,6 @@ def test_what_is_no_language_model_or_no_prompt_is_refused(tiny_lm, tiny_bert, w
         Learner(tiny_lm("llama"), "frozen_ncm", tmp_path / "b").learn(stream)
     with pytest.raises(ConfigError, match="head `language` reads the answers of a language model"):
         Learner(tiny_bert(), "lora", tmp_path / "c", heads=["language"]).learn(load_stream(word_stream))
-    with pytest.raises(ConfigError, match="finds out tasks from pooled features"):
-        Learner(tiny_lm("llama"), "color", tmp_path / "d", heads=["language"]).learn(stream)
     with pytest.raises(ConfigError, match="leave pooling out"):
         Learner(tiny_lm("llama"), "lora", tmp_path / "e", pooling="mean").learn(stream)
     with pytest.raises(ModelError):

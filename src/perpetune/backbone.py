@@ -136,6 +136,14 @@ class Backbone(nn.Module):
         device = next(self.model.parameters()).device
         return {k: v.to(device) for k, v in batch.items()}
 
+    @property
+    def pooled_width(self) -> int:
+        return self.width
+
+    def pooled(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features."""
+        return self.features(examples, batch_size, advance)
+
     def about(self, classes: Sequence[int]) -> Features:
         """`features`, as far as a choice among these classes needs them: here always all."""
         return self.features

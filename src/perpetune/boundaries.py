@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from .errors import ConfigError
 from .metrics.boundaries import boundary_figures
 from .routers import Detector, Segment
 from .streams import Drift, Stream, Task
@@ -32,12 +31,13 @@ def learn_drift(learner: Learner, drift: Drift, detector: Detector | None = None
         told: take the true boundaries instead, to see what finding them costs.
 
     Raises:
-        PerpetuneError: as `Learner.learn`; or the stream is one of prompts, which have no features to look at.
+        PerpetuneError: as `Learner.learn`.
     """
-    if drift.stream.modality == "language":
-        raise ConfigError("boundaries are found on pooled features, which prompts do not have: learn its tasks in turn")
-    detector = detector or Detector()
-    found = told_segments(drift) if told else detector.read(learner.frozen_features(drift.rows, drift.stream.modality))
+    detector, stream = detector or Detector(), drift.stream
+    if told:
+        found = told_segments(drift)
+    else:
+        found = detector.read(learner.frozen_features(drift.rows, stream.modality, stream.labels))
     return learner.learn(parts(drift, found, detector, told=told))
 
 

@@ -83,12 +83,14 @@ class Evaluator:
         return examples
 
     def viewed(self, consolidation: Consolidation, task: Task, view: int | None, rows: Tensor) -> Tensor:
-        """Features of some test examples of a task (len(rows) x width) under one of the model's states.
+        """Features of some test examples of a task (len(rows) x width) under one of the model's states; where `view` is
+        None, what their routes are found by (len(rows) x pooled_width).
 
         These states do not change any more, so that each example is read once under each.
         """
         size = len(task.test)
-        empty = (torch.empty(size, self.backbone.width), torch.zeros(size, dtype=torch.bool))
+        width = self.backbone.pooled_width if view is None else self.backbone.width
+        empty = (torch.empty(size, width), torch.zeros(size, dtype=torch.bool))
         known, done = self._views.setdefault((task.name, view), empty)
         new = rows[~done[rows]]
         if len(new):
@@ -97,8 +99,9 @@ class Evaluator:
 
     def _view(self, consolidation: Consolidation, task: Task, view: int | None, rows: Tensor) -> Tensor:
         examples = self.prepared(task, "test")
+        read = self.backbone.pooled if view is None else self.backbone.about(consolidation.task_classes(view))
         with consolidation.view(view), self.progress.bar(f"features of {task.name}", len(rows)) as advance:
-            return self.backbone.features([examples[i] for i in rows.tolist()], self.batch_size, advance)
+            return read([examples[i] for i in rows.tolist()], self.batch_size, advance)
 
     def _routed(
         self, consolidation: Consolidation, stream: Stream, task: Task, own: int | None, before: int | None

@@ -9,9 +9,10 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from .answering import PromptsRead, generate, last_logits, log_p_of, positions
-from .backbone import Backbone, Examples, Features, fingerprint
+from .backbone import Backbone, Examples, Features, fingerprint, pool
 from .errors import ModelError
 from .exact_match import normalised
 from .heads.language import LONGEST, Read
@@ -226,6 +227,28 @@ class LanguageBackbone(Backbone):
     def responses(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """log p(answer | prompt) of the examples' own answers and the numbers of their tokens, (N x 2, fp32, CPU)."""
         return self._read_all(examples, batch_size, advance, lambda batch: self(**self._training_batch(batch)), 2)
+
+    @property
+    def pooled_width(self) -> int:
+        config = self.model.config
+        return getattr(config, "encoder", config).get_text_config().hidden_size
+
+    @torch.inference_mode()
+    def pooled(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """Last hidden states of the prompts, of the encoder where there is one, averaged over their tokens."""
+        return self._read_all(examples, batch_size, advance, self._mean_state, self.pooled_width)
+
+    def _mean_state(self, examples: Examples) -> Tensor:
+        inputs = self._inputs(examples)
+        mask = inputs["attention_mask"]
+        if self.start is None:
+            extra = {**positions(self.model, inputs), **last_logits(self.model, 1)}
+            hidden = self.model(**inputs, **extra, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        else:
+            first = torch.full((len(mask), 1), self.start, device=mask.device)
+            hidden = self.model(**inputs, decoder_input_ids=first, use_cache=False).encoder_last_hidden_state
+        hidden = hidden[:, -mask.shape[1] :]  # without virtual tokens in front
+        return pool(BaseModelOutput(last_hidden_state=hidden), mask, "mean")
 
     def _training_batch(self, examples: Examples) -> dict[str, Tensor]:
         batch = self.collate(examples)

@@ -150,12 +150,18 @@ class Learned:
         self.recipe = copy.deepcopy(self._recipe)
         self.heads = self.recipe.heads
 
-    def frozen_features(self, rows: datasets.Dataset, modality: Any) -> Tensor:
-        """Features of the base model, nothing learned (N x width); rows with the columns of `Task.train`."""
+    def frozen_features(self, rows: datasets.Dataset, modality: Any, labels: Sequence[str] = ()) -> Tensor:
+        """What the base model, nothing learned, says an input is (N x `Backbone.pooled_width`).
+
+        Args:
+            rows: with the columns of `Task.train`; labels: their label texts.
+        """
         backbone = self._load_backbone(modality)
+        if isinstance(backbone, LanguageBackbone):
+            backbone.open(labels, [])
         examples, size = backbone.prepare(rows), int(self.training["per_device_eval_batch_size"])
         with self.progress, self.progress.bar("features of the stream", len(examples)) as advance:
-            return backbone.features(examples, size, advance)
+            return backbone.pooled(examples, size, advance)
 
     def _load_base(self, modality: Any, expected: str) -> Backbone:
         backbone = self._load_backbone(modality)
@@ -293,13 +299,13 @@ class Learned:
         @functools.cache
         def routing() -> Tensor:
             with consolidation.view(None):
-                return backbone.features(examples, size)
+                return backbone.pooled(examples, size)
 
         def read(view: int | None, rows: Tensor) -> Tensor:
             if view is None:
                 return routing()[rows]
             with consolidation.view(view):
-                return backbone.features([examples[i] for i in rows.tolist()], size)
+                return backbone.about(consolidation.task_classes(view))([examples[i] for i in rows.tolist()], size)
 
         if task is None:
             weights = consolidation.candidates_of(routing())

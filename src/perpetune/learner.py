@@ -336,17 +336,24 @@ class Learner(Learned):
         return [Measurement(name, max(drifts), None, "relative", type(self.recipe.tuner).__name__, note)]
 
     def _spoken(self, run: Run, tasks: Sequence[Task]) -> list[Measurement]:
-        if not isinstance(self.backbone, LanguageBackbone):
+        if not self._speaks:
             return []
-        return spoken(self._evaluator, self.backbone, tasks, run.commits[0].manifest.get("general_loss"))
+        return spoken(self._evaluator, self._speaks, tasks, run.commits[0].manifest.get("general_loss"))
+
+    @property
+    def _speaks(self) -> LanguageBackbone | None:
+        """A language model that is one for all tasks: with a state for each, old ones lose nothing."""
+        if isinstance(self.backbone, LanguageBackbone) and not self.recipe.consolidation.routed:
+            return self.backbone
+        return None
 
     # ---- committing ----
 
     def _commit_untouched(self, run: Run, stream: Stream) -> None:
         predictions = self._evaluator.predictions(stream, None, self.heads, self.recipe.consolidation)
         facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
-        if isinstance(self.backbone, LanguageBackbone):
-            facts["general_loss"] = general_loss(self.backbone, self._evaluator.batch_size)
+        if self._speaks:
+            facts["general_loss"] = general_loss(self._speaks, self._evaluator.batch_size)
         run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
 
     def _note_start(self, run: Run) -> None:

@@ -34,10 +34,15 @@ def routed_scores(
     for t in shown.any(0).nonzero().flatten().tolist():
         rows = shown[:, t].nonzero().flatten()
         own = torch.tensor(consolidation.task_classes(t))
-        log_p = head.scores(features(t, rows), t)[:, own].double().cpu().log_softmax(1)  # p(c | x, t)
+        log_p = _log_softmax(head.scores(features(t, rows), t)[:, own].double().cpu())  # p(c | x, t)
         prior = consolidation.prior_of(partial(features, None, rows), t)
         if prior is not None:
-            log_p = (log_p + prior[:, own].cpu()).log_softmax(1)
+            log_p = _log_softmax(log_p + prior[:, own].cpu())
         where = rows[:, None], own[None]
         scores[where] = torch.logaddexp(scores[where], weights[rows, t].double()[:, None] + log_p)
     return scores
+
+
+def _log_softmax(scores: Tensor) -> Tensor:
+    """Over classes, (n x c); -inf stays where no class has a score: a generated answer may name none of them."""
+    return scores.log_softmax(1).masked_fill(scores == -torch.inf, -torch.inf)

@@ -35,11 +35,6 @@ def suited(recipe: Recipe, backbone: Backbone, given: bool) -> Recipe:
             f"head `{strange[0].name}` reads pooled features, and prompts are answered by a language model: use "
             "the heads language or language_generated"
         )
-    if speaks and routed:
-        raise ConfigError(
-            f"{keeper} finds out tasks from pooled features, which language models do not give here: use a recipe with "
-            "one model for all tasks (`lora`, `olora`)"
-        )
     if strange:
         return recipe.with_heads([LanguageHead()])
     follows = any(isinstance(head, ContrastiveHead) for head in recipe.heads)

@@ -83,7 +83,7 @@ class PerTask(Consolidation):
         super().open(backbone, tuner, labels)
         self._labels, self._adapters, self._classes, self._active = tuple(labels), [], [], None
         self._names, self._reopened = [], []
-        self.router.open(backbone.width, labels, seed=0)
+        self.router.open(backbone.pooled_width, labels, seed=0)
 
     # ---- learning ----
 
@@ -125,7 +125,7 @@ class PerTask(Consolidation):
         if not self.needs_task:
             rows = step.tasks[0].train
             with self.view(None):
-                seen = self.backbone.features(self.backbone.prepare(rows), BATCH)
+                seen = self.backbone.pooled(self.backbone.prepare(rows), BATCH)
             self.router.observe(task, seen, torch.tensor(rows["label"]), rows["id"])
         if task in self.router.known:
             self._files[ROUTER] = self.router.task_state(task)
