@@ -240,13 +240,31 @@ def test_records_of_captions_that_cannot_be_asked_for_are_refused(tmp_path):
     write_captions(tmp_path / "s", "a", train=[(0, "x"), (1, "y")], test=[(2, "x"), (2, "z"), (3, "y"), (3, "y")])
     with pytest.raises(StreamError, match="test split of task `a` has 1 further captions of images that have one"):
         load_stream(tmp_path / "s")
-    several = [(n, f"{n} {text}") for n in range(4) for text in "xyz"]
-    write_captions(tmp_path / "v", "a", train=several, test=[(5, "x")])
-    with pytest.raises(StreamError, match="validation split of task `a` has .* no share of it is split off"):
-        load_stream(tmp_path / "v", validation_share=0.5)
     write_captions(tmp_path / "t", "a", train=[(0, "x"), (1, " ")], test=[(2, "x")])
     with pytest.raises(StreamError, match="1 of 2 captions of the train split of task `a` are empty"):
         load_stream(tmp_path / "t")
+
+
+def test_a_validation_share_of_captions_is_one_of_images(tmp_path):
+    """An image is in training with all its captions, or in validation with one."""
+    several = [(n, f"{n} {text}") for n in range(8) for text in "xyz"]
+    write_captions(tmp_path / "v", "a", train=several, test=[(9, "x")])
+    task = load_stream(tmp_path / "v", validation_share=0.25).tasks[0]
+    assert len(task.train) == 18 and len(task.validation) == 2 == len(set(task.validation["id"]))
+    assert not set(task.train["id"]) & set(task.validation["id"])
+
+
+def test_captions_are_read_by_heads_that_read_texts(captions, tiny_clip, tiny_vit, tmp_path):
+    stream = load_stream(captions)
+    for model, recipe, head in ((tiny_vit(), "lora", "linear"), (tiny_clip(), "frozen_ncm", "ncm"),
+                                (tiny_clip(), "frozen_ridge", "ridge"), (None, "pixels_ridge", "ridge")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"head `{head}` knows the classes .* use the head contrastive"):
+            Learner(model, recipe, tmp_path / recipe).learn(stream)
+    with pytest.raises(ConfigError, match="head `ncm` knows the classes"):
+        Learner(tiny_clip(), "lora", tmp_path / "two", heads=["contrastive", "ncm"]).learn(stream)
+    Learner(tiny_clip(), "frozen_label_text", tmp_path / "zero", training=TRAINING).learn(stream)
+    expected = ["lora", "sequential", "joint", "frozen_label_text"]
+    assert with_controls(["lora"], "image", ["contrastive"], captions=True) == expected
 
 
 def test_the_texts_are_read_by_the_model_as_it_is_now(classes, tiny_clip, tmp_path):

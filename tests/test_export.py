@@ -15,6 +15,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_cli import call
 
@@ -252,3 +253,25 @@ def test_the_difference_shows_lengths_and_angles_of_rows(summed):
         assert c.row_norms == row_norm_change(new[c.name], old[c.name])
     assert found.total.energy == max(abs(c.energy) for c in matrices) > 0
     assert difference(summed.path, "untouched").total.energy is None
+
+
+def test_an_export_is_whole_or_not_there(model, source, tmp_path, monkeypatch):
+    learner = pt.Learner(model, "lora", tmp_path / "r", training=TRAINING)
+    learner.learn(pt.load_stream(source, tasks=["films"], scenario="class", test_limit=4))
+    with pytest.raises(pt.RunError, match="is a run directory: give another folder"):
+        learner.export(tmp_path / "r")
+    save = type(learner.backbone).save_processors
+
+    def full(self, folder):
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr(type(learner.backbone), "save_processors", full)
+    with pytest.raises(pt.RunError, match="the disk is full: could not write .*/e; every finished task is safe"):
+        learner.export(tmp_path / "e")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r"]
+    monkeypatch.setattr(type(learner.backbone), "save_processors", save)
+    first = learner.export(tmp_path / "e")
+    assert {"config.json", "model.safetensors"} <= {p.name for p in first.iterdir()}
+    (first / "notes.txt").write_text("mine")
+    assert learner.export(tmp_path / "e") == first and (first / "notes.txt").is_file()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

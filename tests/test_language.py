@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from perpetune import ConfigError, Learner, ModelError, load_stream
 from perpetune.heads import make_head
@@ -397,6 +398,37 @@ def test_what_is_no_language_model_or_no_prompt_is_refused(tiny_lm, tiny_bert, w
         Learner(tiny_lm("llama"), "lora", tmp_path / "e", pooling="mean").learn(stream)
     with pytest.raises(ModelError):
         load_backbone(tiny_lm("llama"), "image")
+
+
+def test_what_is_asked_of_a_language_model_is_checked(tiny_lm, stream, tmp_path):
+    learner = Learner(tiny_lm("llama"), "lora", tmp_path / "r", training=TRAINING)
+    learner.learn(stream)
+    for inputs in (["  "], ["a", ""]):
+        with pytest.raises(ConfigError, match="is an empty prompt"):
+            learner.predict(inputs)
+    with pytest.raises(ConfigError, match="input 0 is a list, and no prompt"):
+        learner.predict([[{"role": "user", "content": "a"}]])
+
+
+def test_what_is_asked_in_messages_is_checked(tiny_lm, tmp_path):
+    talk = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad"}]
+    for split in ("train", "test"):
+        (tmp_path / "s/t").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "s/t" / f"{split}.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 4))
+    folder = tiny_lm("llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    learner = Learner(folder, "lora", tmp_path / "r", training=TRAINING)
+    learner.learn(load_stream(tmp_path / "s"))
+    assert learner.predict([talk[:1]]) == ["bad"]
+    for inputs in (["good"], talk[:1], [[{"role": "user"}]], [[]], [[1]]):
+        with pytest.raises(ConfigError, match="input 0 is a .*, and no messages: ask as in predict"):
+            learner.predict(inputs)
+
+
+def test_an_empty_text_keeps_its_beginning(tiny_lm):
+    assert prompt_of(loaded(tiny_lm("llama")), "") == ["<s>"]
 
 
 def test_a_model_as_it_is_and_no_model_are_controls(tiny_lm, stream, tmp_path):

@@ -58,7 +58,9 @@ def test_recipes_with_a_router_learn_resume_and_open_again(recipe, kind, source,
     result = learner.learn(stream)
     assert [e["task"] for e in result.journal if e["event"] == "task"] == ["films", "news"]
     whole = Learner(model, recipe, tmp_path / "whole", **options).learn(stream)
-    assert result.commits[-1].manifest["files"] == whole.commits[-1].manifest["files"]  # their digests
+    digests = [r.commits[-1].manifest["files"] for r in (result, whole)]
+    predictions = "predictions.safetensors"  # see tests/test_results.py
+    assert digests[0].pop(predictions) and digests[1].pop(predictions) and digests[0] == digests[1]
     again, asked = Learner.open(tmp_path / "r", heads=BOTH), prompts(stream)
     told = {"task": "news"} if recipe == "color_oracle" else {}
     for head in BOTH:

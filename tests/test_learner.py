@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -208,6 +209,51 @@ def test_a_loss_that_is_not_finite_stops_before_the_commit(stream, model, tmp_pa
     with pytest.raises(TrainingError, match="task `films`: the loss was not finite at step"):
         learner.learn(stream)
     assert [p.name for p in (tmp_path / "r/commits").iterdir()] == ["0000-untouched"]
+    again = Learner(model, "sequential", tmp_path / "r", training={**TRAINING, "learning_rate": 1e-3})
+    again.learn(stream)  # no task was learned with the old setting, so another one may take its place
+    Learner(model, "sequential", tmp_path / "new", training={**TRAINING, "learning_rate": 1e-3}).learn(stream)
+    for one, other in zip(again.learn(stream).commits, Run.read(tmp_path / "new").commits, strict=True):
+        assert one.manifest["files"] == other.manifest["files"]
+    with pytest.raises(RunError, match="training.learning_rate was 0.001"):
+        Learner(model, "sequential", tmp_path / "r", training={**TRAINING, "learning_rate": 1e-4}).learn(stream)
+
+
+def test_weights_that_are_not_finite_are_not_committed(stream, model, tmp_path):
+    """After a single step no loss was computed with what it left."""
+    training = {**TRAINING, "max_steps": 1, "learning_rate": 1e39}
+    with pytest.raises(TrainingError, match="task `films`: training left weights that are not finite"):
+        Learner(model, "lora", tmp_path / "r", training=training).learn(stream)
+    assert [p.name for p in (tmp_path / "r/commits").iterdir()] == ["0000-untouched"]
+
+
+def test_a_stream_may_be_called_another_name(stream, model, tmp_path):
+    Learner(model, "frozen_ncm", tmp_path / "r").learn(stream)
+    source = shutil.copytree(stream.source["source"], tmp_path / "moved")
+    moved = load_stream(source, **{k: v for k, v in stream.source.items() if k == "tasks"})
+    assert moved.name != stream.name
+    again = Learner(model, "frozen_ncm", tmp_path / "r").learn(moved)
+    assert len(again.commits) == len(stream) + 1
+
+
+WRONG_INPUTS = [
+    ("where is my parcel?", "list of one"),
+    ({"text": "a"}, "list of one"),
+    ([None], "input 0 is a NoneType, and no text"),
+    (["good", 3], "input 1 is a int, and no text"),
+    ([("a", "b")], "each input holds text"),
+    ([[{"role": "user", "content": "a"}]], "input 0 is a list, and no text"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "message"), WRONG_INPUTS)
+def test_what_is_asked_is_checked(inputs, message, stream, model, tmp_path):
+    learner = Learner(model, "frozen_ncm", tmp_path / "r")
+    learner.learn(stream)
+    with pytest.raises(ConfigError, match=message):
+        learner.predict(inputs)
+    with pytest.raises(ConfigError, match="classes=.. leaves nothing to choose"):
+        learner.predict(["good"], classes=[])
+    assert learner.predict([]) == []
 
 
 def test_another_base_model_is_refused(stream, model, tiny_bert, tmp_path):

@@ -161,10 +161,21 @@ def test_a_changed_history_is_refused(tmp_path):
         ({"stream": {**CONFIG["stream"], "scenario": "task"}}, r"stream\.scenario"),
     ],
 )
-def test_another_configuration_is_refused(tmp_path, change, message):
-    Run.open(tmp_path / "r", CONFIG).close()
+def test_another_configuration_is_refused_once_a_task_is_learned(tmp_path, change, message):
+    run = Run.open(tmp_path / "r", CONFIG)
+    commit(run, "untouched")
+    run.close()
+    other = Run.open(tmp_path / "r", {**CONFIG, **change})  # nothing is lost with the old one
+    assert not other.commits and read_config(tmp_path / "r") == {**CONFIG, **change}
+    other.close()
+    run = Run.open(tmp_path / "r", CONFIG)
+    commit(run, "untouched")
+    commit(run)
+    run.close()
+    before = files(tmp_path / "r")
     with pytest.raises(RunError, match=message):
         Run.open(tmp_path / "r", {**CONFIG, **change})
+    assert files(tmp_path / "r") == before and read_config(tmp_path / "r") == CONFIG
 
 
 def test_other_versions_and_a_longer_stream_are_welcome(tmp_path):

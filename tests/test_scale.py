@@ -85,3 +85,18 @@ def test_only_independent_deltas_have_a_scale_to_choose(recipe, model, stream, t
 def test_what_cannot_be_chosen_is_refused(run, stream, values, head):
     with pytest.raises(pt.ConfigError):
         accuracy_by_scale(run, stream, values, head=head)
+
+
+def test_a_language_model_is_read_by_its_own_head(tiny_lm, word_stream, tmp_path):
+    stream = pt.load_stream(word_stream, tasks=TASKS[:2], pose="instruction", validation_share=0.25).on_validation()
+    model, options = tiny_lm("llama"), {"training": TRAINING}
+    pt.Learner(model, "task_arithmetic", tmp_path / "r", **options).learn(stream)
+    found = accuracy_by_scale(tmp_path / "r", stream, [0.0, 0.3, 2.0])
+    for scale in (0.3, 2.0):
+        recipe = {"name": "task_arithmetic", "scale": scale}
+        result = pt.Learner(model, recipe, tmp_path / str(scale), **options).learn(stream)
+        assert found[scale] == pytest.approx(result.matrix("language", "class").values[-1].mean())
+    base = pt.Learner(model, "frozen_label_text", tmp_path / "base").learn(stream)
+    assert found[0.0] == pytest.approx(base.matrix("language", "class").values[-1].mean())
+    with pytest.raises(pt.ConfigError, match="cannot read a language model"):
+        accuracy_by_scale(tmp_path / "r", stream, head="ncm")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from perpetune import Learner, load_stream
+from perpetune.gate import judge
 from perpetune.loading import load_language_model
 from perpetune.metrics.rouge import rouge_l
 from perpetune.spoken import cross_entropy, general_loss, passages
@@ -90,6 +91,22 @@ def test_losses_and_general_ability_are_measured_after_every_task(tiny_lm, strea
         answers = backbone.answers(backbone.prepare(task.test), 4)
         expected = [rouge_l(a, stream.labels[y]) for a, y in zip(answers, task.test["label"], strict=True)]
         assert alike["news"]["parts"][0][1] == pytest.approx(sum(expected) / len(expected))
+
+
+def test_losses_are_measured_anew_when_a_task_is_taken_out(tiny_lm, stream, tmp_path):
+    """The gate then judges what that did to the other tasks."""
+    learner = Learner(tiny_lm("llama"), "lora", tmp_path / "r", training=TRAINING)
+    learner.learn(stream)
+    result = learner.revert(stream.select(["news"]), "films")
+    ((name, now, _),) = measured(result, LOSS)["revert-films"]["parts"]
+    task = stream.tasks[1]
+    responses = learner.backbone.responses(learner.backbone.prepare(task.test), 4)
+    assert name == "news" and now == pytest.approx(cross_entropy(responses), rel=1e-5)
+    (loss,) = judge(result, max_forgetting=1, min_gain=-1).losses
+    learned = dict((n, v) for n, v, _ in measured(result, LOSS)["news"]["parts"])
+    assert (loss.name, loss.learned, loss.now) == ("news", learned["news"], now)
+    assert judge(result, max_forgetting=1, min_gain=-1, max_loss_increase=loss.rise).passed
+    assert not judge(result, max_forgetting=1, min_gain=-1, max_loss_increase=loss.rise - 1e-3).passed
 
 
 def test_a_frozen_model_keeps_its_general_ability_to_the_bit(tiny_lm, stream, tmp_path):

@@ -11,6 +11,7 @@ import typer
 from . import cli_finished
 
 if TYPE_CHECKING:
+    from .metrics.accuracy import AccuracyMatrix
     from .results import Result
 
 app = typer.Typer(
@@ -114,6 +115,7 @@ def _settings(config: Path | None, kind: Any, given: dict[str, Any]) -> Any:
     plain = ("model", "recipe", "seed", "controls", "jobs", "max_length", "pooling", "evaluate_every", "device")
     overrides = {
         **{name: given[name] for name in plain if name in given},
+        "imports": given["import_"],
         "heads": _names(given["heads"]),
         "out": str(given["out"]) if given["out"] else None,
         "recipes": _names(given.get("recipes")),
@@ -179,6 +181,7 @@ def run(
     pooling: Pooling = None,
     evaluate_every: EvaluateEvery = None,
     device: Device = None,
+    import_: cli_finished.Import = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the run will take: time, memory, disk.")] = False,
     json: JsonFile = None,
@@ -246,6 +249,7 @@ def compare(
     pooling: Pooling = None,
     evaluate_every: EvaluateEvery = None,
     device: Device = None,
+    import_: cli_finished.Import = None,
     json: JsonFile = None,
 ) -> None:
     """Several recipes and seeds on the same data and step budget; prints mean, spread and forgetting.
@@ -260,8 +264,8 @@ def compare(
     from .progress import RichProgress
 
     folder = Path(settings.out or "runs/compare")
-    modality = settings.stream.load().modality
-    records, failed = run_comparison(settings, folder, modality, RichProgress())
+    found = settings.stream.load()
+    records, failed = run_comparison(settings, folder, found.modality, RichProgress(), found.captions)
     write_records(folder / "results.json", records)
     _write_json(json, records)
     print_tables(records)
@@ -289,12 +293,20 @@ def report(
 ) -> None:
     """Write the report of a run or a comparison again, from what its directory holds."""
     from .boundaries import drift_summary
+    from .compare import found_records
+    from .errors import ConfigError
     from .metrics.records import read_records
     from .results import Result
 
-    if (path / "results.json").is_file():
-        records = read_records(path / "results.json")
+    records = read_records(path / "results.json") if (path / "results.json").is_file() else found_records(path)
+    if records:
+        if geometry is not None:
+            raise ConfigError(f"{path} is a comparison: --geometry is for one of its runs ({records[0].run})")
         print_tables(records)
+        if convention:
+            for record in records:
+                label = f"{record.recipe} seed {record.seed} · head {record.head} · {record.scenario}"
+                typer.echo(_in_convention(label, record.accuracy_matrix(), convention))
         typer.echo(f"report: {_report([], records, path / 'report' / 'index.html', 'compare')}")
         return
     result = Result(path)
@@ -306,11 +318,8 @@ def report(
             figure = "undefined" if value is None else f"{value:.4g}"
             typer.echo(f"{name} {figure}    {GEOMETRY_FORMULAS[name]}; tolerance {geometry:g}")
     if convention:
-        from .metrics.conventions import in_convention
-
         for head, kind in result.readings:
-            figures = in_convention(result.matrix(head, kind), convention)
-            typer.echo(f"{convention} · head {head} · {kind}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+            typer.echo(_in_convention(f"head {head} · {kind}", result.matrix(head, kind), convention))
     typer.echo(f"report: {_report([result], result.records(), path / 'report' / 'index.html', 'run')}")
 
 
@@ -356,6 +365,14 @@ def print_tables(records: list[Any]) -> None:
     aggregated = aggregate(records)
     for kind in dict.fromkeys(r.scenario for r in records):
         Console().print(table(aggregated, kind))
+
+
+def _in_convention(label: str, matrix: AccuracyMatrix, convention: str) -> str:
+    from .metrics.conventions import in_convention
+
+    figures = in_convention(matrix, convention).items()
+    told = ", ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in figures)
+    return f"{convention} · {label}: {told}"
 
 
 def _write_json(path: Path | None, records: list[Any]) -> None:

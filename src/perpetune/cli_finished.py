@@ -9,6 +9,12 @@ import typer
 
 Run = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 Model = Annotated[str | None, typer.Option(help="The base model, if it is not where it was when the run was made.")]
+Import = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import", metavar="MODULE", help="Your module with pieces of the recipe; in this folder, or installed."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -23,6 +29,7 @@ def export(
         list[str] | None, typer.Option(metavar="TASK=0.5", help="Multiply what this task left; may be given again.")
     ] = None,
     model: Model = None,
+    import_: Import = None,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16, to which the sum is rounded once.")] = "float32",
 ) -> None:
     """Write a plain transformers folder, which AutoModel.from_pretrained loads without perpetune.
@@ -37,6 +44,7 @@ def export(
     """
     from .learned import Learned
 
+    _import(import_)
     learner = Learned.open(run, model=model)
     names = None if only is None else [part.strip() for part in only.split(",") if part.strip()]
     factors = dict(_factor(text) for text in scale or ())
@@ -78,6 +86,7 @@ def revert(
         str | None, typer.Option(help="Where the other tasks lie, if not where they were when the run was made.")
     ] = None,
     model: Model = None,
+    import_: Import = None,
 ) -> None:
     """Take a task out of what a run has learned, heads included. The run then goes on without it.
 
@@ -99,6 +108,7 @@ def revert(
     from .run import commit_of
     from .streams import load_again
 
+    _import(import_)
     before = Result(run)
     commit_of(before.commits, task)
     learner = Learner.described(run, model=model, progress=RichProgress())
@@ -118,9 +128,15 @@ def tune_scale(
     values: Annotated[
         str | None, typer.Option(metavar="0.1,0.3,1", help="Scales to try; default eight from 0.1 to 2.")
     ] = None,
-    head: Annotated[str, typer.Option(help="ncm or ridge: gathers its statistics anew for every scale.")] = "ncm",
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="ncm (default) or ridge gather statistics anew for every scale; of a language model: language."
+        ),
+    ] = None,
     stream: Annotated[str | None, typer.Option(help="Where the tasks lie, if not where they were.")] = None,
     model: Model = None,
+    import_: Import = None,
     json: AsJson = False,
 ) -> None:
     """Choose the scale of summed deltas (`sotu`, `task_arithmetic`) on validation data; nothing is learned again.
@@ -140,11 +156,13 @@ def tune_scale(
         scales = SCALES if values is None else [float(part) for part in values.split(",")]
     except ValueError:
         raise ConfigError(f"--values takes numbers with commas between them, not `{values}`") from None
+    _import(import_)
     result = Result(run)
     data = load_again(result.config["stream"], result.tasks, stream)
     found = accuracy_by_scale(run, data, scales, head=head, model=model, progress=RichProgress())
     best = max(found, key=lambda s: found[s])
     if json:
+        head = head or ("language" if data.modality == "language" else "ncm")
         _show({"head": head, "best": best, "accuracy": {f"{s:g}": a for s, a in found.items()}})
         return
     for s, accuracy in found.items():
@@ -156,6 +174,7 @@ def diff(
     before: Annotated[str | None, typer.Argument(metavar="[A]", help="A task, its number, or untouched.")] = None,
     after: Annotated[str | None, typer.Argument(metavar="[B]", help="The same; default the newest task.")] = None,
     model: Model = None,
+    import_: Import = None,
     all_: Annotated[bool, typer.Option("--all", help="All weights that changed, not the first 20.")] = False,
     geometry: Annotated[
         bool, typer.Option("--geometry", help="Also lengths of rows and hyperspherical energy, what rotations keep.")
@@ -172,6 +191,7 @@ def diff(
     """
     from .difference import difference
 
+    _import(import_)
     found = difference(run, before, after, model=model, geometry=geometry)
     _show(found.to_dict() if json else found.table(None if all_ else 20))
 
@@ -182,6 +202,12 @@ def gate(
     min_gain: Annotated[float, typer.Option(help="What the newest task must gain: 0.01 is one point.")] = 0.01,
     max_flips: Annotated[
         int | None, typer.Option(help="Examples of earlier tasks that may be wrong now and were right before.")
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS", help="By how much a language model's loss on any earlier task's responses may have risen."
+        ),
     ] = None,
     head: Annotated[str | None, typer.Option(help="Which head; default the first.")] = None,
     scenario: Annotated[str | None, typer.Option(help="class, task or domain; default that of the stream.")] = None,
@@ -195,15 +221,31 @@ def gate(
     the untouched model, or else chance, where the head could not name the classes before. A broken promise of the
     newest task closes the gate too. Reads the predictions stored in the run; no model is loaded.
 
+    Where responses are free text that nobody repeats word for word, --min-gain 0 --max-loss-increase 0.1: the loss on
+    the test responses of an earlier task, in nats a token, may be so much higher than when the task was learned.
+
     After `perpetune revert`: no other task may have lost more than --max-forgetting by it.
     """
     from .gate import judge
     from .results import Result
 
-    limits = {"max_forgetting": max_forgetting, "min_gain": min_gain, "max_flips": max_flips}
-    verdict = judge(Result(run), **limits, head=head, scenario=scenario)  # type: ignore[arg-type]
+    verdict = judge(
+        Result(run),
+        max_forgetting=max_forgetting,
+        min_gain=min_gain,
+        max_flips=max_flips,
+        max_loss_increase=max_loss_increase,
+        head=head,
+        scenario=scenario,
+    )
     _show(verdict.to_dict() if json else verdict.table())
     raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _import(modules: list[str] | None) -> None:
+    from .pieces import import_modules
+
+    import_modules(modules or ())
 
 
 def _show(found: Any) -> None:

@@ -15,6 +15,7 @@ from .errors import ConfigError, PerpetuneError
 from .heads import make_head
 from .metrics.accuracy import intransigence
 from .metrics.records import ResultRecord
+from .pieces import import_modules
 from .progress import Progress
 from .recipe import Recipe
 from .recipes import make_recipe
@@ -44,19 +45,25 @@ def head_groups(heads: Sequence[HeadSpec]) -> list[tuple[HeadSpec, ...]]:
     return groups if any(shapes) or not reads else [*groups, tuple(reads)]
 
 
-def with_controls(recipes: Sequence[str | dict[str, Any]], modality: str, heads: Sequence[HeadSpec]) -> list[Any]:
-    """The recipes, and the controls that are missing among them."""
+def with_controls(
+    recipes: Sequence[str | dict[str, Any]], modality: str, heads: Sequence[HeadSpec], captions: bool = False
+) -> list[Any]:
+    """The recipes, and the controls that are missing among them: those that can say anything of such a stream."""
     wanted = [*CONTROLS, "pixels_ridge" if modality == "image" else "tfidf_ridge"]
     if modality == "language":  # whose features no ridge can read
         wanted[wanted.index("frozen_ridge")] = "frozen_label_text"
+    elif captions:  # each of an image of its own: nothing can know them that does not read them
+        wanted = [*CONTROLS[:2], "frozen_label_text"]
     elif {"text": "label_text", "image": "contrastive"}[modality] in {make_head(h).name for h in heads}:
         wanted.append("frozen_label_text")
     names = {r if isinstance(r, str) else r.get("name") for r in recipes}
     return [*recipes, *(c for c in wanted if c not in names)]
 
 
-def jobs(config: CompareConfig, modality: str, out: Path) -> Iterator[Job]:
-    recipes = with_controls(config.recipes, modality, config.heads or ()) if config.controls else config.recipes
+def jobs(config: CompareConfig, modality: str, out: Path, captions: bool = False) -> Iterator[Job]:
+    recipes = config.recipes
+    if config.controls:
+        recipes = with_controls(recipes, modality, config.heads or (), captions)
     seen: set[str] = set()
     for spec in recipes:
         recipe = make_recipe(spec)
@@ -94,6 +101,7 @@ def run_job(
 
     if threads:
         torch.set_num_threads(threads)
+    import_modules(config.imports)  # in a process of its own
     recipe = make_recipe(job.recipe)
     recipe.name = job.name
     learner = Learner.from_config(
@@ -104,9 +112,12 @@ def run_job(
 
 
 def compare(
-    config: CompareConfig, out: Path, modality: str, progress: Progress | None = None
+    config: CompareConfig, out: Path, modality: str, progress: Progress | None = None, captions: bool = False
 ) -> tuple[list[ResultRecord], list[tuple[str, str]]]:
     """Run every recipe with every seed.
+
+    Args:
+        modality, captions: of the stream, which decide the controls.
 
     Returns:
         All records, and (run, error) for the runs that failed: one recipe that cannot run does not take the others with
@@ -116,7 +127,8 @@ def compare(
         ConfigError: there is nothing to compare.
     """
     progress = progress or Progress()
-    todo = list(jobs(config, modality, out))
+    import_modules(config.imports)
+    todo = list(jobs(config, modality, out, captions))
     if not todo:
         raise ConfigError("nothing to compare: give --recipes, for instance sequential,lora,olora")
     found: dict[Path, list[dict]] = {}
@@ -132,6 +144,14 @@ def compare(
                 progress.say(f"{label} ({job.path.name}): done")
             advance(1)
     return with_intransigence([r for job in todo for r in found.get(job.path, ())]), failed
+
+
+def found_records(out: Path) -> list[ResultRecord]:
+    """What the runs of a comparison that was not finished have found so far; nothing where there is no such thing."""
+    from .results import Result
+
+    results = [Result(path.parent) for path in sorted(out.glob("*/seed-*/*/run.yaml"))]
+    return with_intransigence([r.model_dump() for result in results if result.tasks for r in result.records()])
 
 
 def with_intransigence(records: Sequence[dict[str, Any]]) -> list[ResultRecord]:
@@ -159,7 +179,7 @@ def _outcomes(config: CompareConfig, todo: list[Job], progress: Progress) -> Ite
             except PerpetuneError as error:
                 yield job, error
         return
-    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    threads = threads_each(config.jobs)
     with ProcessPoolExecutor(config.jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run_job, config, job, threads): job for job in todo}
         for future in as_completed(futures):
@@ -168,3 +188,11 @@ def _outcomes(config: CompareConfig, todo: list[Job], progress: Progress) -> Ite
                 pool.shutdown(cancel_futures=True)
                 raise problem
             yield futures[future], problem or future.result()
+
+
+def threads_each(jobs: int) -> int:
+    """Threads of each of several runs at a time: as many as the machine has for it, but no more than a run alone would
+    take (OMP_NUM_THREADS)."""
+    import torch
+
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // jobs))

@@ -99,6 +99,11 @@ def plain(model: Any, folder: Path) -> nn.Module:
     try:
         return model.merge_and_unload(safe_merge=True)
     except (ModelError, AttributeError, NotImplementedError, ValueError) as error:
+        if "NaN" in str(error):
+            raise ConfigError(
+                f"the adapter in {folder} holds numbers that are not finite, and nothing can be merged: take the task "
+                "out (perpetune revert), and learn it again with a lower learning_rate"
+            ) from error
         reason = str(error).splitlines()[0].split(":")[0] if isinstance(error, ModelError) else "peft cannot merge it"
         kind = type(next(iter(model.peft_config.values()))).__name__
         raise ConfigError(

@@ -90,6 +90,7 @@ class RunConfig(pydantic.BaseModel):
     evaluate_every: int = pydantic.Field(default=1, ge=0)
     device: str | None = None
     trust_remote_code: bool = False
+    imports: list[str] = []  # the user's modules, with pieces of recipes
 
 
 class CompareConfig(RunConfig):

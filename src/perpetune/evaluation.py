@@ -136,13 +136,13 @@ class Evaluator:
         step: Step | None,
         heads: Sequence[Head],
         consolidation: Consolidation,
-        first: int = 0,
+        tasks: Sequence[Task] | None = None,
     ) -> dict[str, Tensor]:
-        """Predicted classes of every head on the tasks learned so far, and on the next ones that it can name already.
+        """Predicted classes of every head on tasks of the stream; on those not learned yet, if it can name them.
 
         Args:
-            step: the step just learned; None for the untouched model, which is asked about all tasks.
-            first: number of the first task that is read; those before it are left out.
+            step: the step just learned; None for the untouched model.
+            tasks: those that are read; None takes all learned so far, or all, for the untouched model.
 
         Returns:
             `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32, -1 where a head names no class. Where the model
@@ -151,12 +151,14 @@ class Evaluator:
         """
         learned = step.learned if step is not None else 0
         seen = {c for task in stream.tasks[:learned] for c in task.candidates}
-        ahead = stream.tasks[learned : learned + 1] if step is not None else stream.tasks
-        self.embed(heads, stream.labels, [task.candidates for task in (*stream.tasks[:learned], *ahead)])
+        every = stream.tasks if step is None else stream.tasks[:learned]
+        asked = {task.name for task in (every if tasks is None else tasks)}
+        upto = max([learned, *(i + 1 for i, task in enumerate(stream) if task.name in asked)])
+        self.embed(heads, stream.labels, [task.candidates for task in stream.tasks[:upto]])
         learned_in = {t.name: s.index for s in consolidation.schedule(stream) for t in s.tasks}
         out: dict[str, Tensor] = {}
-        for position, task in enumerate((*stream.tasks[:learned], *ahead)):
-            if position < first:
+        for position, task in enumerate(stream):
+            if task.name not in asked:
                 continue
             known = position < learned
             # b_j of the untouched model and a(j - 1, j) must choose among the same classes

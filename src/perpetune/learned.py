@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import run as run_directory
+from .asked import table
 from .backbone import Backbone, Examples, Pooling
 from .compose import choose, plain
 from .consolidation import Consolidation
@@ -144,9 +145,9 @@ class Learned:
         options = {name: self.loading[name] for name in ("max_length", "trust_remote_code")}
         return load_language_model(self.model_name, **options).to(self.device)
 
-    def _check_heads(self, backbone: Backbone) -> None:
+    def _check_heads(self, backbone: Backbone, captions: bool = False) -> None:
         """Read the model with heads that suit it; see `suited`."""
-        self._recipe = suited(self._recipe, backbone, self._heads_given)
+        self._recipe = suited(self._recipe, backbone, self._heads_given, captions)
         self.recipe = copy.deepcopy(self._recipe)
         self.heads = self.recipe.heads
 
@@ -257,8 +258,8 @@ class Learned:
             task: whose adapter reads the inputs, where there is one for every task; None lets the router find out.
 
         Raises:
-            ConfigError: nothing is learned yet, an unknown head, class or task, or a task for a model that has but one
-                state.
+            ConfigError: nothing is learned yet, inputs of another kind than were learned, an unknown head, class or
+                task, or a task for a model that has but one state.
         """
         backbone = self._need_backbone()
         if self._predicts is None or not self._predicts.classes:
@@ -275,14 +276,14 @@ class Learned:
                 if name not in known:
                     raise ConfigError(f"class `{name}` is not learned: {nearest(name, known)}")
             allowed = [known[name] for name in classes]
-        rows = [x if isinstance(x, tuple) else (x,) for x in inputs]
-        if any(len(r) > len(columns) for r in rows):
-            raise ConfigError(f"each input holds {', '.join(columns)}: one value for each")
-        table = {c: [r[i] for r in rows] for i, c in enumerate(columns[: len(rows[0])] if rows else ())}
-        if not rows:
+            if not allowed:
+                raise ConfigError("classes=[] leaves nothing to choose: None chooses among all classes learned")
+        given = table(inputs, tuple(columns))
+        size = len(inputs)
+        if not size:
             return []
         self._evaluator.embed([reader], labels, [allowed])
-        data = datasets.Dataset.from_dict({**table, "label": [0] * len(rows), "id": [""] * len(rows)})
+        data = datasets.Dataset.from_dict({**given, "label": [0] * size, "id": [""] * size})
         scores = self._scores(reader, backbone.prepare(data), len(labels), task, allowed)
         return [labels[c] if c >= 0 else "" for c in best_class(scores, allowed).tolist()]
 
@@ -339,6 +340,7 @@ class Learned:
         Raises:
             ConfigError: nothing is learned yet, there is no network to export, no weights could hold the adapter; an
                 unknown task; tasks that leave nothing to choose from.
+            RunError: the folder is a run directory, or cannot be written; then nothing of it is there.
         """
         backbone = self._need_backbone()
         if isinstance(backbone, FixedFeatures):
@@ -354,13 +356,16 @@ class Learned:
         else:
             chosen = choose(commits[-1].manifest["learned"], only, without, scales)
             backbone, consolidation = self.fresh()
-            consolidation.compose({c.manifest["task"]: c for c in active(commits)}, chosen)
-            model = plain(backbone.model, commits[-1].path)
+            by_task = {c.manifest["task"]: c for c in active(commits)}
+            consolidation.compose(by_task, chosen)
+            model = plain(backbone.model, by_task[list(chosen)[-1]].path if chosen else commits[-1].path)
         model = model.to(dtype=getattr(torch, dtype))
-        with run_directory.writing(Path(folder)):
-            model.save_pretrained(str(folder))
-            backbone.save_processors(str(folder))
-        return Path(folder)
+
+        def write(aside: Path) -> None:
+            model.save_pretrained(str(aside))
+            backbone.save_processors(str(aside))
+
+        return run_directory.write_folder(Path(folder), write)
 
 
 def head_states(commit: Commit) -> dict[str, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 import time
@@ -25,7 +26,8 @@ from .language import LanguageBackbone
 from .learned import Known, Learned, head_states
 from .machine import peak_memory, versions
 from .measurement import Measurement, finite
-from .results import Result
+from .pieces import import_modules
+from .results import BEFORE, JOINED, NO_READING, Result
 from .rules import TaskContext
 from .run import Commit, Run, active, commit_of, reverted
 from .spoken import general_loss, spoken
@@ -65,6 +67,7 @@ class Learner(Learned):
     @classmethod
     def from_config(cls, config: RunConfig, **instead: Any) -> Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
+        import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
         names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code", "evaluate_every")
         settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
@@ -94,6 +97,8 @@ class Learner(Learned):
                         self._evaluator.features(task, "test", choices(stream, task, seen))
                     self._evaluator.embed(self.heads, stream.labels, [task.candidates for task in learned])
                 for step in steps[done:]:
+                    begun = time.perf_counter()
+                    before = self._before(stream, step, steps[step.index - 1] if step.index else None)
                     started = time.perf_counter()
                     set_seed(task_seed(self.seed, step.name))
                     consolidation.begin_task(step)
@@ -103,7 +108,9 @@ class Learner(Learned):
                         if earlier is not None:
                             head.reopen(earlier)
                         head.begin_task(consolidation.classes(step))
-                    context = TaskContext(self._need_backbone(), _begun(run), self._batches, self._losses)
+                    context = TaskContext(
+                        self._need_backbone(), _begun(run), self._batches, self._losses, self.progress.say
+                    )
                     for rule in recipe.rules:
                         rule.begin_task(context)
                     log = self._train(step, len(steps))
@@ -117,13 +124,14 @@ class Learner(Learned):
                     trained = time.perf_counter()
                     self._observe(step, stream)
                     due = step is steps[-1] or (self.evaluate_every > 0 and (step.index + 1) % self.evaluate_every == 0)
-                    first = 0 if due else step.first
-                    predictions = self._evaluator.predictions(stream, step, self.heads, consolidation, first)
+                    asked = stream.tasks[0 if due else step.first : step.learned]
+                    predictions = self._evaluator.predictions(stream, step, self.heads, consolidation, asked) | before
                     measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]
                     measured += [*self._stale(step), *self._moved(step, stream)]
-                    measured += self._spoken(run, stream.tasks[first : step.learned])
+                    measured += self._spoken(run, asked)
                     commit = run.commit(step.name, self._files(predictions), self._facts(stream, step, measured))
-                    self._note(run, commit, step, log, trained - started, time.perf_counter() - trained)
+                    evaluating = started - begun + time.perf_counter() - trained
+                    self._note(run, commit, step, log, trained - started, evaluating)
         except KeyboardInterrupt:
             self.progress.say("stopped: every finished task is safe; start again with the same run directory to go on")
             raise
@@ -168,6 +176,7 @@ class Learner(Learned):
                 predictions = self._evaluator.predictions(stream, step, self.heads, self.recipe.consolidation)
                 name, classes = f"revert-{task}", sorted({c for t in stream for c in t.classes})
                 measured = [m for head in self.heads for m in head.guarantee()]
+                measured += self._spoken(run, stream.tasks)
                 facts = {
                     "reverts": task,
                     "reverted": [*reverted(run.commits), task],
@@ -207,13 +216,12 @@ class Learner(Learned):
         if not len(stream) and without is None:
             raise StreamError(f"stream `{stream.name}` has no task")
         self.backbone, self._predicts = self._load_backbone(stream.modality), None
-        self._check_heads(self.backbone)
+        self._check_heads(self.backbone, stream.captions)
         run = Run.open(self.path, self.config(stream))
         try:
             whole = stream.numbered(run_directory.read_config(self.path)["stream"]["labels"])
             out = [*reverted(run.commits), without]
             stream = replace(whole, tasks=tuple(task for task in whole if task.name not in out))
-            self._restore(run, whole.labels, without)
             learned = _check_learned(run, stream, without)
             done = len(active(run.commits))
             if done and done >= len(self.recipe.consolidation.schedule(stream)) and len(learned) < len(stream):
@@ -221,6 +229,8 @@ class Learner(Learned):
                     f"{self.path} learned all tasks of its stream at once; the stream has grown since: use another run "
                     "directory (--out)"
                 )
+            self._joined = self._ask_untouched(run, stream) if run.commits and without is None else {}
+            self._restore(run, whole.labels, without)
             if without is None:
                 run.grow(self.config(whole))
                 self._note_start(run)
@@ -260,7 +270,34 @@ class Learner(Learned):
             "versions": versions(),
         }
 
+    def _ask_untouched(self, run: Run, stream: Stream) -> dict[str, Tensor]:
+        """b_j of tasks that joined the stream after the first commit, where heads know classes by their names: while
+        the backbone is as it was loaded, as if the run began now."""
+        if not any(head.needs_label_embeddings or head.follows_texts for head in self.heads):
+            return {}  # none could name a class
+        asked = map(_task_of, run.commits[0].tensors("predictions.safetensors"))
+        known = {*run.commits[-1].manifest["learned"], *asked}
+        joined = [task for task in stream if task.name not in known]
+        if not joined:
+            return {}
+        start = copy.copy(run)
+        start.commits = []
+        self._restore(start, stream.labels)
+        with self.progress:
+            found = self._evaluator.predictions(stream, None, self.heads, self.recipe.consolidation, joined)
+        return _filed(JOINED, found)
+
     # ---- one step ----
+
+    def _before(self, stream: Stream, step: Step, last: Step | None) -> dict[str, Tensor]:
+        """What is said of the tasks of a step before it is learned: a(j - 1, j), by the model as it is now, after the
+        last step; and b_j, where the first commit lacks it."""
+        own = {task.name for task in step.tasks}
+        found = {k: v for k, v in self._joined.items() if _task_of(k) in own}
+        if last is None:
+            return found
+        consolidation = self.recipe.consolidation
+        return found | _filed(BEFORE, self._evaluator.predictions(stream, last, self.heads, consolidation, step.tasks))
 
     def _prepare(self, step: Step) -> Examples:
         """The rows that are trained on and shown to the rules, as model inputs; none where nothing looks at them."""
@@ -403,6 +440,16 @@ class Learner(Learned):
         self.progress.say(f"{self.recipe.name}: task {step.index + 1} `{step.name}` learned in {training + rest:.1f} s")
 
 
+def _task_of(key: str) -> str:
+    """The task of a stored prediction."""
+    return key.rpartition("/")[2]
+
+
+def _filed(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The predictions of heads among these, under a prefix."""
+    return {prefix + key: value for key, value in found.items() if not key.startswith(NO_READING)}
+
+
 def _begun(run: Run) -> int:
     """How many tasks rules have seen, those that were taken out again too: they remember them, and draw by number."""
     return sum("reverts" not in commit.manifest for commit in run.commits[1:])
@@ -430,9 +477,7 @@ def _check_learned(run: Run, stream: Stream, without: str | None = None) -> list
 
 def step_budget(step: Step, training: dict[str, Any]) -> int:
     """Optimizer steps of a bout of training: the same in sum, however the tasks are dealt to bouts."""
-    if training.get("max_steps", -1) > 0:
-        return int(training["max_steps"]) * len(step.tasks)
-    return count_steps(sum(len(task.train) for task in step.tasks), training)
+    return sum(count_steps(len(task.train), training) for task in step.tasks)
 
 
 def task_seed(seed: int, task: str) -> int:

@@ -76,9 +76,10 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         sample = backbone.prepare(rows.select(range(min(len(rows), TRIAL_STEPS * size))))
         learner._examples = sample
         context = TaskContext(backbone, 0, learner._batches, learner._losses)
+        seconds_a_step, started = 0.0, time.perf_counter()
         for rule in recipe.rules:  # a rule that finds nothing to act on says so now
             rule.begin_task(context)
-        seconds_a_step = 0.0
+        rules = time.perf_counter() - started
         if trainable:
             started = time.perf_counter()
             train_task(
@@ -88,8 +89,10 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         started = time.perf_counter()
         backbone.features(sample, int(learner.training["per_device_eval_batch_size"]))
         seconds_an_example = (time.perf_counter() - started) / max(1, len(sample))
+        started = time.perf_counter()
         for rule in recipe.rules if trainable else ():
             rule.end_task(context)  # so that what it remembers counts
+        rules = (rules + time.perf_counter() - started) / max(1, len(sample))
         for head in learner._all_heads():
             head.end_task()
         recipe.consolidation.end_task(step)
@@ -97,16 +100,23 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         disk = sum(t.numel() * t.element_size() for t in tensors if hasattr(t, "element_size"))
     tasks = list(stream)
     steps = sum(step_budget(s, learner.training) for s in recipe.consolidation.schedule(stream)) if trainable else 0
-    read = sum(len(t.train) for t in tasks)
+    trained = sum(len(t.train) for t in tasks)
     moves = recipe.tuner.trains and len(recipe.consolidation.schedule(stream)) > 1
-    read += sum(len(t.test) * (len(tasks) - i if moves else 1) for i, t in enumerate(tasks))
+    times = readings(len(tasks), learner.evaluate_every) if moves else [1] * len(tasks)
+    read = trained + sum(len(task.test) * count for task, count in zip(tasks, times, strict=True))
     return Plan(
         recipe.name,
         len(tasks),
         trainable,
         total,
         steps,
-        steps * seconds_a_step + read * seconds_an_example,
+        steps * seconds_a_step + read * seconds_an_example + trained * rules,
         peak_memory(learner.device),
         disk,
     )
+
+
+def readings(tasks: int, every: int) -> list[int]:
+    """How often the test data of each task is read: after its own task, and whenever all are (`evaluate_every`)."""
+    due = [i == tasks - 1 or (every > 0 and (i + 1) % every == 0) for i in range(tasks)]
+    return [sum(i == j or due[i] for i in range(j, tasks)) for j in range(tasks)]

@@ -64,7 +64,7 @@ class PromptTokenizer:
         out = []
         for (text, first, last), *row in zip(bare, *columns, strict=True):
             tokens = list(zip(*row, strict=True))  # (id, (from, to), whether it was added)
-            while self.decoder and tokens and tokens[-1][2]:
+            while self.decoder and len(tokens) > 1 and tokens[-1][2]:
                 tokens.pop()
             if len(tokens) > 1 and tokens[0][0] == tokens[1][0] == self.tokenizer.bos_token_id:
                 tokens.pop(0)  # the text brings its own

@@ -11,6 +11,8 @@ from .checked import call_checked
 from .consolidation import CONSOLIDATIONS, Consolidation, Continue
 from .errors import ConfigError, nearest
 from .heads import Head, LinearHead, make_head
+from .pieces import RESERVED, below, check_fields, check_head, imported, named
+from .routers import Router
 from .rules import RULES, Rule
 from .tuners import OWN_CONFIGS, TUNERS, NoNetwork, PeftTuner, Tuner, as_tuner
 from .tuners.base import peft_dict
@@ -18,6 +20,9 @@ from .tuners.base import peft_dict
 
 class Recipe:
     """Where the change lives, how steps are shaped, what a finished task leaves behind, how a prediction is read off.
+
+    Every slot takes a piece of your own, too (docs/own_pieces.md). A run that was made with one is opened again where
+    its module is imported already, or with the recipe itself: `Learner.open(run, recipe=recipe)`.
 
     Args:
         tuner: a `peft.PeftConfig` or one of `perpetune.tuners`.
@@ -28,6 +33,9 @@ class Recipe:
         training: default training arguments of this recipe, names of `transformers.TrainingArguments`, and
             `head_learning_rate`; a run's own settings win.
         name: for tables and run directories.
+
+    Raises:
+        ConfigError: pieces that do not fit together, or one that could not be made again from its settings.
     """
 
     def __init__(
@@ -45,8 +53,12 @@ class Recipe:
         self.consolidation = consolidation if consolidation is not None else Continue()
         heads = (head,) if isinstance(head, Head) else tuple(head or (LinearHead(),))
         self.heads: tuple[Head, ...] = heads
-        self.training = dict(training or {})
+        self.training = _numbers(training or {})
         self.name = name
+        for piece in (*self.rules, self.consolidation, getattr(self.tuner, "config", self.tuner)):
+            check_fields(piece)
+        for head in heads:
+            check_head(head)
         if self.rules and not self.tuner.trains:
             names = ", ".join(type(r).__name__ for r in self.rules)
             raise ConfigError(
@@ -79,7 +91,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `Recipe.from_dict` makes the same recipe."""
         tuner = (
-            {"type": type(self.tuner.config).__name__, **_changed(self.tuner.config)}
+            {**named(self.tuner.config), **_changed(self.tuner.config)}
             if isinstance(self.tuner, PeftTuner)
             else _fields(self.tuner)
         )
@@ -88,7 +100,7 @@ class Recipe:
             "tuner": tuner,
             "rules": [_fields(rule) for rule in self.rules],
             "consolidation": _fields(self.consolidation),
-            "heads": [{"type": type(h).__name__, **h.config()} for h in self.heads],
+            "heads": [{**named(h), **h.config()} for h in self.heads],
             "training": self.training,
         }
 
@@ -96,7 +108,8 @@ class Recipe:
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
         """
         Raises:
-            ConfigError: an unknown slot, piece or setting; names the nearest known.
+            ConfigError: an unknown slot, piece or setting, with the nearest known; or a piece of a user's own (one with
+                a `module`) that is not imported.
         """
         known = ("name", "tuner", "rules", "consolidation", "heads", "head", "training")
         for key in data:
@@ -108,9 +121,11 @@ class Recipe:
         heads = data.get("heads") or ([data["head"]] if data.get("head") else [])
         return cls(
             _make_tuner(data["tuner"]),
-            [_make(rule, {**RULES, **by_class}, "rule") for rule in data.get("rules") or ()],
-            _make(data["consolidation"], CONSOLIDATIONS, "consolidation") if data.get("consolidation") else None,
-            [make_head(head) for head in heads],
+            [_make(rule, {**RULES, **by_class}, Rule, "rule") for rule in data.get("rules") or ()],
+            _make(data["consolidation"], CONSOLIDATIONS, Consolidation, "consolidation")
+            if data.get("consolidation")
+            else None,
+            [_make(head, {}, Head, "head") if _own(head) else make_head(head) for head in heads],
             training=data.get("training"),
             name=data.get("name", "custom"),
         )
@@ -119,7 +134,14 @@ class Recipe:
 def _fields(piece: Any) -> dict[str, Any]:
     values = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece) if f.init}
     inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router
-    return {"type": type(piece).__name__, **inner}
+    return {**named(piece), **inner}
+
+
+def _numbers(training: dict[str, Any]) -> dict[str, Any]:
+    """As the learner reads them, so that one value, `2e-3` or 0.002, is one recipe."""
+    from .training import _number  # transformers' Trainer takes a second to import
+
+    return {key: _number(value) for key, value in training.items()}
 
 
 def _changed(config: Any) -> dict[str, Any]:
@@ -133,17 +155,20 @@ def _make_tuner(data: Any) -> Any:
     if isinstance(data, str):
         data = {"type": data}
     kind = _kind(data, "tuner")
-    if kind in TUNERS:
-        return _make(data, TUNERS, "tuner")
+    if kind in TUNERS and not _own(data):
+        return _make(data, TUNERS, Tuner, "tuner")
     import peft
 
     from . import tuners
 
-    config = getattr(tuners if kind in OWN_CONFIGS else peft, kind, None)
+    config = None if _own(data) else getattr(tuners if kind in OWN_CONFIGS else peft, kind, None)
     if not (inspect.isclass(config) and issubclass(config, peft.PeftConfig)):
+        registered: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING.values()
+        config = imported([*below(Tuner), *registered], kind, data.get("module"))
+    if config is None:
         configs = [n for n in dir(peft) if n.endswith("Config")]
         raise ConfigError(f"no tuner is called `{kind}`: {nearest(kind, [*TUNERS, *OWN_CONFIGS, *configs])}")
-    settings = {k: v for k, v in data.items() if k != "type"}
+    settings = _settings(data)
     names = {f.name for f in dataclasses.fields(config)}
     for key in settings:
         if key not in names:
@@ -157,15 +182,23 @@ def _kind(data: Any, slot: str) -> str:
     return str(data["type"])
 
 
-def _make(data: Any, known: dict[str, Any], slot: str) -> Any:
+def _own(data: Any) -> bool:
+    return isinstance(data, dict) and "module" in data
+
+
+def _settings(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in data.items() if k not in RESERVED}
+
+
+def _make(data: Any, known: dict[str, Any], base: type, slot: str) -> Any:
     """One piece from its plain data; types of settings are checked by pydantic."""
     if isinstance(data, str):
         data = {"type": data}
     kind = _kind(data, slot)
-    if kind not in known:
+    target = imported(below(base), kind, data["module"]) if _own(data) else known.get(kind)
+    if target is None:
         raise ConfigError(f"no {slot} is called `{kind}`: {nearest(kind, known)}")
-    settings = {k: v for k, v in data.items() if k != "type"}
-    target = known[kind]
+    settings = {k: _make(v, {}, Router, "router") if _own(v) else v for k, v in _settings(data).items()}
     accepted = list(inspect.signature(target).parameters)
     for key in settings:
         if key not in accepted:

@@ -15,7 +15,10 @@ from .metrics.records import ResultRecord, make_record
 from .metrics.routing import Routing
 from .run import Commit, Run, active, read_config, read_journal, reverted
 
-NO_READING = ("target/", "route/", "asked/")  # of what is stored beside the predictions of heads
+# what was said of the tasks of a commit before they were learned: by the model before, and, of tasks that joined the
+# stream after the first commit, by the untouched one
+BEFORE, JOINED = "before/", "untouched/"
+NO_READING = ("target/", "route/", "asked/", BEFORE, JOINED)  # of what is stored beside the predictions of heads
 
 
 class Result:
@@ -64,15 +67,19 @@ class Result:
         """Per task learned: predicted class of every test example of every task evaluated then; and the true classes.
 
         Row i is the state after task i, the last one the newest state; a step that learned several tasks fills the row
-        of the last of them. A task that was taken out has neither row nor column; rows before it was taken out are of
-        models that knew it.
+        of the last of them. The row before a task also has what was said of the task right before it was learned, which
+        its own commit holds (that of the task before it, in older runs). A task that was taken out has neither row nor
+        column; rows before it was taken out are of models that knew it.
         """
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         targets: dict[str, np.ndarray] = {}
         for commit in self.active:
             row = max(self.tasks.index(task) for task in commit.manifest["learned"] if task in self.tasks)
-            rows[row] = self.found(commit, f"{head}/{scenario}/")
+            rows[row] |= self.found(commit, f"{head}/{scenario}/")
             targets |= self.found(commit, "target/")
+            for task, said in self.found(commit, f"{BEFORE}{head}/{scenario}/").items():
+                if self.tasks.index(task):  # not the first, now that others were taken out
+                    rows[self.tasks.index(task) - 1][task] = said
         if rows:
             rows[-1] = self.found(self.commits[-1], f"{head}/{scenario}/")
         return rows, targets
@@ -86,11 +93,18 @@ class Result:
         stored = {k[len(prefix) :]: v for k, v in self._predictions[commit.path].items() if k.startswith(prefix)}
         return {task: v for task, v in stored.items() if task in self.tasks}
 
+    def baseline(self, head: str, scenario: str) -> dict[str, np.ndarray]:
+        """What the untouched model said of each task that it was asked about, when the run began or when the task had
+        joined the stream."""
+        said = self.found(self.commits[0], f"{head}/{scenario}/")
+        for commit in self.active:
+            said |= self.found(commit, f"{JOINED}{head}/{scenario}/")
+        return said
+
     def matrix(self, head: str, scenario: str) -> AccuracyMatrix:
         """a(i, j): accuracy on task j after learning task i."""
         rows, targets = self.predictions(head, scenario)
-        baseline = self.found(self.commits[0], f"{head}/{scenario}/")
-        return AccuracyMatrix.from_predictions(rows, targets, self.tasks, baseline or None)
+        return AccuracyMatrix.from_predictions(rows, targets, self.tasks, self.baseline(head, scenario) or None)
 
     def routing(self) -> Routing | None:
         """Where the router sends the test examples of each task; None where the model has no state for every task."""
@@ -134,7 +148,7 @@ class Result:
                 "head": head,
                 "model": str(self.config["model_name"] or self.config["model"]["fingerprint"]),
                 "stream": self.config["stream"]["name"],
-                "flips": flips_share(flips(*self.predictions(head, scenario))),
+                "flips": flips_share(flips(*self.predictions(head, scenario), self.tasks)),
                 "routing_accuracy": routing.accuracy if routing else None,
                 "train_seconds": sum(t["train_seconds"] or 0 for t in per_task),
                 "evaluate_seconds": sum(t["evaluate_seconds"] or 0 for t in per_task),

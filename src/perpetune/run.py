@@ -9,8 +9,9 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,14 @@ CONFIG, JOURNAL, COMMITS, MANIFEST = "run.yaml", "journal.jsonl", "commits", "co
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what an operating system says about a file into what a user can do about it."""
+    from safetensors import SafetensorError
+
     try:
-        yield
+        try:
+            yield
+        except SafetensorError as error:  # hides the operating system's error in its text
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(
@@ -143,7 +150,7 @@ class Run:
 
         Args:
             config: what decides the result; must equal what the directory was made with. The keys "versions" and
-                "model_name" may differ, and the stream may have grown.
+                "model_name" may differ, and the stream may have another name and have grown.
 
         Raises:
             RunError: the directory belongs to another configuration or base model, is damaged, is used by another
@@ -156,7 +163,15 @@ class Run:
             for stale in (path / COMMITS).glob(".*"):
                 shutil.rmtree(stale)
             if (path / CONFIG).exists():
-                _check_same(path, read_config(path), config)
+                old = read_config(path)
+                try:
+                    _check_same(path, old, config)
+                except RunError:
+                    if _learned(path):
+                        raise
+                    shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
+                    (path / COMMITS).mkdir()
+                    _write_config(path, config)
             else:
                 if any(p for p in path.iterdir() if p.name not in (COMMITS, ".lock")):
                     raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
@@ -225,6 +240,11 @@ class Run:
             self._lock.close()
 
 
+def _learned(path: Path) -> bool:
+    """Whether there is more than the commit of the untouched model."""
+    return len(list((path / COMMITS).iterdir())) > 1
+
+
 def _write_config(path: Path, config: dict[str, Any]) -> None:
     write_text(path / CONFIG, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
@@ -283,16 +303,32 @@ def write_text(path: Path, text: str) -> None:
         os.replace(aside, path)
 
 
+def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
+    """Write a folder aside, then put its files in place: those of an earlier one of this kind are replaced.
+
+    Raises:
+        RunError: there is a run, or the folder cannot be written; then nothing of it is there.
+    """
+    if (path / CONFIG).exists():
+        raise RunError(f"{path} is a run directory: give another folder (--out)")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            write(aside)
+            path.mkdir(exist_ok=True)
+            for file in aside.iterdir():
+                os.replace(file, path / file.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
 def _write(path: Path, content: Any) -> None:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        try:
-            save_file(_unshared(content), path)
-        except SafetensorError as error:  # hides the operating system's error in its text
-            code = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+        save_file(_unshared(content), path)
     elif path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
@@ -353,7 +389,7 @@ def _check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         if key == "stream":  # a stream may grow: what was there must still be the same
             found = old.get("stream", {})
             for name, value in wanted.items():
-                if name not in ("tasks", "labels", "source") and found.get(name) != value:
+                if name not in ("name", "tasks", "labels", "source") and found.get(name) != value:
                     raise RunError(_different(path, f"stream.{name}", found.get(name), value))
             continue
         if old.get(key) != wanted:

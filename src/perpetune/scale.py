@@ -12,6 +12,7 @@ from .consolidation import SparseSum
 from .errors import ConfigError
 from .evaluation import Evaluator
 from .heads import make_head
+from .language import LanguageBackbone
 from .learned import Learned
 from .progress import Progress
 from .run import Run, active
@@ -25,7 +26,7 @@ def accuracy_by_scale(
     stream: Stream,
     values: Sequence[float] = SCALES,
     *,
-    head: str = "ncm",
+    head: str | None = None,
     model: str | None = None,
     progress: Progress | None = None,
 ) -> dict[float, float]:
@@ -38,7 +39,8 @@ def accuracy_by_scale(
         path: a run with `SparseSum`, each delta made from the base (`sequential` is False).
         stream: its stream, measured on validation data that the deltas were not made with (`validation_share`).
         values: the scales to try, instead of the consolidation's own.
-        head: one that gathers statistics: "ncm" or "ridge".
+        head: one that gathers statistics, "ncm" (the default) or "ridge"; of a language model its own, "language",
+            reads the likelihoods of all answers.
 
     Raises:
         ConfigError: the run sums no independent deltas; the stream is measured on test data; a scale or head that
@@ -56,12 +58,20 @@ def accuracy_by_scale(
         raise ConfigError(
             f"recipe `{learned.recipe.name}` sums no independent deltas: take `sotu` or `task_arithmetic`"
         )
-    reader = make_head(head)
-    if reader.trains:
-        raise ConfigError(f"head `{head}` would have to be trained again for every scale: take ncm or ridge")
-    commits = active(Run.read(path).commits)
     backbone, fresh = learned.fresh()
     assert isinstance(fresh, SparseSum)
+    speaks = isinstance(backbone, LanguageBackbone)
+    reader = make_head(head or ("language" if speaks else "ncm"))
+    if speaks and reader.name != "language":
+        raise ConfigError(f"head `{reader.name}` cannot read a language model here: take language")
+    if reader.trains and not speaks:
+        raise ConfigError(f"head `{reader.name}` would have to be trained again for every scale: take ncm or ridge")
+    lengths = None
+    if isinstance(backbone, LanguageBackbone):
+        backbone.open(stream.labels, ["options"])
+        lengths = backbone.label_embeddings(stream.labels)
+    seen = sorted({c for task in stream for c in task.classes})
+    commits = active(Run.read(path).commits)
     found = {}
     progress = progress or Progress()
     with progress, progress.bar("scales", len(values)) as advance:
@@ -69,13 +79,12 @@ def accuracy_by_scale(
             fresh.scale = float(s)
             fresh.restore(commits)
             evaluator = Evaluator(backbone, int(learned.training["per_device_eval_batch_size"]), Progress())
-            reader.open(backbone.width, stream.labels, seed=learned.seed)
-            for task in stream:
+            reader.open(backbone.width, stream.labels, seed=learned.seed, label_embeddings=lengths)
+            for task in stream if not speaks else ():
                 reader.observe(evaluator.features(task, "train"), torch.tensor(task.train["label"]), task.train["id"])
-            seen = sorted({c for task in stream for c in task.classes})
             right = []
             for task in stream:
-                choice = reader.scores(evaluator.features(task, "test"))[:, seen].argmax(1).cpu()
+                choice = reader.scores(evaluator.features(task, "test", seen))[:, seen].argmax(1).cpu()
                 right.append(float((torch.tensor(seen)[choice] == torch.tensor(task.test["label"])).double().mean()))
             found[float(s)] = sum(right) / len(right)
             advance(1)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .language import LanguageBackbone
 
 SOURCE = "language model"
+LOSS = "loss on the responses"
 
 
 @cache
@@ -59,7 +60,7 @@ def spoken(
     if losses:
         mean = sum(loss for _, loss, _ in losses) / len(losses)
         note = "mean over the tasks evaluated of -log p(response | prompt), test examples, by the tokens of each task"
-        found.append(Measurement("loss on the responses", mean, None, "nats a token", SOURCE, note, tuple(losses)))
+        found.append(Measurement(LOSS, mean, None, "nats a token", SOURCE, note, tuple(losses)))
     now = None if untouched is None else general_loss(backbone, evaluator.batch_size)
     if untouched is not None and now is not None:
         note = f"on {len(passages())} short English texts; above 0: the model continues what is no task's text worse"

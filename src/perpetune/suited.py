@@ -10,7 +10,7 @@ from .language import LanguageBackbone
 from .recipe import Recipe
 
 
-def suited(recipe: Recipe, backbone: Backbone, given: bool) -> Recipe:
+def suited(recipe: Recipe, backbone: Backbone, given: bool, captions: bool = False) -> Recipe:
     """The recipe, with the heads of its kind of model in place of its own.
 
     Language models are read by language heads, and nothing else is. Dual encoders are read by the contrastive head
@@ -18,6 +18,7 @@ def suited(recipe: Recipe, backbone: Backbone, given: bool) -> Recipe:
 
     Args:
         given: whether the heads were asked for, so that none takes their place.
+        captions: whether label texts are captions, of which the training data lacks those of the test data.
 
     Raises:
         ConfigError: heads that were asked for read something else, or what the model is tuned with does.
@@ -49,4 +50,12 @@ def suited(recipe: Recipe, backbone: Backbone, given: bool) -> Recipe:
             "one: use label_text, linear, ncm or ridge"
         )
     own = [type(head) for head in recipe.heads] == [LinearHead]
-    return recipe.with_heads([ContrastiveHead()]) if dual and own and not (given or routed) else recipe
+    if dual and own and not (given or routed):
+        return recipe.with_heads([ContrastiveHead()])
+    classes = [head.name for head in recipe.heads if not (head.follows_texts or head.needs_label_embeddings)]
+    if captions and classes:
+        raise ConfigError(
+            f"head `{classes[0]}` knows the classes that it was trained with, and each image has a caption of its own: "
+            "use the head contrastive, and a dual encoder (CLIP, SigLIP)"
+        )
+    return recipe

@@ -33,6 +33,10 @@ REFUSED = {
     "activation_checkpointing": "it is not supported yet",
 }
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_steps": 50}
+MEND = (
+    "lower learning_rate, set max_grad_norm, or look at the data, then start again (where tasks are learned already, "
+    "other settings need another run directory)"
+)
 OURS = ("output_dir", "seed", "data_seed", "eval_strategy", "save_strategy", "remove_unused_columns")
 
 
@@ -68,7 +72,17 @@ class _Finite(TrainerCallback):
         if bad >= 0:
             raise TrainingError(
                 f"task `{self.task}`: the loss was not finite at step {bad + 1}; nothing of this task was committed: "
-                "lower learning_rate, set max_grad_norm, or look at the data, then start again"
+                f"{MEND}"
+            )
+
+    def check_weights(self) -> None:
+        """Once, at the end: no loss was computed with what the last step left."""
+        model: Any = self.trainer.model
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not bool(torch.stack([p.isfinite().all() for p in trained]).all()):
+            raise TrainingError(
+                f"task `{self.task}`: training left weights that are not finite; nothing of this task was committed: "
+                f"{MEND}"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -226,6 +240,7 @@ def train_task(
             if trainer.attached is not None:
                 trainer.attached.remove()
         finite.check()
+        finite.check_weights()
     losses = [float(x) for x in torch.stack(trainer.losses).float()] if trainer.losses else []
     tenth = max(1, len(losses) // 10)
     return TrainingLog(

@@ -194,7 +194,7 @@ def test_flips_are_the_examples_right_once_and_wrong_at_the_end():
         {"a": np.array([9, 0, 9, 1]), "b": np.array([9, 9])},
         {"a": np.array([9, 9, 9, 1]), "b": np.array([2, 9])},  # 0 and 1 were right, 2 never was, 3 still is
     ]
-    found = flips(rows, TARGETS)
+    found = flips(rows, TARGETS, ["a", "b"])
     assert found["a"].indices.tolist() == [0, 1] and found["a"].share == 0.5
     assert found["b"].indices.tolist() == [] and found["b"].share == 0.0
     assert flips_share(found) == 0.25
@@ -202,10 +202,20 @@ def test_flips_are_the_examples_right_once_and_wrong_at_the_end():
 
 def test_flips_are_undefined_without_an_earlier_point_or_without_the_end():
     both = {"a": TARGETS["a"], "b": TARGETS["b"]}
-    joint, absent = flips([{}, both], TARGETS), flips([both, {"a": TARGETS["a"]}], TARGETS)
+    joint, absent = (flips(rows, TARGETS, ["a", "b"]) for rows in ([{}, both], [both, {"a": TARGETS["a"]}]))
     assert joint["a"].share is joint["b"].share is flips_share(joint) is None
     assert absent["b"].share is None and flips_share(absent) == absent["a"].share == 0.0
-    assert flips([], TARGETS)["a"].share is None
+    assert flips([], TARGETS, ["a", "b"])["a"].share is None
+
+
+def test_flips_do_not_count_what_was_said_before_a_task_was_learned():
+    """So that they do not depend on whether the next task was asked about ahead."""
+    a, nothing = TARGETS["a"], np.array([9, 9])
+    rows = [{"a": a, "b": TARGETS["b"]}, {"a": a, "b": nothing}, {"a": a, "b": nothing}]
+    found = flips(rows, TARGETS, ["a", "b"])
+    assert found["b"].share == 0.0 and flips_share(found) == 0.0
+    ahead, alone = (flips(found, TARGETS, ["a", "b"]) for found in (rows[:2], [{"a": a}, rows[1]]))
+    assert ahead["b"].share is alone["b"].share is None and flips_share(ahead) == flips_share(alone) == 0.0
 
 
 @given(st.data())
@@ -214,5 +224,5 @@ def test_flips_are_at_least_the_fall_of_the_accuracy(data):
     T, n = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 8))
     draw = st.lists(st.integers(0, 1), min_size=n, max_size=n)
     states = [np.array(data.draw(draw)) for _ in range(T)]
-    (found,) = flips([{"a": s} for s in states], {"a": np.ones(n, dtype=int)}).values()
+    (found,) = flips([{"a": s} for s in states], {"a": np.ones(n, dtype=int)}, ["a"]).values()
     assert found.share >= max(s.mean() for s in states[:-1]) - states[-1].mean() - 1e-12

@@ -45,6 +45,40 @@ def test_fresh_lora_leaves_old_outputs_alone_whatever_b_does(dtype):
     assert max(new, (course.outputs() - old).norm() / old.norm()) < EXACT[dtype]
 
 
+@pytest.mark.parametrize("branch", ["kept", "fresh"])
+@pytest.mark.parametrize("on", ["update", "gradient", "both"])
+def test_nothing_at_all_moves_where_every_direction_is_protected(branch, on):
+    """In fp32 rounding would leave something of I - M M^T = 0, which Adam makes steps of, and |dW M| / |W| the quotient
+    of two roundings."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+    model, rule = peft.get_peft_model(plain, config), SubspaceProjection(energy=1, on=on, branch=branch)
+    x, said = torch.randn(400, 16), []
+    rule.begin_task(TaskContext(model, 0))
+    rule.end_task(TaskContext(model, 0, lambda: [{"input": x}]))
+    assert all(kept.M.shape[0] == kept.M.shape[1] for kept in rule._memory.inputs)
+    if branch == "fresh":
+        model = peft.get_peft_model(model.merge_and_unload(), config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
+    rule.begin_task(TaskContext(model, 1, say=said.append))
+    attached = attach(model, optimizer, [rule], begin=False)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+    attached.remove()
+    measured = rule.guarantee()
+    assert "can learn nothing" in said[0] and len(said) == 1
+    assert measured and all(m.holds is not False for m in measured), measured
+    for name, p in model.named_parameters():
+        if p.requires_grad and branch == "kept":
+            assert torch.equal(p, before[name])
+        elif "lora_A" in name:
+            assert not p.any() or on == "gradient"
+
+
 def test_a_fresh_branch_learns_more_than_a_kept_one():
     """The kept one's B has been full since task 1."""
     kept = Course("lora", rule=SubspaceProjection(energy=1)).first()

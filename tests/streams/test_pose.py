@@ -124,5 +124,18 @@ def test_rows_without_an_answer_are_named(tmp_path):
     rows = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": " "}]
     with pytest.raises(StreamError, match="1 of 2 answers of .* are empty, the first is row 1"):
         load_stream(write(tmp_path, train=rows, test=rows))
+    rows = [{"prompt": " ", "response": "b"}, {"prompt": "a", "response": "b"}]
+    with pytest.raises(StreamError, match="1 of 2 prompts of .* are empty, the first is row 0"):
+        load_stream(write(tmp_path, train=rows, test=rows))
     with pytest.raises(StreamError, match="no column `response`"):
         load_stream(write(tmp_path, train=[{"prompt": "a"}], test=[{"prompt": "a"}]))
+
+
+def test_conversations_and_prompts_are_not_mixed(tmp_path):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for task, row in (("a", {"prompt": "Hi", "response": "Hello"}), ("b", {"messages": talk})):
+        (tmp_path / task).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / task / f"{split}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(StreamError, match="write a prompt as a conversation"):
+        load_stream(tmp_path)

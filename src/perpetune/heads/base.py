@@ -118,6 +118,10 @@ class Head(nn.Module):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`, after `open`.
 
+        The stream may have grown since: `open` was given more labels than when the state was saved, in the same order
+        or not. What is saved by class is put where the class is now; `OpenedHead.header` and `columns` do that by the
+        label texts.
+
         Raises:
             HeadError: the state is not one of this head (names, shapes), with what was expected and what was found.
         """

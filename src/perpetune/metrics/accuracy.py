@@ -27,7 +27,7 @@ FORMULAS: dict[str, str] = {
     "forward_transfer": "mean over j >= 2 of [a(j-1, j) - b_j]",
     "plasticity": "mean over j of a(j, j)",
     "intransigence": "mean over j of [a*(j) - a(j, j)], a* from a joint or single-task run",
-    "flips": "mean over j of the share of examples of task j right after some earlier point and wrong at T",
+    "flips": "mean over j < T of the share of examples of task j right after some task i, j <= i < T, and wrong at T",
     "routing_accuracy": "mean over j of the share of test examples of task j that the router sends to task j at T",
 }
 
@@ -209,10 +209,10 @@ def summary(matrix: AccuracyMatrix, reference: Mapping[str, float | None] | None
 
 
 class Flips(NamedTuple):
-    """Examples of one task that were right at some earlier point and are wrong at the end.
+    """Examples of one task that were right at some point since it was learned and are wrong at the end.
 
     Attributes:
-        share: of the task's test examples; None where the task was not evaluated both earlier and at the end.
+        share: of the task's test examples; None where the task was not evaluated both since and at the end.
         indices: positions in the task's test set, ascending.
     """
 
@@ -220,23 +220,26 @@ class Flips(NamedTuple):
     indices: np.ndarray
 
 
-def flips(predictions: Predictions, targets: Mapping[str, np.ndarray]) -> dict[str, Flips]:
-    """Per task, the examples right after some earlier point (any stored one) and wrong at the last.
+def flips(predictions: Predictions, targets: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Flips]:
+    """Per task, the examples right at some point since it was learned (any stored one) and wrong at the last.
+
+    What was said of a task before it was learned does not count: right by chance is nothing to be lost.
 
     Args:
         predictions: as for `AccuracyMatrix.from_predictions`; the last entry is the end.
         targets: the true classes of every task, (n_j,).
+        tasks: names, in the order of learning.
 
     Raises:
         RunError: predictions of another number of examples than there are targets.
     """
     out = {}
-    for task, target in targets.items():
+    for j, task in enumerate(tasks):
         *earlier, last = [
-            None if not found or task not in found else _right(found[task], target, f"in row {i} for `{task}`")
+            None if not found or task not in found else _right(found[task], targets[task], f"in row {i} for `{task}`")
             for i, found in enumerate(predictions or [None])
         ]
-        known = [right for right in earlier if right is not None]
+        known = [right for right in earlier[j:] if right is not None]
         if last is None or not known:
             out[task] = Flips(None, np.array([], dtype=int))
             continue

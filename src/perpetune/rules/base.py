@@ -26,12 +26,14 @@ class TaskContext:
             (eval-time preprocessing, no augmentation), for rules that look at data; None where there is none to give.
         losses: `losses(n)` iterates over the task's training loss, as the mean over n examples at a time, ready for
             `backward()`; for rules that look at gradients before the task begins. None where there is none to give.
+        say: tells the user something about this task.
     """
 
     model: nn.Module
     index: int
     batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None
     losses: Callable[[int], Iterable[Tensor]] | None = None
+    say: Callable[[str], None] = lambda text: None
 
 
 @dataclass

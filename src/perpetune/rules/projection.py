@@ -166,6 +166,11 @@ class SubspaceProjection(Rule):
                 for group in self._groups if self.branch == "fresh" else ():
                     self._project(group, group.W_ref)
             self._references = {}
+            if self._groups and all(group.full for group in self._groups) and self.strength == 1:
+                task.say(
+                    "SubspaceProjection: every direction of every input is protected, so this task can learn nothing "
+                    "in these weights: lower energy or cap"
+                )
 
     def _reference(self, site: LinearMap) -> Tensor:
         """W_ref: what the state of a task in progress brought along, else the weight as it is; 0 for a fresh branch."""
@@ -187,7 +192,7 @@ class SubspaceProjection(Rule):
         for group in self._groups if self.on != "update" else ():
             gradients = [site.weight.grad for site in group.sites]
             g = group.stacked(gradients)
-            group.write(gradients, g.baddbmm_(torch.bmm(g, group.M), group.M.mT, alpha=-self.strength))
+            group.write(gradients, self._projected(group, g))
 
     def watches(self) -> Sequence[nn.Parameter]:
         soft = self.strength < 1 and self.on != "gradient"
@@ -206,8 +211,15 @@ class SubspaceProjection(Rule):
     def _project(self, group: StackedMaps, start: Tensor) -> None:
         weights = [site.weight for site in group.sites]
         W = group.stacked(weights)
-        DM = torch.bmm(W - start, group.M)  # n x R x k
-        group.write(weights, W.baddbmm_(DM, group.M.mT, alpha=-self.strength))
+        group.write(weights, self._projected(group, W, start))
+
+    def _projected(self, group: StackedMaps, W: Tensor, start: Tensor | None = None) -> Tensor:
+        """W - strength * (W - start) M M^T; without `start` from 0."""
+        if group.full and self.strength == 1:  # M M^T = I: Adam would make whole steps of what rounding leaves
+            return torch.zeros_like(W) if start is None else start
+        D = W if start is None else W - start
+        DM = torch.bmm(D, group.M)  # n x R x k
+        return W.baddbmm_(DM, group.M.mT, alpha=-self.strength)
 
     # ---- the memory ----
 

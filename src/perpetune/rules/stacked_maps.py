@@ -19,12 +19,14 @@ BUCKET = 64  # bases of as many columns, rounded up to this, are padded with zer
 class StackedMaps:
     """n inputs of one width d, read by R rows of weights each: W_ref (n x R x d), M (n x d x k).
 
-    `sites` lists those of the first input, then those of the second, and so on: their rows laid end to end are W.
+    `full`: M spans everything, I - M M^T is 0 and not what rounding leaves of it. `sites` lists those of the first
+    input, then those of the second, and so on: their rows laid end to end are W.
     """
 
     sites: list[LinearMap]
     W_ref: Tensor
     M: Tensor
+    full: bool
 
     def stacked(self, values: Sequence[Tensor | None]) -> Tensor:
         """(n x R x d) of the weights, or of as many tensors of their shapes; None counts as zeros."""
@@ -65,12 +67,13 @@ def stack(
         M = memory.inputs[index].M
         if M.shape[1]:  # nothing to protect where all inputs were 0
             R = sum(len(site.matrix(site.weight)) for site in members)
-            alike.setdefault((*kind, R, len(M), -(-M.shape[1] // BUCKET)), []).append((M, members))
+            full = M.shape[1] == len(M)
+            alike.setdefault((full, *kind, R, len(M), -(-M.shape[1] // BUCKET)), []).append((M, members))
     found = []
-    for inputs in alike.values():
+    for (full, *_), inputs in alike.items():
         members = [site for _, group in inputs for site in group]
         W = work(torch.cat([reference(site) for site in members]))
         k = max(M.shape[1] for M, _ in inputs)
         padded = [nn.functional.pad(M, (0, k - M.shape[1])).to(W.device, W.dtype) for M, _ in inputs]
-        found.append(StackedMaps(members, W.view(len(inputs), -1, W.shape[1]), torch.stack(padded)))
+        found.append(StackedMaps(members, W.view(len(inputs), -1, W.shape[1]), torch.stack(padded), full))
     return found

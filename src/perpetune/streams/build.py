@@ -74,7 +74,7 @@ def _check_captions(data: Dataset, place: str) -> None:
     if several:
         raise StreamError(
             f"{place} has {several} further captions of images that have one, and each image is asked for one: keep "
-            "one a picture there (training data may have several, but then no share of it is split off)"
+            "one a picture there (training data may have several)"
         )
 
 
@@ -101,9 +101,12 @@ def same_inputs(drafts: Sequence[Draft]) -> tuple[str, ...]:
     for draft in drafts:
         for rows in draft.splits.values():
             if tuple(rows.data.column_names) != expected:
+                mend = "write them alike"
+                if {"prompt", "messages"} <= {*rows.data.column_names, *expected}:
+                    mend = 'write a prompt as a conversation, "messages": [{"role": "user", "content": prompt}, answer]'
                 raise StreamError(
                     f"{rows.place} has {' and '.join(rows.data.column_names)}, but {first.place} has "
-                    f"{' and '.join(expected)}: all tasks of a stream take the same inputs"
+                    f"{' and '.join(expected)}, and all tasks of a stream take the same inputs: {mend}"
                 )
     return expected
 

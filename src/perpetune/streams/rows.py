@@ -59,7 +59,16 @@ class Rows:
         return replace(self, place=place or self.place, index=self.index[positions], labels=self.labels[positions])
 
     def split_off(self, share: float, *key: object, strata: np.ndarray | None = None) -> tuple[Rows, Rows]:
-        """(the rest, a stratified share); every class keeps at least one row in the rest."""
+        """(the rest, a stratified share); every class keeps at least one row in the rest.
+
+        Of captions a share of the images, of each of which one caption is asked for and none is left in the rest.
+        """
+        if self.captions:
+            _, first, image = np.unique(
+                sample_ids(self.data, self.index, self.place), return_index=True, return_inverse=True
+            )
+            chosen = stratified(np.full(len(first), ""), round(share * len(first)), *key, spare=1)
+            return self.pick(~np.isin(image, chosen)), self.pick(np.sort(first[chosen]))
         count = round(share * len(self))
         off = np.zeros(len(self), dtype=bool)
         off[stratified(self.strata(count) if strata is None else strata, count, *key, spare=1)] = True
@@ -90,7 +99,7 @@ def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = Non
 
     Raises:
         StreamError: the split is empty, a column is missing or of the wrong type, a text, a label or an answer is null,
-            an answer is empty, or a conversation does not end with one.
+            an answer or a prompt is empty, or a conversation does not end with one.
     """
     names = {name: name for name in data.column_names}  # name here -> name in the file
     for old in columns or {}:
@@ -116,6 +125,8 @@ def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = Non
     data = data.rename_columns({names[name]: name for name in inputs if names[name] != name})
     for name in inputs:
         data = _checked(data, name, place, folder)
+    if inputs == ("prompt",):
+        _filled(np.array([prompt.strip() for prompt in data["prompt"][:]], dtype=object), place, "prompts")
     return Rows(place, data, np.arange(len(data)), labels, order, captions)
 
 
@@ -178,11 +189,14 @@ def _checked(data: Dataset, name: str, place: str, folder: Path | None) -> Datas
 
 def _answers(labels: Iterable[str], place: str, what: str = "answers") -> np.ndarray:
     """(n,) the answers, or captions, without blanks around them."""
-    answers = np.array([label.strip() for label in labels], dtype=object)
-    empty = np.flatnonzero(answers == "")
+    return _filled(np.array([label.strip() for label in labels], dtype=object), place, what)
+
+
+def _filled(texts: np.ndarray, place: str, what: str) -> np.ndarray:
+    empty = np.flatnonzero(texts == "")
     if len(empty):
-        raise StreamError(f"{len(empty)} of {len(answers)} {what} of {place} are empty, the first is row {empty[0]}")
-    return answers
+        raise StreamError(f"{len(empty)} of {len(texts)} {what} of {place} are empty, the first is row {empty[0]}")
+    return texts
 
 
 def _conversations(rows: Sequence[object], place: str) -> tuple[Dataset, list[str]]:

@@ -80,6 +80,11 @@ class Stream:
             return "language"
         return "image" if "image" in self.inputs else "text"
 
+    @property
+    def captions(self) -> bool:
+        """Whether label texts are captions of images."""
+        return any(task.captions for task in self.tasks)
+
     def __len__(self) -> int:
         return len(self.tasks)
 

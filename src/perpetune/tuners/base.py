@@ -272,8 +272,7 @@ class PeftTuner(Tuner):
             )
 
     def files(self, model: Any) -> dict[str, Any]:
-        config = model.peft_config["default"]
-        return {"adapter_model.safetensors": self.tensors(model), "adapter_config.json": peft_dict(config)}
+        return {"adapter_model.safetensors": self.tensors(model), "adapter_config.json": peft_dict(_fitted(model))}
 
     def deltas(self, model: Any) -> dict[str, Tensor]:
         base_names = {id(p): n for n, p in model.get_base_model().named_parameters()}
@@ -288,6 +287,23 @@ class PeftTuner(Tuner):
         if not found:
             return super().deltas(model)
         return found
+
+
+def _fitted(model: Any) -> Any:
+    """The configuration of an attached model, with the whole names of the modules that it tunes.
+
+    Ends of names (to which peft 0.21 shortens what "all-linear" found) may fit more modules where the adapter is loaded
+    later: `dense` is in the pooler, too, with which `AutoModel` loads a BERT and the backbone does not.
+    """
+    config = copy.copy(model.peft_config["default"])
+    tuned = sorted(getattr(model.base_model, "targeted_module_names", ()))
+    others = {name for name, _ in model.get_base_model().named_modules()}.difference(tuned)
+    if not tuned or any(name.endswith(tuple(f".{t}" for t in tuned)) for name in others):
+        return config  # whole names would fit more modules than what the user chose
+    config.target_modules = tuned
+    if isinstance(ends := getattr(config, "feedforward_modules", None), (set, list)):  # IA3: some of the targets
+        config.feedforward_modules = [name for name in tuned if any(_ends(name, end) for end in ends)]
+    return config
 
 
 def peft_dict(config: Any) -> dict[str, Any]:

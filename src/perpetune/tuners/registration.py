@@ -239,13 +239,22 @@ def load_adapter(model: nn.Module, folder: str | PathLike[str], **kwargs: Any) -
             missing, unexpected = _misfits(loaded, folder, name, kwargs)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            if reason.startswith("'perpetune_"):  # the key that peft did not find
+                reason = f"no tuner {reason} is registered with peft: import the module that does it first"
             kind = type(model).__name__
             raise ModelError(f"cannot load the adapter in {folder} into this {kind}: {reason}") from error
     if missing or unexpected:
         text = [f"lacks {len(missing)} tensors ({missing[0]}, ...)"] if missing else []
         text += [f"has {len(unexpected)} that this model has no place for ({unexpected[0]}, ...)"] if unexpected else []
-        raise ModelError(f"the adapter in {folder} {' and '.join(text)}: save it anew, under a name like `task_0007`")
+        raise ModelError(f"the adapter in {folder} {' and '.join(text)}: {_advice(missing, unexpected)}")
     return loaded
+
+
+def _advice(missing: list[str], unexpected: list[str]) -> str:
+    if all(".pooler." in name for name in [*missing, *unexpected]):
+        made = "without a pooler" if missing else "with a pooler"
+        return f"it was made on a model {made}: load the model so (add_pooling_layer={not missing})"
+    return "give the model that it was made on; if this is the one, save it anew, under a name like `task_0007`"
 
 
 def _misfits(
