@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from perpetune import ConfigError, Learner, RunError, TrainingError, load_stream
+from perpetune import ConfigError, Learner, RunError, StreamError, TrainingError, drift, load_stream
 from perpetune.gate import judge
 from perpetune.learner import task_seed
 from perpetune.recipes import RECIPES
@@ -486,3 +486,39 @@ def _stops_before(commit, name):
         return commit(self, task, files, facts)
 
     return interrupted
+
+
+def test_a_task_may_have_training_settings_of_its_own(stream, model, tmp_path):
+    source = shutil.copytree(stream.source["source"], tmp_path / "s")
+    (source / "news" / "task.json").write_text('{"training": {"num_train_epochs": 3, "learning_rate": "5e-3"}}')
+    own = load_stream(source, tasks=["films", "news"], training={"films": {"max_steps": 2}})
+    options = {"training": TRAINING}
+    result = Learner(model, "lora", tmp_path / "r", **options).learn(own)
+    assert [e["steps"] for e in result.journal if e["event"] == "task"] == [2, 18]  # 48 rows in batches of 8
+    joint = Learner(model, "joint", tmp_path / "j", **options).learn(own)
+    assert [e["steps"] for e in joint.journal if e["event"] == "task"] == [20]
+
+    # as if they were the run's: films alone, then news with other settings in a run of both
+    plain = load_stream(source, tasks=["films"], training={"news": {}})
+    alone = Learner(model, "lora", tmp_path / "a", training={**TRAINING, "max_steps": 2}).learn(plain)
+    name = "adapter_model.safetensors"
+    assert result.commits[1].manifest["files"][name] == alone.commits[1].manifest["files"][name]
+    Learner(model, "lora", tmp_path / "r", **options).learn(own)  # nothing left to do
+    changed = load_stream(source, tasks=["films", "news"], training={"films": {"max_steps": 3}})
+    with pytest.raises(RunError, match="task `films` was learned with training settings .*max_steps.* 2"):
+        Learner(model, "lora", tmp_path / "r", **options).learn(changed)
+    wrong = load_stream(source, tasks=["films", "news"], training={"films": {"epochs": 2}})
+    with pytest.raises(ConfigError, match="training of task `films`: .* has no `epochs`"):
+        Learner(model, "lora", tmp_path / "new", **options).learn(wrong)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match="which examples are of task `films`"):
+        drift(own, 2, (8, 16))
+
+
+def test_training_settings_of_no_task_are_named(word_stream, tmp_path):
+    with pytest.raises(StreamError, match="training: no task `film`: did you mean `films`"):
+        load_stream(word_stream, training={"film": {"max_steps": 1}})
+    source = shutil.copytree(word_stream, tmp_path / "s")
+    (source / "news" / "task.json").write_text('{"training": 5}')
+    with pytest.raises(StreamError, match="`training` in .* must hold settings"):
+        load_stream(source)

@@ -58,6 +58,7 @@ class StreamConfig(pydantic.BaseModel):
     columns: dict[str, str] | None = None
     relabel: dict[str, str | None] | None = None
     pose: Literal["instruction", "published"] | None = None
+    training: dict[str, dict[str, Any]] | None = None
     trust_remote_code: bool = False
     drift: DriftConfig | None = None
 

@@ -32,7 +32,7 @@ from .rules import TaskContext
 from .run import Commit, Run, active, commit_of, reverted
 from .spoken import general_loss, spoken
 from .streams import Stream, Task, fingerprint
-from .training import TaskModel, TrainingLog, count_steps, train_task
+from .training import TaskModel, TrainingLog, count_steps, resolve_training, train_task
 
 UNTOUCHED = "untouched"
 
@@ -217,6 +217,8 @@ class Learner(Learned):
             raise StreamError(f"stream `{stream.name}` has no task")
         self.backbone, self._predicts = self._load_backbone(stream.modality), None
         self._check_heads(self.backbone, stream.captions)
+        for each in stream:  # before anything is written
+            own_settings(self.training, each)
         run = Run.open(self.path, self.config(stream))
         try:
             whole = stream.numbered(run_directory.read_config(self.path)["stream"]["labels"])
@@ -304,6 +306,10 @@ class Learner(Learned):
         trains = self.recipe.tuner.trains or self._surrogate is not None or self.heads[0].trains
         return self._need_backbone().prepare(self.recipe.consolidation.rows(step)) if trains else []
 
+    def _settings(self, step: Step) -> dict[str, Any]:
+        """Of a bout of training: those of the run, and of the task where it is one."""
+        return own_settings(self.training, step.tasks[0]) if len(step.tasks) == 1 else self.training
+
     def _train(self, step: Step, of: int) -> TrainingLog:
         backbone, head = self._need_backbone(), self._surrogate or self.heads[0]
         self._trainable = sum(p.numel() for m in (backbone, head) for p in m.parameters() if p.requires_grad)
@@ -316,7 +322,7 @@ class Learner(Learned):
                 head,
                 self.recipe.rules,
                 self._examples,
-                self.training,
+                self._settings(step),
                 task=step.name,
                 seed=task_seed(self.seed, step.name),
                 steps=steps,
@@ -419,6 +425,7 @@ class Learner(Learned):
             "learned": [task.name for task in stream.tasks[: step.learned]],
             "classes": sorted({c for task in stream.tasks[: step.learned] for c in task.classes}),
             "data": {task.name: fingerprint(task) for task in step.tasks},
+            "training": {task.name: dict(task.training) for task in step.tasks if task.training},
             "guarantees": [{**m.to_dict(), "task": step.name} for m in measured],
             "heads": [head.name for head in self.heads],
             "trainable_parameters": self._trainable,
@@ -472,12 +479,31 @@ def _check_learned(run: Run, stream: Stream, without: str | None = None) -> list
                     f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run "
                     "directory (--out)"
                 )
+            own = commit.manifest.get("training", {}).get(name, {})
+            if name != without and own != dict(tasks[name].training):
+                raise RunError(
+                    f"task `{name}` was learned with training settings {own or 'of the run'} of its own, now they are "
+                    f"{dict(tasks[name].training) or 'those of the run'}: restore them, or use another run directory "
+                    "(--out)"
+                )
     return learned
 
 
 def step_budget(step: Step, training: dict[str, Any]) -> int:
     """Optimizer steps of a bout of training: the same in sum, however the tasks are dealt to bouts."""
-    return sum(count_steps(len(task.train), training) for task in step.tasks)
+    return sum(count_steps(len(task.train), own_settings(training, task)) for task in step.tasks)
+
+
+def own_settings(training: dict[str, Any], task: Task) -> dict[str, Any]:
+    """Training settings of a task, over those of the run.
+
+    Raises:
+        ConfigError: see `resolve_training`; says of which task.
+    """
+    try:
+        return resolve_training(training, dict(task.training))
+    except ConfigError as error:
+        raise ConfigError(f"training of task `{task.name}`: {error}") from error
 
 
 def task_seed(seed: int, task: str) -> int:

@@ -82,9 +82,8 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         rules = time.perf_counter() - started
         if trainable:
             started = time.perf_counter()
-            train_task(
-                backbone, head, (), sample, learner.training, task=step.name, seed=learner.seed, steps=TRIAL_STEPS
-            )
+            settings = learner._settings(step)
+            train_task(backbone, head, (), sample, settings, task=step.name, seed=learner.seed, steps=TRIAL_STEPS)
             seconds_a_step = (time.perf_counter() - started) / TRIAL_STEPS
         started = time.perf_counter()
         backbone.features(sample, int(learner.training["per_device_eval_batch_size"]))

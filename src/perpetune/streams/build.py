@@ -63,6 +63,7 @@ def build_task(
         test=finished["test"],
         validation=finished.get("validation"),
         instruction=draft.instruction,
+        training=draft.training,
         captions=train.captions,
     )
 

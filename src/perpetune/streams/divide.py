@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -23,13 +24,14 @@ class Draft:
         name: as in `Task`.
         splits: "train", "test" and perhaps "validation".
         labels: the label texts that the source allows, in its order; None where it does not say.
-        instruction: as in `Task`.
+        instruction, training: as in `Task`.
     """
 
     name: str
     splits: Mapping[str, Rows]
     labels: tuple[str, ...] | None = None
     instruction: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def slug(text: str) -> str:

@@ -47,7 +47,7 @@ def drift(stream: Stream, segments: int = 12, length: tuple[int, int] = (150, 40
     others than before, so that it comes no more once it has fewer than length[0] left.
 
     Raises:
-        ConfigError: fewer segments than tasks, or an impossible length.
+        ConfigError: fewer segments than tasks, an impossible length, or training settings of single tasks.
         StreamError: the tasks have too few examples for so many segments.
     """
     least, most = length
@@ -57,6 +57,9 @@ def drift(stream: Stream, segments: int = 12, length: tuple[int, int] = (150, 40
         raise ConfigError(
             f"drift: segments={segments} of {len(stream)} tasks; it takes two tasks, and a segment for every task"
         )
+    own = [task.name for task in stream if task.training]
+    if own:
+        raise ConfigError(f"drift: nobody says which examples are of task `{own[0]}`: leave its training settings out")
     draw = generator(seed, "drift")
     left = [draw.permutation(len(task.train)) for task in stream]
     parts: list[datasets.Dataset] = []

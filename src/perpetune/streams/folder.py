@@ -54,7 +54,7 @@ def _draft(folder: Path, name: str, card: Card, columns: Mapping[str, str] | Non
     for split, paths in files.items():
         place = f"the {split} split of task `{name}`"
         splits[split] = open_rows(read_files(paths, place), place, columns, folder)
-    return Draft(name, splits, card.labels, card.instruction)
+    return Draft(name, splits, card.labels, card.instruction, card.training)
 
 
 def choose(tasks: Sequence[str] | None, names: Sequence[str], aliases: Sequence[set[str]], stream: str) -> list[int]:

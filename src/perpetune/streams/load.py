@@ -43,6 +43,7 @@ def load_stream(
     columns: Mapping[str, str] | None = None,
     relabel: Mapping[str, str | None] | None = None,
     pose: Template | None = None,
+    training: Mapping[str, Mapping[str, Any]] | None = None,
     trust_remote_code: bool = False,
 ) -> Stream:
     """Load tasks, and check once everything that the rest of the library takes for granted.
@@ -52,7 +53,8 @@ def load_stream(
             a built-in name (see `BUILTINS`; wins over a folder of that name, which is then `./name`);
             a published benchmark (see `BENCHMARKS`; wins in the same way), read from the folder `data`;
             a folder of task folders, each with `train.*`, `test.*` and perhaps `validation.*` as JSONL, CSV, Parquet
-            or image folders (`train/<label>/*.png`), and perhaps `task.json` with name, labels and instruction;
+            or image folders (`train/<label>/*.png`), and perhaps `task.json` with name, labels, instruction and
+            training;
             one labelled dataset to be divided with `split_by`: a folder or file of the same formats, or a Hub id
             `owner/name` or `owner/name:configuration`.
         data: the folder with the files of a published benchmark; without it, from the Hub where that is possible.
@@ -78,6 +80,8 @@ def load_stream(
         pose: make instructions of texts to be classified, by this template: "instruction" or "published"; see `pose`.
         relabel: new label texts, {"very positive": "positive", "neutral": None}: tasks that say the same in other words
             share their classes; rows of a label that becomes None are left out.
+        training: settings of single tasks, {"news": {"num_train_epochs": 5}}: over those of their task.json, and over
+            those of the run.
         trust_remote_code: must be False: data sets that come with code are not supported.
 
     Returns:
@@ -144,13 +148,17 @@ def load_stream(
         )
         for draft in drafts
     )
+    made = tuple(replace(task, training={**task.training, **(training or {}).get(task.name, {})}) for task in made)
+    unknown = sorted(set(training or {}) - {task.name for task in made})
+    if unknown and tasks is None:
+        raise StreamError(f"training: no task `{unknown[0]}`: {nearest(unknown[0], [task.name for task in made])}")
     scenario = choose_scenario(scenario, made, list(labels))
     given.update(source=str(path.resolve()) if local else text, scenario=scenario, tasks=[task.name for task in made])
     if split_by != "class":  # the order stands in `tasks` now
         given.pop("order_seed", None)
     if folder is not None:
         given["data"] = str(folder)
-    for option, mapping in (("columns", columns), ("relabel", relabel)):
+    for option, mapping in (("columns", columns), ("relabel", relabel), ("training", training)):
         if mapping:
             given[option] = dict(mapping)
     if name is None:

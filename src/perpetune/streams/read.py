@@ -7,7 +7,7 @@ import glob
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Card:
     name: str | None = None
     labels: tuple[str, ...] | None = None
     instruction: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def read_card(folder: Path) -> Card:
@@ -53,7 +54,7 @@ def read_card(folder: Path) -> Card:
     except (ValueError, OSError) as error:
         raise StreamError(f"cannot read {path}: {error}") from error
     if not isinstance(card, dict):
-        raise StreamError(f"{path} must hold one JSON object with name, labels and instruction")
+        raise StreamError(f"{path} must hold one JSON object with name, labels, instruction and training")
     labels = card.get("labels")
     if labels is not None:
         if not isinstance(labels, list) or not labels:
@@ -65,7 +66,10 @@ def read_card(folder: Path) -> Card:
     for key in ("name", "instruction"):
         if not isinstance(card.get(key) or "", str):
             raise StreamError(f"`{key}` in {path} must be a text, or left out")
-    return Card(card.get("name") or None, labels, card.get("instruction") or None)
+    training = card.get("training") or {}
+    if not isinstance(training, dict):
+        raise StreamError(f'`training` in {path} must hold settings, {{"num_train_epochs": 5}}, or be left out')
+    return Card(card.get("name") or None, labels, card.get("instruction") or None, training)
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -32,6 +32,7 @@ class Task:
         reopens: the task before that this one goes on with, where that is known (`learn_drift`); what keeps an adapter
             for every task keeps one for both.
         captions: whether the label texts are captions, each of an image or few.
+        training: settings of `transformers.TrainingArguments` that are its own, over those of the run.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     instruction: str | None = None
     reopens: str | None = None
     captions: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def candidates(self) -> tuple[int, ...]:
