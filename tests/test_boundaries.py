@@ -166,11 +166,3 @@ def test_a_part_that_was_gone_on_with_cannot_be_missing(found):
     gone = next(c.json("classes.json")["reopens"] for c in commits if c.json("classes.json")["reopens"])
     with pytest.raises(ConfigError, match="not there"):
         consolidation.restore([c for c in commits if c.manifest["task"] != gone])
-
-
-def test_prompts_have_no_features_to_look_at(drift):
-    import dataclasses
-
-    asked = dataclasses.replace(drift, stream=dataclasses.replace(drift.stream, inputs=("prompt",)))
-    with pytest.raises(ConfigError, match="prompts"):
-        pt.learn_drift(pt.Learner(None, "lora"), asked)

@@ -146,7 +146,7 @@ def difference(
         geometry: measure lengths of rows and hyperspherical energy of changed matrices of up to `MOST_ROWS` rows.
 
     Raises:
-        ConfigError: an unknown point, or a recipe without a network.
+        ConfigError: an unknown point, or a recipe without a network or with an adapter for every task.
         RunError: no run is there, it is damaged, or nothing is learned yet.
     """
     commits = Run.read(path).commits
@@ -158,6 +158,11 @@ def difference(
     learner = Learned.open(path, model=model)
     if isinstance(learner.backbone, FixedFeatures):
         raise ConfigError(f"recipe `{learner.recipe.name}` has no network, so no weights to compare")
+    if learner.recipe.consolidation.routed:
+        raise ConfigError(
+            f"recipe `{learner.recipe.name}` keeps an adapter for every task, and the weights of the model are those "
+            "of the base at every point: export the model of one task (perpetune export RUN --only TASK)"
+        )
     old, new = (_state(learner, commits, k) for k in (a, b))
     changes = [_change(name, old.get(name), new.get(name), geometry) for name in {**old, **new}]
     changes.sort(key=lambda c: (c.relative is None, -(c.relative or 0), c.name))

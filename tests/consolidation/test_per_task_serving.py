@@ -13,6 +13,7 @@ import torch
 import perpetune as pt
 from perpetune.consolidation import PerTask
 from perpetune.consolidation.base import stored_adapter
+from perpetune.difference import difference
 from perpetune.loading import load_backbone
 from perpetune.recipe import Recipe
 from perpetune.run import Run
@@ -148,6 +149,12 @@ def test_routes_are_counted_after_every_task(routed, stream):
     assert routing.accuracy == pytest.approx(
         np.diag(routing.confusion / routing.confusion.sum(1, keepdims=True)).mean()
     )
+
+
+def test_there_are_no_weights_to_compare(routed):
+    _, result = routed
+    with pytest.raises(pt.ConfigError, match="keeps an adapter for every task.*export the model of one task"):
+        difference(result.path)
 
 
 def test_with_a_hard_choice_no_more_is_right_than_what_is_sent_to_its_own_task(routed):

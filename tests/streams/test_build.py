@@ -111,7 +111,9 @@ def test_tasks_with_different_inputs(three_tasks: Path) -> None:
         path = three_tasks / "stones" / f"{split}.jsonl"
         path.unlink()
         append(path, *({"text": "a", "text_pair": str(i), "label": "granite"} for i in range(4)))
-    with pytest.raises(StreamError, match="train split of task `stones` has text and text_pair, but .* has text:"):
+    with pytest.raises(
+        StreamError, match="train split of task `stones` has text and text_pair, but .* has text, .*: write them alike"
+    ):
         load_stream(three_tasks)
 
 
