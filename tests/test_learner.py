@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from perpetune import ConfigError, Learner, RunError, StreamError, TrainingError, drift, load_stream
+from perpetune.bout import task_seed
 from perpetune.gate import judge
-from perpetune.learner import task_seed
 from perpetune.recipes import RECIPES
 from perpetune.run import Run
 

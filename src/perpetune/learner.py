@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import sys
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.trainer_utils import set_seed
 
-from . import run as run_directory
-from .backbone import Examples
+from .bout import Bout, task_seed
 from .config import RunConfig
 from .consolidation import Step
-from .errors import ConfigError, RunError, StreamError
+from .errors import ConfigError
 from .evaluation import choices
-from .heads import Head
-from .language import LanguageBackbone
-from .learned import Known, Learned, head_states
-from .machine import peak_memory, versions
+from .learned import Known, head_states
+from .machine import peak_memory
 from .measurement import Measurement, finite
+from .opening import filed, task_of
 from .pieces import import_modules
-from .results import BEFORE, JOINED, NO_READING, Result
+from .results import BEFORE, Result
 from .rules import TaskContext
 from .run import Commit, Run, active, commit_of, reverted
-from .spoken import general_loss, spoken
-from .streams import Stream, Task, fingerprint
-from .training import TaskModel, TrainingLog, count_steps, resolve_training, train_task
+from .spoken import general_loss
+from .streams import Stream, fingerprint
+from .training import TrainingLog
 
 UNTOUCHED = "untouched"
 
 
-class Learner(Learned):
+class Learner(Bout):
     """Learns one task after another, keeps what it promised to keep, and measures it.
 
     Args:
@@ -208,187 +201,17 @@ class Learner(Learned):
                 head.forget(position, classes, before.get(name, {}), after[name])
         self._gather(stream.tasks)
 
-    # ---- opening ----
-
-    def _open(self, stream: Stream, without: str | None = None) -> tuple[Run, Stream]:
-        """The run, and its stream: classes numbered as they have always been in this run, without the tasks that were
-        taken out, or are now (`without`)."""
-        if not len(stream) and without is None:
-            raise StreamError(f"stream `{stream.name}` has no task")
-        self.backbone, self._predicts = self._load_backbone(stream.modality), None
-        self._check_heads(self.backbone, stream.captions)
-        for each in stream:  # before anything is written
-            own_settings(self.training, each)
-        run = Run.open(self.path, self.config(stream))
-        try:
-            whole = stream.numbered(run_directory.read_config(self.path)["stream"]["labels"])
-            out = [*reverted(run.commits), without]
-            stream = replace(whole, tasks=tuple(task for task in whole if task.name not in out))
-            learned = _check_learned(run, stream, without)
-            done = len(active(run.commits))
-            if done and done >= len(self.recipe.consolidation.schedule(stream)) and len(learned) < len(stream):
-                raise RunError(
-                    f"{self.path} learned all tasks of its stream at once; the stream has grown since: use another run "
-                    "directory (--out)"
-                )
-            self._joined = self._ask_untouched(run, stream) if run.commits and without is None else {}
-            self._restore(run, whole.labels, without)
-            if without is None:
-                run.grow(self.config(whole))
-                self._note_start(run)
-                for task in (task.name for task in whole if task.name in out):
-                    self.progress.say(
-                        f"task `{task}` was taken out of {self.path} and is passed over: to learn it again, give it "
-                        "another name"
-                    )
-        except BaseException:
-            run.close()
-            raise
-        return run, stream
-
-    def config(self, stream: Stream) -> dict[str, Any]:
-        """What decides the result of this run, as it is written to run.yaml."""
-        backbone = self._need_backbone()
-        return {
-            "model_name": self.model_name,
-            "model": {
-                "fingerprint": backbone.fingerprint,
-                "modality": backbone.modality,
-                "pooling": backbone.pooling,
-                "max_length": backbone.max_length,
-                "trust_remote_code": self.loading["trust_remote_code"],
-            },
-            "stream": {
-                "name": stream.name,
-                "scenario": stream.scenario,
-                "inputs": stream.inputs,
-                "tasks": [task.name for task in stream],
-                "labels": stream.labels,
-                "source": stream.source,
-            },
-            "recipe": self.recipe.to_dict(),
-            "training": self.training,
-            "seed": self.seed,
-            "versions": versions(),
-        }
-
-    def _ask_untouched(self, run: Run, stream: Stream) -> dict[str, Tensor]:
-        """b_j of tasks that joined the stream after the first commit, where heads know classes by their names: while
-        the backbone is as it was loaded, as if the run began now."""
-        if not any(head.needs_label_embeddings or head.follows_texts for head in self.heads):
-            return {}  # none could name a class
-        asked = map(_task_of, run.commits[0].tensors("predictions.safetensors"))
-        known = {*run.commits[-1].manifest["learned"], *asked}
-        joined = [task for task in stream if task.name not in known]
-        if not joined:
-            return {}
-        start = copy.copy(run)
-        start.commits = []
-        self._restore(start, stream.labels)
-        with self.progress:
-            found = self._evaluator.predictions(stream, None, self.heads, self.recipe.consolidation, joined)
-        return _filed(JOINED, found)
-
-    # ---- one step ----
+    # ---- before a task ----
 
     def _before(self, stream: Stream, step: Step, last: Step | None) -> dict[str, Tensor]:
         """What is said of the tasks of a step before it is learned: a(j - 1, j), by the model as it is now, after the
         last step; and b_j, where the first commit lacks it."""
         own = {task.name for task in step.tasks}
-        found = {k: v for k, v in self._joined.items() if _task_of(k) in own}
+        found = {k: v for k, v in self._joined.items() if task_of(k) in own}
         if last is None:
             return found
         consolidation = self.recipe.consolidation
-        return found | _filed(BEFORE, self._evaluator.predictions(stream, last, self.heads, consolidation, step.tasks))
-
-    def _prepare(self, step: Step) -> Examples:
-        """The rows that are trained on and shown to the rules, as model inputs; none where nothing looks at them."""
-        trains = self.recipe.tuner.trains or self._surrogate is not None or self.heads[0].trains
-        return self._need_backbone().prepare(self.recipe.consolidation.rows(step)) if trains else []
-
-    def _settings(self, step: Step) -> dict[str, Any]:
-        """Of a bout of training: those of the run, and of the task where it is one."""
-        return own_settings(self.training, step.tasks[0]) if len(step.tasks) == 1 else self.training
-
-    def _train(self, step: Step, of: int) -> TrainingLog:
-        backbone, head = self._need_backbone(), self._surrogate or self.heads[0]
-        self._trainable = sum(p.numel() for m in (backbone, head) for p in m.parameters() if p.requires_grad)
-        if not self._trainable:
-            return TrainingLog(0, None, None)
-        steps = step_budget(step, self.training)
-        with self.progress.bar(f"{self.recipe.name} · {step.name} ({step.index + 1}/{of}) · train", steps) as advance:
-            return train_task(
-                backbone,
-                head,
-                self.recipe.rules,
-                self._examples,
-                self._settings(step),
-                task=step.name,
-                seed=task_seed(self.seed, step.name),
-                steps=steps,
-                advance=advance,
-            )
-
-    def _batches(self) -> Iterable[dict[str, Tensor]]:
-        backbone, size = self._need_backbone(), int(self.training["per_device_eval_batch_size"])
-        for start in range(0, len(self._examples), size):
-            batch = backbone.collate(self._examples[start : start + size])
-            batch.pop("labels")
-            yield {k: v.to(self.device) for k, v in batch.items()}
-
-    def _losses(self, size: int) -> Iterable[Tensor]:
-        backbone = self._need_backbone()
-        model = TaskModel(backbone, self._surrogate or self.heads[0])
-        for start in range(0, len(self._examples), size):
-            batch = backbone.collate(self._examples[start : start + size])
-            yield model(**{k: v.to(self.device) for k, v in batch.items()})["loss"]
-
-    def _observe(self, step: Step, stream: Stream) -> None:
-        """Show training samples to the heads that gather statistics, with the features as they are now."""
-        self._gather(stream.tasks[: step.learned], step.tasks)
-
-    def _gather(self, tasks: Sequence[Task], new: Sequence[Task] = ()) -> None:
-        """Heads with `refresh` see all of these tasks, from nothing; the others those that are new."""
-        watching = [head for head in self.heads if type(head).observe is not Head.observe]
-        anew = [head for head in watching if head.refresh]
-        for head in anew:
-            head.clear()
-        for task in tasks if anew else new if watching else ():
-            features = self._evaluator.features(task, "train")
-            labels = torch.tensor(task.train["label"])
-            for head in watching if task in new else anew:
-                head.observe(features, labels, task.train["id"])
-
-    def _stale(self, step: Step) -> list[Measurement]:
-        watching = [h for h in self.heads if type(h).observe is not Head.observe and not h.refresh]
-        if not watching or not self.recipe.tuner.trains:
-            return []
-        note = "tasks whose class statistics were gathered with features that have changed since (order-dependent)"
-        name = "tasks with stale statistics"
-        return [Measurement(name, float(step.index), None, "", type(head).__name__, note) for head in watching]
-
-    def _moved(self, step: Step, stream: Stream) -> list[Measurement]:
-        """How far the features of earlier tasks' test inputs have moved: what forgetting is made of."""
-        if self.evaluate_every != 1:  # how far since when would depend on where a run was stopped
-            return []
-        drifts = [self._evaluator.drift[task.name] for task in stream.tasks[: step.first]]
-        if not drifts or not self.recipe.tuner.trains:
-            return []
-        note = "the task that moved most; test inputs were never shown to any rule"
-        name = "change of features on earlier tasks' test inputs"
-        return [Measurement(name, max(drifts), None, "relative", type(self.recipe.tuner).__name__, note)]
-
-    def _spoken(self, run: Run, tasks: Sequence[Task]) -> list[Measurement]:
-        if not self._speaks:
-            return []
-        return spoken(self._evaluator, self._speaks, tasks, run.commits[0].manifest.get("general_loss"))
-
-    @property
-    def _speaks(self) -> LanguageBackbone | None:
-        """A language model that is one for all tasks: with a state for each, old ones lose nothing."""
-        if isinstance(self.backbone, LanguageBackbone) and not self.recipe.consolidation.routed:
-            return self.backbone
-        return None
+        return found | filed(BEFORE, self._evaluator.predictions(stream, last, self.heads, consolidation, step.tasks))
 
     # ---- committing ----
 
@@ -398,14 +221,6 @@ class Learner(Learned):
         if self._speaks:
             facts["general_loss"] = general_loss(self._speaks, self._evaluator.batch_size)
         run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
-
-    def _note_start(self, run: Run) -> None:
-        """Journal a start, and warn where a run goes on under other versions: its bits may then differ."""
-        now, then = versions(), run_directory.read_config(self.path).get("versions", {})
-        run.note("resume" if run.commits else "start", command=sys.argv, versions=now, device=str(self.device))
-        other = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
-        if run.commits and other:
-            self.progress.say(f"{self.path}: goes on with {', '.join(other)}; bits may differ from an undisturbed run")
 
     def _files(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
         return {**self.recipe.consolidation.files(), **self._states(predictions)}
@@ -447,65 +262,6 @@ class Learner(Learned):
         self.progress.say(f"{self.recipe.name}: task {step.index + 1} `{step.name}` learned in {training + rest:.1f} s")
 
 
-def _task_of(key: str) -> str:
-    """The task of a stored prediction."""
-    return key.rpartition("/")[2]
-
-
-def _filed(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The predictions of heads among these, under a prefix."""
-    return {prefix + key: value for key, value in found.items() if not key.startswith(NO_READING)}
-
-
 def _begun(run: Run) -> int:
     """How many tasks rules have seen, those that were taken out again too: they remember them, and draw by number."""
     return sum("reverts" not in commit.manifest for commit in run.commits[1:])
-
-
-def _check_learned(run: Run, stream: Stream, without: str | None = None) -> list[str]:
-    """A stream may have grown since; what was learned, and is not taken out, must still be what it was."""
-    tasks = {task.name: task for task in stream}
-    learned = [name for name in (run.commits[-1].manifest["learned"] if run.commits else ()) if name != without]
-    now = [task.name for task in stream.tasks[: len(learned)]]
-    if now != learned:
-        raise RunError(
-            f"{run.path} has learned {', '.join(learned)} in this order; the stream now starts with "
-            f"{', '.join(now) or 'nothing'}: append new tasks at its end, or use another run directory (--out)"
-        )
-    for commit in active(run.commits):
-        for name, digest in commit.manifest.get("data", {}).items():
-            if name != without and fingerprint(tasks[name]) != digest:
-                raise RunError(
-                    f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run "
-                    "directory (--out)"
-                )
-            own = commit.manifest.get("training", {}).get(name, {})
-            if name != without and own != dict(tasks[name].training):
-                raise RunError(
-                    f"task `{name}` was learned with training settings {own or 'of the run'} of its own, now they are "
-                    f"{dict(tasks[name].training) or 'those of the run'}: restore them, or use another run directory "
-                    "(--out)"
-                )
-    return learned
-
-
-def step_budget(step: Step, training: dict[str, Any]) -> int:
-    """Optimizer steps of a bout of training: the same in sum, however the tasks are dealt to bouts."""
-    return sum(count_steps(len(task.train), own_settings(training, task)) for task in step.tasks)
-
-
-def own_settings(training: dict[str, Any], task: Task) -> dict[str, Any]:
-    """Training settings of a task, over those of the run.
-
-    Raises:
-        ConfigError: see `resolve_training`; says of which task.
-    """
-    try:
-        return resolve_training(training, dict(task.training))
-    except ConfigError as error:
-        raise ConfigError(f"training of task `{task.name}`: {error}") from error
-
-
-def task_seed(seed: int, task: str) -> int:
-    """The seed of one task: whatever was learned before, and in whatever order, it draws the same."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{task}".encode()).digest()[:4], "little") >> 1

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import set_seed
 
-from .learner import Learner, step_budget
+from .bout import step_budget
+from .learner import Learner
 from .machine import peak_memory
 from .rules import TaskContext
 from .streams import Stream
