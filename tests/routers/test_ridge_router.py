@@ -67,6 +67,39 @@ def test_the_posterior_from_moments_is_the_one_from_the_holdout_samples_themselv
     assert torch.equal(router.route(x), expected.argmax(1))
 
 
+def test_of_many_tasks_the_nearest_have_covariances_of_their_own(monkeypatch):
+    """S_t of the two that are nearest under S, (1 + 1 / n_t) S of the others; a row does not know the others."""
+    T, x = 5, torch.cat([samples(t, n=30, seed=7)[0] for t in range(5)])
+    router = router_of([(t, samples(t, n=100 + 40 * t)) for t in range(T)])
+    full, density = router.log_posterior(x), router.fit().density
+    s = router.fit().head.scores(x)
+    S = torch.linalg.inv(density.W.T @ density.W)
+    expected = torch.empty(len(x), T, dtype=torch.float64)
+    for i, row in enumerate(s):
+        far = torch.stack(
+            [(row - m) @ torch.linalg.solve(S, row - m) / w for m, w in zip(density.m, density.widened, strict=True)]
+        )
+        near = far.argsort()[:2].tolist()
+        for t in range(T):
+            cov = torch.linalg.inv(density.P[t]) if t in near else density.widened[t] * S
+            expected[i, t] = multivariate_t.logpdf(row.numpy(), density.m[t].numpy(), cov.numpy() * 0.8, df=10)
+    order = torch.tensor(router.fit().order)
+    monkeypatch.setattr("perpetune.routers.ridge.CLOSE", 2)
+    found = router.log_posterior(x)
+    assert torch.allclose(found[:, order], expected.log_softmax(1), rtol=1e-8, atol=1e-8)
+    assert not torch.allclose(found, full, atol=1e-3)
+    assert torch.equal(torch.cat([router.log_posterior(row[None]) for row in x]), found)
+
+
+def test_the_nearest_sixteen_route_as_all_do(monkeypatch):
+    tasks = [samples(t, n=120, width=24, spread=0.9) for t in range(24)]
+    router = router_of(list(enumerate(tasks)), width=24)
+    x = torch.cat([samples(t, n=20, seed=7, width=24, spread=0.9)[0] for t in range(24)])
+    found = router.route(x)
+    monkeypatch.setattr("perpetune.routers.ridge.CLOSE", 24)
+    assert 0.99 <= (router.route(x) == found).double().mean() and len(set(found.tolist())) == 24
+
+
 def test_the_scores_are_class_scores_summed_over_the_classes_of_a_task():
     tasks, x = [samples(t) for t in range(3)], samples(1, seed=7)[0]
     head = router_of(list(enumerate(tasks)), reading="sum").fit().head
