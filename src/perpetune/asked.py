@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from .errors import ConfigError
+from .streams.rows import turns
 
 EXAMPLES = {
-    "text": '["a text", "another"]',
-    "text_pair": '[("a text", "its pair")]',
-    "prompt": '["a prompt", "another"]',
-    "image": "[PIL.Image.open(path)]",
-    "messages": '[[{"role": "user", "content": "a question"}]]',
+    "text": '"a text"',
+    "text_pair": '"its pair"',
+    "prompt": '"a prompt"',
+    "image": "PIL.Image.open(path)",
+    "messages": '[{"role": "user", "content": "a question"}]',
 }
 
 
@@ -28,9 +28,8 @@ def table(inputs: Sequence[Any], columns: Sequence[str]) -> dict[str, list[Any]]
     Raises:
         ConfigError: something else than a sequence of inputs; an input of another kind, or an empty prompt.
     """
-    example = f"predict([{EXAMPLES[columns[0]][1:-1]}])"
-    if len(columns) > 1:
-        example = f"predict([({', '.join(EXAMPLES[c][1:-1].split(', ')[0] for c in columns)})])"
+    one = ", ".join(EXAMPLES[column] for column in columns)
+    example = f"predict([({one})])" if len(columns) > 1 else f"predict([{one}])"
     if isinstance(inputs, (str, bytes, Mapping)):
         raise ConfigError(f"predict takes a list of inputs, and one alone is a list of one, as in {example}")
     rows = [x if isinstance(x, tuple) else (x,) for x in inputs]
@@ -50,13 +49,4 @@ def _fits(column: str, value: Any) -> bool:
         return isinstance(value, Image.Image)
     if column != "messages":
         return isinstance(value, str)
-    if isinstance(value, str):  # as streams keep them
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return False
-    turns = value if isinstance(value, list) else [None]
-    return bool(turns) and all(
-        isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
-        for turn in turns
-    )
+    return bool(turns(value))

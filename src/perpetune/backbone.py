@@ -117,9 +117,13 @@ class Backbone(nn.Module):
 
     def read(self, examples: Examples) -> Tensor:
         """Features of one batch (N x width), where the model is, in the mode it is in."""
+        return self(**self.batch(examples))
+
+    def batch(self, examples: Examples) -> dict[str, Tensor]:
+        """What `forward` takes of some examples, where the model is."""
         batch = self.collate(examples)
         batch.pop("labels")
-        return self(**self._here(batch))
+        return self._here(batch)
 
     @contextlib.contextmanager
     def _asked(self) -> Iterator[None]:

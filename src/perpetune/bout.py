@@ -62,9 +62,7 @@ class Bout(Opening):
     def _batches(self) -> Iterable[dict[str, Tensor]]:
         backbone, size = self._need_backbone(), int(self.training["per_device_eval_batch_size"])
         for start in range(0, len(self._examples), size):
-            batch = backbone.collate(self._examples[start : start + size])
-            batch.pop("labels")
-            yield {k: v.to(self.device) for k, v in batch.items()}
+            yield backbone.batch(self._examples[start : start + size])
 
     def _losses(self, size: int) -> Iterable[Tensor]:
         backbone = self._need_backbone()
@@ -119,6 +117,11 @@ class Bout(Opening):
         if isinstance(self.backbone, LanguageBackbone) and not self.recipe.consolidation.routed:
             return self.backbone
         return None
+
+
+def all_due(index: int, of: int, every: int) -> bool:
+    """Whether all tasks so far are evaluated after a step: its number, of so many, and `evaluate_every`."""
+    return index == of - 1 or (every > 0 and (index + 1) % every == 0)
 
 
 def step_budget(step: Step, training: dict[str, Any]) -> int:

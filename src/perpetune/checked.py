@@ -29,3 +29,11 @@ def call_checked(kind: str, target: Any, settings: dict[str, Any]) -> Any:
         except pydantic.ValidationError as error:
             raise ConfigError(f"{kind}: `{key}` = {value!r}: {error.errors()[0]['msg']}") from error
     return target(**checked)
+
+
+def number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

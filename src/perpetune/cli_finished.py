@@ -149,7 +149,7 @@ def tune_scale(
     from .errors import ConfigError
     from .progress import RichProgress
     from .results import Result
-    from .scale import SCALES, accuracy_by_scale
+    from .scale import SCALES, accuracy_by_scale, usual_head
     from .streams import load_again
 
     try:
@@ -162,8 +162,7 @@ def tune_scale(
     found = accuracy_by_scale(run, data, scales, head=head, model=model, progress=RichProgress())
     best = max(found, key=lambda s: found[s])
     if json:
-        head = head or ("language" if data.modality == "language" else "ncm")
-        _show({"head": head, "best": best, "accuracy": {f"{s:g}": a for s, a in found.items()}})
+        _show({"head": head or usual_head(data), "best": best, "accuracy": {f"{s:g}": a for s, a in found.items()}})
         return
     for s, accuracy in found.items():
         typer.echo(f"scale {s:<5g} {100 * accuracy:5.1f} %{'   <- best' if s == best else ''}")

@@ -42,6 +42,12 @@ class RunError(PerpetuneError):
     """A run directory cannot be read, written or continued."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of others says, in one line; its kind, if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names nearest to `name`, as a phrase to end an error message with."""
     known = sorted(known)

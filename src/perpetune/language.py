@@ -206,7 +206,7 @@ class LanguageBackbone(Backbone):
 
     def _alone(self, examples: Examples, c: int) -> Tensor:
         answers = [self.tokens.answer(self.labels[c], e["blank"]) for e in examples]
-        return self(**self._training_batch([{**e, "answer": a} for e, a in zip(examples, answers, strict=True)]))[:, 0]
+        return super().read([{**e, "answer": a} for e, a in zip(examples, answers, strict=True)])[:, 0]
 
     @torch.inference_mode()
     def answers(self, examples: Examples, batch_size: int) -> list[str]:
@@ -226,7 +226,7 @@ class LanguageBackbone(Backbone):
     @torch.inference_mode()
     def responses(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """log p(answer | prompt) of the examples' own answers and the numbers of their tokens, (N x 2, fp32, CPU)."""
-        return self._read_all(examples, batch_size, advance, lambda batch: self(**self._training_batch(batch)), 2)
+        return self._read_all(examples, batch_size, advance, super().read, 2)
 
     @property
     def pooled_width(self) -> int:
@@ -249,11 +249,6 @@ class LanguageBackbone(Backbone):
             hidden = self.model(**inputs, decoder_input_ids=first, use_cache=False).encoder_last_hidden_state
         hidden = hidden[:, -mask.shape[1] :]  # without virtual tokens in front
         return pool(BaseModelOutput(last_hidden_state=hidden), mask, "mean")
-
-    def _training_batch(self, examples: Examples) -> dict[str, Tensor]:
-        batch = self.collate(examples)
-        batch.pop("labels")
-        return self._here(batch)
 
     def halves(self, texts: Sequence[str]) -> Examples:
         """Texts as examples: the first half of the words is the prompt, and up to 50 tokens of the rest the answer,

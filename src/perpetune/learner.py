@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.trainer_utils import set_seed
 
-from .bout import Bout, task_seed
+from .bout import Bout, all_due, task_seed
 from .config import RunConfig
 from .consolidation import Step
 from .errors import ConfigError
@@ -116,7 +116,7 @@ class Learner(Bout):
                     consolidation.end_task(step)
                     trained = time.perf_counter()
                     self._observe(step, stream)
-                    due = step is steps[-1] or (self.evaluate_every > 0 and (step.index + 1) % self.evaluate_every == 0)
+                    due = all_due(step.index, len(steps), self.evaluate_every)
                     asked = stream.tasks[0 if due else step.first : step.learned]
                     predictions = self._evaluator.predictions(stream, step, self.heads, consolidation, asked) | before
                     measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]

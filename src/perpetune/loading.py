@@ -14,7 +14,7 @@ from torch import nn
 
 from .backbone import Backbone, Pooling
 from .dual import DualBackbone, is_dual
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .language import LanguageBackbone
 from .pictured import PicturedBackbone, reads_images
 
@@ -49,11 +49,10 @@ def load_backbone(
             model = _load_model(AutoModel, source, config, pooling, trust)
             processor = auto.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = "tokenizer" if modality == "text" else "image processor"
         raise ModelError(
-            f"cannot load `{name}` as a transformers model with a {kind} ({reason}): give a hub id or a folder with "
-            "config.json, weights and the processor's files"
+            f"cannot load `{name}` as a transformers model with a {kind} ({first_line(error)}): give a hub id or a "
+            "folder with config.json, weights and the processor's files"
         ) from error
     if is_dual(model):
         if modality == "text":
@@ -147,11 +146,10 @@ def load_language_model(
             reads: Any = AutoProcessor if pictures else AutoTokenizer
             processor = reads.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"cannot load `{name}` as a language model with a tokenizer ({reason}): give a hub id or a folder with "
-            "config.json, weights and the files of the tokenizer, or of the processor where it reads images (one that "
-            "reads videos, too, as Qwen2-VL's, needs the package torchvision)"
+            f"cannot load `{name}` as a language model with a tokenizer ({first_line(error)}): give a hub id or a "
+            "folder with config.json, weights and the files of the tokenizer, or of the processor where it reads "
+            "images (one that reads videos, too, as Qwen2-VL's, needs the package torchvision)"
         ) from error
     if info["missing_keys"]:
         raise ModelError(

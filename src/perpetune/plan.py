@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import set_seed
 
-from .bout import step_budget
+from .bout import all_due, step_budget
 from .learner import Learner
 from .machine import peak_memory
 from .rules import TaskContext
@@ -118,5 +118,4 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
 
 def readings(tasks: int, every: int) -> list[int]:
     """How often the test data of each task is read: after its own task, and whenever all are (`evaluate_every`)."""
-    due = [i == tasks - 1 or (every > 0 and (i + 1) % every == 0) for i in range(tasks)]
-    return [sum(i == j or due[i] for i in range(j, tasks)) for j in range(tasks)]
+    return [sum(i == j or all_due(i, tasks, every) for i in range(j, tasks)) for j in range(tasks)]

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from .checked import call_checked
+from .checked import call_checked, number
 from .consolidation import CONSOLIDATIONS, Consolidation, Continue
 from .errors import ConfigError, nearest
 from .heads import Head, LinearHead, make_head
@@ -53,7 +53,8 @@ class Recipe:
         self.consolidation = consolidation if consolidation is not None else Continue()
         heads = (head,) if isinstance(head, Head) else tuple(head or (LinearHead(),))
         self.heads: tuple[Head, ...] = heads
-        self.training = _numbers(training or {})
+        # as the learner reads them, so that one value, `2e-3` or 0.002, is one recipe
+        self.training = {key: number(value) for key, value in (training or {}).items()}
         self.name = name
         for piece in (*self.rules, self.consolidation, getattr(self.tuner, "config", self.tuner)):
             check_fields(piece)
@@ -135,13 +136,6 @@ def _fields(piece: Any) -> dict[str, Any]:
     values = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece) if f.init}
     inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router
     return {**named(piece), **inner}
-
-
-def _numbers(training: dict[str, Any]) -> dict[str, Any]:
-    """As the learner reads them, so that one value, `2e-3` or 0.002, is one recipe."""
-    from .training import _number  # transformers' Trainer takes a second to import
-
-    return {key: _number(value) for key, value in training.items()}
 
 
 def _changed(config: Any) -> dict[str, Any]:

@@ -100,9 +100,9 @@ def _flips(result: Result) -> list[dict[str, Any]] | None:
     if any(fingerprint(task) != learned.get(task.name) for task in stream):
         return None  # the data is not what was learned any more
     rows, targets = result.predictions(*result.readings[0])
-    found = []
+    found, flipped = [], flips(rows, targets, result.tasks)
     for task in stream:
-        _, indices = flips(rows, targets, result.tasks).get(task.name, (None, []))
+        _, indices = flipped.get(task.name, (None, []))
         for i in list(indices)[: max(1, MOST_FLIPS // max(1, len(stream.tasks)))]:
             example = task.test[int(i)]
             was = next(r[task.name][i] for r in rows if task.name in r and r[task.name][i] == targets[task.name][i])

@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import ConfigError, RunError, nearest
@@ -28,8 +29,6 @@ CONFIG, JOURNAL, COMMITS, MANIFEST = "run.yaml", "journal.jsonl", "commits", "co
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what an operating system says about a file into what a user can do about it."""
-    from safetensors import SafetensorError
-
     try:
         try:
             yield

@@ -21,6 +21,11 @@ from .streams import Stream
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 
 
+def usual_head(stream: Stream) -> str:
+    """Which head reads a model of every scale, if none is asked for."""
+    return "language" if stream.modality == "language" else "ncm"
+
+
 def accuracy_by_scale(
     path: str | Path,
     stream: Stream,
@@ -61,7 +66,7 @@ def accuracy_by_scale(
     backbone, fresh = learned.fresh()
     assert isinstance(fresh, SparseSum)
     speaks = isinstance(backbone, LanguageBackbone)
-    reader = make_head(head or ("language" if speaks else "ncm"))
+    reader = make_head(head or usual_head(stream))
     if speaks and reader.name != "language":
         raise ConfigError(f"head `{reader.name}` cannot read a language model here: take language")
     if reader.trains and not speaks:

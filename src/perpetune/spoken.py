@@ -52,21 +52,25 @@ def spoken(
     """
     found = []
     if backbone.rouge_l and tasks:
-        alike = [float(evaluator.features(task, "test")[:, -2].double().mean()) for task in tasks]
-        parts = tuple((task.name, value, None) for task, value in zip(tasks, alike, strict=True))
-        note = "mean over the tasks evaluated of the mean F1 of generated answers, test examples; 1 is best"
-        found.append(Measurement("ROUGE-L of the answers", sum(alike) / len(alike), None, "", SOURCE, note, parts))
-    losses = [(task.name, cross_entropy(_responses(evaluator, backbone, task)), None) for task in tasks]
-    if losses:
-        mean = sum(loss for _, loss, _ in losses) / len(losses)
-        note = "mean over the tasks evaluated of -log p(response | prompt), test examples, by the tokens of each task"
-        found.append(Measurement(LOSS, mean, None, "nats a token", SOURCE, note, tuple(losses)))
+        alike = {task.name: float(evaluator.features(task, "test")[:, -2].double().mean()) for task in tasks}
+        note = "of the mean F1 of generated answers, test examples; 1 is best"
+        found.append(_mean("ROUGE-L of the answers", alike, "", note))
+    if tasks:
+        losses = {task.name: cross_entropy(_responses(evaluator, backbone, task)) for task in tasks}
+        note = "of -log p(response | prompt), test examples, by the tokens of each task"
+        found.append(_mean(LOSS, losses, "nats a token", note))
     now = None if untouched is None else general_loss(backbone, evaluator.batch_size)
     if untouched is not None and now is not None:
         note = f"on {len(passages())} short English texts; above 0: the model continues what is no task's text worse"
         name = "change of cross-entropy on texts of no task"
         found.append(Measurement(name, now - untouched, None, "nats a token", SOURCE, note))
     return found
+
+
+def _mean(name: str, by_task: dict[str, float], unit: str, note: str) -> Measurement:
+    parts = tuple((task, value, None) for task, value in by_task.items())
+    note = f"mean over the tasks evaluated {note}"
+    return Measurement(name, sum(by_task.values()) / len(by_task), None, unit, SOURCE, note, parts)
 
 
 def _responses(evaluator: Evaluator, backbone: LanguageBackbone, task: Task) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from .backbone import Backbone, Examples
+from .checked import number
 from .errors import ConfigError, TrainingError, nearest
 from .heads import Head
 from .rules import Attached, Rule, attach
@@ -33,10 +34,6 @@ REFUSED = {
     "activation_checkpointing": "it is not supported yet",
 }
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_steps": 50}
-MEND = (
-    "lower learning_rate, set max_grad_norm, or look at the data, then start again (where tasks are learned already, "
-    "other settings need another run directory)"
-)
 OURS = ("output_dir", "seed", "data_seed", "eval_strategy", "save_strategy", "remove_unused_columns")
 
 
@@ -70,20 +67,21 @@ class _Finite(TrainerCallback):
     def check(self) -> None:
         bad = int(self.trainer.first_bad_step)
         if bad >= 0:
-            raise TrainingError(
-                f"task `{self.task}`: the loss was not finite at step {bad + 1}; nothing of this task was committed: "
-                f"{MEND}"
-            )
+            raise self._refusal(f"the loss was not finite at step {bad + 1}")
 
     def check_weights(self) -> None:
         """Once, at the end: no loss was computed with what the last step left."""
         model: Any = self.trainer.model
         trained = [p for p in model.parameters() if p.requires_grad]
         if not bool(torch.stack([p.isfinite().all() for p in trained]).all()):
-            raise TrainingError(
-                f"task `{self.task}`: training left weights that are not finite; nothing of this task was committed: "
-                f"{MEND}"
-            )
+            raise self._refusal("training left weights that are not finite")
+
+    def _refusal(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"task `{self.task}`: {what}; nothing of this task was committed: lower learning_rate, set max_grad_norm, "
+            "or look at the data, then start again (where tasks are learned already, other settings need another run "
+            "directory)"
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.check()
@@ -152,19 +150,11 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"`{key}` has no effect here: {REFUSED[key]}")
             if key not in known:
                 raise ConfigError(f"transformers.TrainingArguments has no `{key}`: {nearest(key, known)}")
-            settings[key] = _number(value)
+            settings[key] = number(value)
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs"):
         if not (isinstance(settings[key], (int, float)) and settings[key] > 0):
             raise ConfigError(f"`{key}` must be a number above 0, not {settings[key]!r}")
     return settings
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def training_arguments(settings: dict[str, Any], folder: str, seed: int, use_cpu: bool) -> TrainingArguments:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
@@ -204,10 +203,8 @@ def _conversations(rows: Sequence[object], place: str) -> tuple[Dataset, list[st
     the answer, all before it is prompt."""
     before, answers = [], []
     for i, row in enumerate(rows):
-        turns: Any = json.loads(row) if isinstance(row, str) else row
-        good = isinstance(turns, list) and all(isinstance(t, dict) for t in turns) and len(turns) > 1
-        texts = [(t.get("role"), t.get("content")) for t in turns] if good else []
-        if not texts or not all(isinstance(x, str) for text in texts for x in text) or texts[-1][0] != "assistant":
+        texts = turns(row)
+        if texts is None or len(texts) < 2 or texts[-1][0] != "assistant":
             raise StreamError(
                 f"row {i} of {place}: `messages` must be a list of {{role, content}}, texts both, of which the last is "
                 "the assistant's"
@@ -215,6 +212,19 @@ def _conversations(rows: Sequence[object], place: str) -> tuple[Dataset, list[st
         before.append(json.dumps([{"role": role, "content": text} for role, text in texts[:-1]], ensure_ascii=False))
         answers.append(texts[-1][1])
     return Dataset.from_dict({"messages": before}, features=Features({"messages": Value("string")})), answers
+
+
+def turns(conversation: object) -> list[tuple[str, str]] | None:
+    """(role, content) of every message of a list of {role, content}, or of its JSON; None for anything else."""
+    if isinstance(conversation, str):
+        try:
+            conversation = json.loads(conversation)
+        except ValueError:
+            return None
+    if not isinstance(conversation, list) or not all(isinstance(message, Mapping) for message in conversation):
+        return None
+    found = [(message.get("role"), message.get("content")) for message in conversation]
+    return found if all(isinstance(text, str) for pair in found for text in pair) else None
 
 
 def _kind(feature: object) -> str:

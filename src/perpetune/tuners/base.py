@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, nearest
+from ..errors import ModelError, first_line, nearest
 from ..measurement import Measurement
 from ..towers import decoder_name
 
@@ -220,9 +220,8 @@ class PeftTuner(Tuner):
             try:
                 return peft.get_peft_model(model, config)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 kind = f"{type(config).__name__} on {type(model).__name__}"
-                raise ModelError(f"peft cannot put {kind}: {reason}: change the tuner's settings") from error
+                raise ModelError(f"peft cannot put {kind}: {first_line(error)}: change the tuner's settings") from error
 
     @property
     def additive(self) -> bool:

@@ -21,7 +21,7 @@ from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, first_line
 from . import OWN_CONFIGS
 from .base import BLOCK_OUTPUTS, KEY_VALUE_FFN, QUERY_VALUE, UNCALLED_PARTS
 
@@ -238,7 +238,7 @@ def load_adapter(model: nn.Module, folder: str | PathLike[str], **kwargs: Any) -
             loaded = peft.PeftModel.from_pretrained(model, folder, **kwargs)
             missing, unexpected = _misfits(loaded, folder, name, kwargs)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             if reason.startswith("'perpetune_"):  # the key that peft did not find
                 reason = f"no tuner {reason} is registered with peft: import the module that does it first"
             kind = type(model).__name__
