@@ -28,9 +28,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perpetune.delta import Delta, extract, merge
-from perpetune.kept import Part
-from perpetune.masks import Scheme, SeededMask, tensor_id
+from perpetune.deltas.combine import merge
+from perpetune.deltas.delta import Delta
+from perpetune.deltas.extract import extract
+from perpetune.deltas.seeded_mask import Scheme, SeededMask, tensor_id
+from perpetune.deltas.storage import Part
 
 TASKS, KEEP, BASE = 10, 0.1, "benchmark"
 SCHEMES: tuple[Scheme, ...] = ("stratified", "bernoulli")

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from perpetune.delta import extract
-from perpetune.kept import Storage
+from perpetune.deltas.extract import extract
+from perpetune.deltas.storage import Storage
 
 from .delta_merge import ALL, BASE, change, mask, shapes
 

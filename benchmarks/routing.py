@@ -31,9 +31,9 @@ from torch import Tensor
 
 import perpetune as pt
 from perpetune.consolidation import Step
-from perpetune.loading import load_backbone
+from perpetune.models.loading import load_backbone
 from perpetune.routers import KMeansRouter, RidgeRouter, Router
-from perpetune.run import Run
+from perpetune.runs.directory import Run
 from perpetune.streams import Stream, Task
 
 TEXTS, GROUP = 5, 4  # of a task: as many as centres, so that each is a centre; how many are asked in a batch

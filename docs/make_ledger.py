@@ -57,8 +57,8 @@ EQUATIONS = {
         "tests/rules/test_rotation_ball.py::test_it_learns_where_the_default_of_peft_does_not",
     ],
     "GivensConfig": [
-        "tests/test_givens.py::test_equation",
-        "tests/test_givens.py::test_orthogonal_after_a_thousand_steps",
+        "tests/tuners/test_givens_rotations.py::test_equation",
+        "tests/tuners/test_givens_rotations.py::test_orthogonal_after_a_thousand_steps",
         "tests/tuners/test_givens_tuner.py::test_number_of_parameters",
     ],
     "OFTConfig": [
@@ -85,13 +85,13 @@ EQUATIONS = {
     ],
     "IA3Config": ["tests/rules/test_projection_branches.py::test_ia3_is_protected_element_by_element"],
     "Merge": [
-        "tests/test_learner.py::test_merge_and_stack_compute_the_same_function",
-        "tests/test_learner.py::test_adapters_load_in_plain_peft",
+        "tests/learning/test_learner.py::test_merge_and_stack_compute_the_same_function",
+        "tests/learning/test_learner.py::test_adapters_load_in_plain_peft",
     ],
     "SparseSum": [
-        "tests/consolidation/test_sparse_sum.py::test_the_model_is_the_base_plus_the_stored_deltas",
-        "tests/consolidation/test_sparse_sum.py::test_soup_is_the_average_of_the_tuned_models",
-        "tests/test_delta.py::test_a_merge_is_the_base_and_the_masked_deltas",
+        "tests/consolidation/test_delta_merge.py::test_the_model_is_the_base_plus_the_stored_deltas",
+        "tests/consolidation/test_delta_merge.py::test_soup_is_the_average_of_the_tuned_models",
+        "tests/deltas/test_delta.py::test_a_merge_is_the_base_and_the_masked_deltas",
     ],
     "PerTask": [
         "tests/consolidation/test_per_task.py::test_the_posterior_is_the_sum_over_tasks_of_route_times_class",
@@ -107,8 +107,8 @@ EQUATIONS = {
         "test_the_posterior_from_moments_is_the_one_from_the_holdout_samples_themselves",
     ],
     "Stack": [
-        "tests/test_learner.py::test_merge_and_stack_compute_the_same_function",
-        "tests/test_learner.py::test_a_stacked_run_opens_with_all_its_branches",
+        "tests/learning/test_learner.py::test_merge_and_stack_compute_the_same_function",
+        "tests/learning/test_learner.py::test_a_stacked_run_opens_with_all_its_branches",
     ],
     "RidgeHead": [
         "tests/heads/test_ridge.py::test_ridge_from_moments_is_ridge_on_stacked_features",
@@ -124,12 +124,12 @@ EQUATIONS = {
         "tests/heads/test_linear.py::test_old_rows_do_not_decay_under_adamw",
     ],
     "LabelTextHead": ["tests/heads/test_label_text.py::test_scores_are_cosines_over_the_temperature"],
-    "Replay": ["tests/test_learner.py::test_the_state_is_the_base_plus_the_commits"],
-    "Joint": ["tests/test_learner.py::test_joint_has_only_the_last_row"],
-    "Frozen": ["tests/test_learner.py::test_frozen_features_are_computed_once"],
+    "Replay": ["tests/learning/test_learner.py::test_the_state_is_the_base_plus_the_commits"],
+    "Joint": ["tests/learning/test_learner.py::test_joint_has_only_the_last_row"],
+    "Frozen": ["tests/learning/test_learner.py::test_frozen_features_are_computed_once"],
 }
 # every recipe is run, opened again and asked for the same predictions
-FOR_ALL = "tests/test_learner.py::test_every_recipe_learns_predicts_and_opens_again"
+FOR_ALL = "tests/learning/test_learner.py::test_every_recipe_learns_predicts_and_opens_again"
 
 
 def check_tests_exist() -> None:

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertLMHeadModel, EncoderDecoderModel
 
 import perpetune as pt
-from perpetune.pretrain import progress_bar, versions
-from perpetune.prompts import PromptTokenizer
+from perpetune.models.pretraining import progress_bar, versions
+from perpetune.models.prompt_tokens import PromptTokenizer
 from perpetune.streams.passage import mark, unmark
 
 TASKS = ("amazon", "dbpedia", "imdb")

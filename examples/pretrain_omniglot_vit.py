@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perpetune import load_stream
-from perpetune.pretrain import Pretraining, pretrain_vit, progress_bar
+from perpetune.models.pretraining import Pretraining, pretrain_vit, progress_bar
 
 SETTINGS = Pretraining(
     image_size=28,

@@ -342,7 +342,7 @@ def same_bits_when_stopped(
 ) -> Callable[[Callable[[str], object]], None]:
     """`same_bits_when_stopped(learn)`: `learn(name)` learns three tasks in the run directory `tmp_path / name`; stopped
     after every commit and started again, it leaves the bits of a run that was not stopped."""
-    from perpetune.run import Run
+    from perpetune.runs.directory import Run
 
     original = Run.commit
 

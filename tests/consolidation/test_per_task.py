@@ -5,10 +5,10 @@ import torch
 
 import perpetune as pt
 from perpetune.consolidation import PerTask
-from perpetune.errors import ConfigError
-from perpetune.reading import routed_scores
-from perpetune.recipe import Recipe
+from perpetune.core.errors import ConfigError
+from perpetune.learning.routed_scores import routed_scores
 from perpetune.recipes import make_recipe
+from perpetune.recipes.recipe import Recipe
 from perpetune.routers import KMeansRouter, OracleRouter, PooledRouter, RidgeRouter, Router
 
 TRAINING = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 5e-3}

@@ -13,10 +13,10 @@ import torch
 import perpetune as pt
 from perpetune.consolidation import PerTask
 from perpetune.consolidation.base import stored_adapter
-from perpetune.difference import difference
-from perpetune.loading import load_backbone
-from perpetune.recipe import Recipe
-from perpetune.run import Run
+from perpetune.models.loading import load_backbone
+from perpetune.operations.diff import difference
+from perpetune.recipes.recipe import Recipe
+from perpetune.runs.directory import Run
 from perpetune.tuners import (
     KEY_VALUE_FFN,
     QUERY_VALUE,
@@ -169,7 +169,7 @@ def test_with_a_hard_choice_no_more_is_right_than_what_is_sent_to_its_own_task(r
 
 def test_routes_stand_in_the_summary_the_records_and_the_report(routed):
     from perpetune.report import render
-    from perpetune.reporting import report_data
+    from perpetune.report.collect import report_data
 
     _, result = routed
     routing = result.routing()

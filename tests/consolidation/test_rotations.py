@@ -6,8 +6,8 @@ import torch
 
 import perpetune as pt
 from perpetune.consolidation import Continue, Merge
-from perpetune.errors import ConfigError
-from perpetune.recipe import Recipe
+from perpetune.core.errors import ConfigError
+from perpetune.recipes.recipe import Recipe
 from perpetune.tuners import GivensConfig
 from perpetune.tuners.rotations import ROUNDING, turns
 
@@ -28,7 +28,7 @@ def learned(model, stream, kind, consolidation, path=None):
 
 def rotations(learner, stream):
     """By task, of every rotated weight, R in fp64: from the stored adapters alone."""
-    from perpetune.run import Run
+    from perpetune.runs.directory import Run
 
     tuner, found = learner.recipe.tuner, []
     for commit in Run.read(learner.path).commits[1:]:

@@ -7,11 +7,11 @@ import safetensors.torch
 import torch
 import yaml
 
-from perpetune.errors import ConfigError, HeadError
+from perpetune.core.errors import ConfigError, HeadError
 from perpetune.heads import HEADS as ALL
 from perpetune.heads import Head, make_head
 
-HEADS = [name for name in ALL if not name.startswith("language")]  # whose features are answers: test_language.py
+HEADS = [name for name in ALL if not name.startswith("language")]  # whose features are answers: test_language_model.py
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox"]
 WIDTH = 7
 EMBEDDINGS = dict(zip(LABELS, torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(5)), strict=True))

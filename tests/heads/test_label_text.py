@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from perpetune.errors import ConfigError, HeadError
+from perpetune.core.errors import ConfigError, HeadError
 from perpetune.heads import LabelTextHead
 
 LABELS = ["ant", "bee", "cat", "dog"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perpetune.errors import ConfigError, HeadError
+from perpetune.core.errors import ConfigError, HeadError
 from perpetune.heads import LanguageHead, make_head
 
 LABELS = ["good", "very bad", "Good!", "?"]

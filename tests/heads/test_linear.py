@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perpetune.errors import ConfigError, HeadError
+from perpetune.core.errors import ConfigError, HeadError
 from perpetune.heads import LinearHead
 
 LABELS = ["ant", "bee", "cat", "dog", "eel"]

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from perpetune.errors import HeadError
+from perpetune.core.errors import HeadError
 from perpetune.heads import LinearHead, PrototypeHead
 
 LABELS = ["ant", "bee", "cat", "dog", "eel"]

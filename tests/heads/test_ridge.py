@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perpetune.errors import ConfigError, HeadError
+from perpetune.core.errors import ConfigError, HeadError
 from perpetune.heads import RidgeHead
 from perpetune.heads import ridge as module
-from perpetune.heads.moments import gaussian_steps
+from perpetune.heads.exact_sums import gaussian_steps
 from perpetune.heads.ridge import GRID, choose_penalty, holdout_errors, in_holdout, solve
 
 LABELS = ["ant", "bee", "cat", "dog", "eel"]

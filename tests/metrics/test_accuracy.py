@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perpetune.errors import ConfigError, RunError
+from perpetune.core.errors import ConfigError, RunError
 from perpetune.metrics import accuracy
 from perpetune.metrics.accuracy import FORMULAS, AccuracyMatrix, flips, flips_share, intransigence, summary
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from perpetune.errors import ConfigError
+from perpetune.core.errors import ConfigError
 from perpetune.metrics.accuracy import AccuracyMatrix, summary
 from perpetune.metrics.conventions import CONVENTIONS, convention, in_convention
 

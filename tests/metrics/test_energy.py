@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perpetune.errors import ConfigError
+from perpetune.core.errors import ConfigError
 from perpetune.metrics.energy import hyperspherical_energy, relative_energy_change, row_norm_change
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perpetune.errors import ConfigError
+from perpetune.core.errors import ConfigError
 from perpetune.metrics.geometry import (
     Factors,
     average_collision_rate,

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from perpetune.errors import ConfigError, RunError
-from perpetune.measurement import Measurement
+from perpetune.core.errors import ConfigError, RunError
+from perpetune.core.measurement import Measurement
 from perpetune.metrics.accuracy import FORMULAS, AccuracyMatrix, summary
 from perpetune.metrics.conventions import in_convention
 from perpetune.metrics.records import (

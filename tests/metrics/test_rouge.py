@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perpetune.errors import ConfigError
+from perpetune.core.errors import ConfigError
 from perpetune.heads import make_head
-from perpetune.metrics import rouge
+from perpetune.metrics import text
 
 WORDS = ("red", "blue", "fish", "two", "7")  # Porter's stemmer leaves them as they are
 
@@ -28,15 +28,15 @@ def test_it_is_the_f1_of_the_longest_common_subsequence(answer, response):
     common = longest_common(tuple(answer), tuple(response))
     P, R = common / max(1, len(answer)), common / len(response)
     expected = 2 * P * R / (P + R) if common else 0.0
-    assert rouge.rouge_l(" ".join(answer), " ".join(response)) == pytest.approx(expected)
+    assert text.rouge_l(" ".join(answer), " ".join(response)) == pytest.approx(expected)
 
 
 def test_words_are_compared_by_their_stems_and_without_case():
-    assert rouge.rouge_l("The dogs barked!", "the dog barks") == pytest.approx(1.0)
+    assert text.rouge_l("The dogs barked!", "the dog barks") == pytest.approx(1.0)
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
-    rouge.scorer.cache_clear()
+    text.scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(ConfigError, match=r"pip install 'perpetune\[rouge\]'"):
         make_head("language_generated", rouge_l=True)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from perpetune.reporting import _flips
+from perpetune.report.collect import _flips
 from perpetune.streams import fingerprint, load_stream
 
 

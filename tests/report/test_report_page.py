@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from perpetune.errors import RunError
+from perpetune.core.errors import RunError
 from perpetune.report import render, write_picture, write_report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perpetune.report.data import read_records
-from perpetune.report.summary import Stat, forgot, groups, guessing, learned_and_now, points, recipe_bars, role
+from perpetune.report.summary import (
+    Stat,
+    forgot,
+    groups,
+    guessing,
+    learned_and_now,
+    points,
+    recipe_bars,
+    role,
+)
 from perpetune.report.tables import costs_by_recipe, costs_by_task, promises
 from perpetune.report.words import figure, percent, seconds, size
 

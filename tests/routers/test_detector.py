@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perpetune.errors import ConfigError
+from perpetune.core.errors import ConfigError
 from perpetune.routers import RouterError
 from perpetune.routers.detector import Detector, Moments, fit
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch.nn.functional import normalize
 
-from perpetune.errors import ConfigError
+from perpetune.core.errors import ConfigError
 from perpetune.routers import KMeansRouter, RouterError
 
 WIDTH = 8

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_t
 from torch.nn.functional import normalize
 
-from perpetune.errors import ConfigError, HeadError
+from perpetune.core.errors import ConfigError, HeadError
 from perpetune.heads import RidgeHead
 from perpetune.heads.ridge import in_holdout
 from perpetune.routers import RidgeRouter, RouterError

@@ -157,7 +157,7 @@ def test_the_oracle_knows_nothing():
 
 @pytest.mark.real
 def test_text_tasks_by_the_features_of_a_real_encoder(streams_dir, minilm):
-    from perpetune.loading import load_backbone
+    from perpetune.models.loading import load_backbone
     from perpetune.streams import load_stream
 
     names = ["agnews", "dbpedia", "sst2"]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from perpetune.errors import RuleError
+from perpetune.core.errors import RuleError
 from perpetune.rules import lora_pairs
 
 

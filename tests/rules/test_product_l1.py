@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from perpetune.errors import ConfigError, RuleError
+from perpetune.core.errors import ConfigError, RuleError
 from perpetune.rules import FactorL1, ProductL1, ReleasedProductL1, TaskContext, attach, lora_pairs, product_l1
 
 EQUATIONS = {

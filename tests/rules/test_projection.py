@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from perpetune.errors import ConfigError, RuleError
+from perpetune.core.errors import ConfigError, RuleError
 from perpetune.rules.base import TaskContext, attach
 from perpetune.rules.certificate import certificates
 from perpetune.rules.linear_sites import linear_sites, see_inputs, shared_inputs

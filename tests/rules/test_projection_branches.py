@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 import perpetune as pt
-from perpetune.errors import ConfigError, RuleError
+from perpetune.core.errors import ConfigError, RuleError
 from perpetune.rules import SubspaceProjection, TaskContext, attach, lora_pairs
 from tests.rules.course import Course, data, network, trained
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from perpetune.errors import ConfigError, RuleError
+from perpetune.core.errors import ConfigError, RuleError
 from perpetune.recipes import make_recipe
 from perpetune.rules import RotationBall, TaskContext, attach
 

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from perpetune.errors import RuleError
+from perpetune.core.errors import RuleError
 from perpetune.rules import (
     RULES,
     FixedMask,

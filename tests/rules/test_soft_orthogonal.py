@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from perpetune.errors import ConfigError, RuleError
+from perpetune.core.errors import ConfigError, RuleError
 from perpetune.rules import SoftOrthogonal, TaskContext, attach
 from perpetune.tuners import GivensConfig
 

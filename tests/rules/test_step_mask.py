@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from perpetune.errors import ConfigError, RuleError
+from perpetune.core.errors import ConfigError, RuleError
 from perpetune.rules import StepMask, TaskContext, attach
 
 

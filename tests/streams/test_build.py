@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perpetune.errors import ConfigError, StreamError
+from perpetune.core.errors import ConfigError, StreamError
 from perpetune.streams import Task, fingerprint, load_stream
 
 WriteTask = Callable[..., Path]

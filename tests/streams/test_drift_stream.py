@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import perpetune as pt
-from perpetune.config import RunConfig, load_config
-from perpetune.errors import ConfigError, StreamError
+from perpetune.core.errors import ConfigError, StreamError
+from perpetune.learning.config import RunConfig, load_config
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from perpetune.errors import ConfigError, StreamError
+from perpetune.core.errors import ConfigError, StreamError
 from perpetune.streams import fingerprint, load_stream
 
 WriteTask = Callable[..., Path]

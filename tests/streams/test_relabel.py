@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from perpetune.config import StreamConfig
-from perpetune.errors import StreamError
+from perpetune.core.errors import StreamError
+from perpetune.learning.config import StreamConfig
 from perpetune.streams import fingerprint, load_stream
 
 NEW: dict[str, str | None] = {"good": "positive", "very good": "positive", "bad": "negative", "so so": None}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from perpetune.errors import StreamError
+from perpetune.core.errors import StreamError
 from perpetune.streams.rows import in_order, open_rows
 
 
@@ -91,7 +91,7 @@ def test_the_hubs_sign_for_no_label() -> None:
 
 
 def test_csv_keeps_words_that_look_like_nothing_and_refuses_empty_cells(tmp_path: Path) -> None:
-    from perpetune.streams.read import read_files
+    from perpetune.streams.formats import read_files
 
     path = tmp_path / "train.csv"
     path.write_text('text,label\nNA,None\n"null",1.50\n')

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from perpetune.errors import ConfigError
+from perpetune.core.errors import ConfigError
 from perpetune.streams import fingerprint, load_again, load_stream
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perpetune.linear_map import LinearMap
+from perpetune.tuners.linear_map import LinearMap
 
 
 def maps_of(model: nn.Module, condition: str = "per_head") -> list[LinearMap]:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from perpetune.errors import ConfigError, ModelError
+from perpetune.core.errors import ConfigError, ModelError
 from perpetune.rules import SubspaceProjection, attach
 from perpetune.tuners import AdapterConfig, PeftTuner
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from perpetune.errors import ModelError, RuleError
-from perpetune.recipe import Recipe
+from perpetune.core.errors import ModelError, RuleError
+from perpetune.recipes.recipe import Recipe
 from perpetune.rules import SubspaceProjection, attach
 from perpetune.tuners import BiasConfig, PeftTuner
 

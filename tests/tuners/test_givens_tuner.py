@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from perpetune.errors import ConfigError, ModelError
-from perpetune.givens import dense, strict_blocks
-from perpetune.recipe import Recipe
+from perpetune.core.errors import ConfigError, ModelError
+from perpetune.recipes.recipe import Recipe
 from perpetune.tuners import GivensConfig, PeftTuner, load_adapter
+from perpetune.tuners.givens_rotations import dense, strict_blocks
 
 FORMS = ["strict", "norm", "quasi"]
 

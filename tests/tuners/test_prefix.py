@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from perpetune.errors import ModelError, RuleError
+from perpetune.core.errors import ModelError, RuleError
 from perpetune.tuners import PrefixConfig
 from perpetune.tuners.prefix import PrefixLinear
 from tests.tuners.imposing import change, maps_of, rows_read

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
-from perpetune.errors import RuleError
+from perpetune.core.errors import RuleError
 from perpetune.tuners import DeepPromptConfig
 from perpetune.tuners.prefix import PromptLinear
 from tests.tuners.imposing import change, maps_of, rows_read

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
-from perpetune.errors import ModelError
+from perpetune.core.errors import ModelError
 from perpetune.tuners import AdapterConfig, BiasConfig, GivensConfig, PeftTuner, PrefixConfig, load_adapter
 
 # 4 layers with 6 linear layers each: from 20 on peft shortens the names of what it found

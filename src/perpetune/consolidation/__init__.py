@@ -2,10 +2,11 @@
 
 from .base import Consolidation, Step
 from .continue_ import Continue
-from .data import Joint, Replay
+from .delta_merge import SparseSum
+from .joint import Joint
 from .merge import Merge
 from .per_task import PerTask
-from .sparse_sum import SparseSum
+from .replay import Replay
 from .stack import Stack
 
 CONSOLIDATIONS = {c.__name__: c for c in (Continue, Merge, Stack, SparseSum, PerTask, Replay, Joint)}

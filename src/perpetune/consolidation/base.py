@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import datasets
 from torch import Tensor
 
-from ..backbone import Backbone
-from ..errors import ConfigError
-from ..measurement import Measurement
+from ..core.errors import ConfigError
+from ..core.measurement import Measurement
+from ..models.backbone import Backbone
 from ..streams.task import Stream, Task
 from ..tuners import Tuner
 

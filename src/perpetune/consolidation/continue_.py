@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..measurement import Measurement
+from ..core.measurement import Measurement
 from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
 
 

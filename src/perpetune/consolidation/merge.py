@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone
-from ..errors import ConfigError
-from ..measurement import Measurement
+from ..core.errors import ConfigError
+from ..core.measurement import Measurement
+from ..models.backbone import Backbone
 from ..tuners import Tuner
 from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone
-from ..errors import ConfigError
-from ..measurement import Measurement
+from ..core.errors import ConfigError
+from ..core.measurement import Measurement
+from ..models.backbone import Backbone
 from ..routers import Router, make_router
 from ..tuners import PeftTuner, Tuner
 from .base import Consolidation, Files, Step, StoredFiles, stored_adapter

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..core.errors import ConfigError
 from ..tuners import PeftTuner
 from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..checked import call_checked
-from ..errors import ConfigError, nearest
+from ..core.errors import ConfigError, nearest
+from ..core.validation import call_checked
 from .base import Head
 from .contrastive import ContrastiveHead
 from .label_text import LabelTextHead
 from .language import LONGEST, LanguageHead, Read
 from .linear import LinearHead
-from .opened import OpenedHead
 from .prototype import PrototypeHead
 from .ridge import RidgeHead
+from .stateful import OpenedHead
 from .trained import Classes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..measurement import Measurement
+from ..core.measurement import Measurement
 
 
 class Head(nn.Module):

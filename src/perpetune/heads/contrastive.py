@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import HeadError
-from ..measurement import Measurement
+from ..core.errors import HeadError
+from ..core.measurement import Measurement
 from .label_text import checked_template
 from .trained import TrainedHead
 

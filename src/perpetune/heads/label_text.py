@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError, HeadError
+from ..core.errors import ConfigError, HeadError
 from .trained import Classes, TrainedHead
 
 SAME = 0.99  # cosine: label embeddings of one model differ by rounding alone

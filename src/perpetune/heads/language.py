@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, HeadError, nearest
-from ..exact_match import normalised
-from ..metrics import rouge
+from ..core.errors import ConfigError, HeadError, nearest
+from ..metrics.text import normalised, scorer
+from ..models.answer_scoring import LONGEST, Read
 from .base import Head
 from .trained import TrainedHead
 
-Read = Literal["options", "generate"]
 MANY = 300  # options, each of which is read with every prompt
-LONGEST = 50  # tokens that are generated at most, as in the O-LoRA and N-LoRA code
 
 
 class LanguageHead(TrainedHead):
@@ -66,7 +64,7 @@ class LanguageHead(TrainedHead):
         if rouge_l and read != "generate":
             raise ConfigError('LanguageHead: rouge_l compares generated answers: read="generate"')
         if rouge_l:
-            rouge.scorer()
+            scorer()
         self.read: Read = read
         if longest < 1:
             raise ConfigError(f"LanguageHead: longest={longest} tokens; an answer has at least one")

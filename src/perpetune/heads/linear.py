@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import HeadError
-from ..measurement import Measurement
+from ..core.errors import HeadError
+from ..core.measurement import Measurement
 from .trained import Classes, TrainedHead
 
 SPREAD = 0.02  # standard deviation of a new row

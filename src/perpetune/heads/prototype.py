@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..measurement import Measurement
+from ..core.measurement import Measurement
 from .base import matmul_dtype
-from .moments import EXACT_BITS, FEATURES, check_room, exact_matmul
+from .exact_sums import EXACT_BITS, FEATURES, check_room, exact_matmul
 from .statistics import Shape, StatisticsHead
 
 

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, HeadError
-from ..measurement import Measurement
+from ..core.errors import ConfigError, HeadError
+from ..core.measurement import Measurement
 from .base import matmul_dtype
-from .moments import EXACT_BITS, FEATURES, GAUSSIAN, FixedPoint, check_room, exact_matmul, gaussian_steps
+from .exact_sums import EXACT_BITS, FEATURES, GAUSSIAN, FixedPoint, check_room, exact_matmul, gaussian_steps
 from .statistics import Shape, StatisticsHead
 
 GRID = tuple(10.0 ** (k / 4) for k in range(-32, 33))  # 1e-8 ... 1e8, four points per decade

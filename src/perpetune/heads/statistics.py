@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import HeadError
+from ..core.errors import HeadError
 from .base import Head
+from .exact_sums import WIDEST
 from .linear import LinearHead
-from .moments import WIDEST
-from .opened import OpenedHead
+from .stateful import OpenedHead
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 

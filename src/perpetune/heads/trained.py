@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, HeadError, nearest
+from ..core.errors import ConfigError, HeadError, nearest
 from .base import Head
-from .opened import OpenedHead
+from .stateful import OpenedHead
 
 Classes = Literal["current", "seen"]
 

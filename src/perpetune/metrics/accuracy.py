@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, RunError, nearest
+from ..core.errors import ConfigError, RunError, nearest
 
 Predictions = Sequence["Mapping[str, np.ndarray] | None"]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, nearest
+from ..core.errors import ConfigError, nearest
 from .accuracy import (
     FORMULAS,
     AccuracyMatrix,

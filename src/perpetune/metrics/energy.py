@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..core.errors import ConfigError
 from .geometry import CHUNK
 
 ENERGY_FORMULAS: dict[str, str] = {

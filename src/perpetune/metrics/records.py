@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator, with_config
 from typing_extensions import TypedDict
 
-from ..errors import ConfigError, RunError, nearest
+from ..core.errors import ConfigError, RunError, nearest
 from .accuracy import FORMULAS, AccuracyMatrix, summary
 
 if TYPE_CHECKING:

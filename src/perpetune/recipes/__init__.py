@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ..checked import call_checked
-from ..errors import ConfigError, nearest
-from ..recipe import Recipe
+from ..core.errors import ConfigError, nearest
+from ..core.validation import call_checked
 from . import controls, deltas, lora_family, masks, projection, rotations, routing
+from .recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     make.__name__: make

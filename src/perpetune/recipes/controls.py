@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..consolidation import Continue, Joint, Replay
 from ..heads import LabelTextHead, LinearHead, PrototypeHead, RidgeHead
-from ..recipe import Recipe
 from ..tuners import QUERY_VALUE, AllWeights, Frozen, NoNetwork
 from .lora_family import LORA_TRAINING, lora_config
+from .recipe import Recipe
 
 
 def sequential() -> Recipe:

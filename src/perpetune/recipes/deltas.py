@@ -6,8 +6,8 @@ from typing import Literal
 
 from ..consolidation import SparseSum
 from ..heads import PrototypeHead
-from ..recipe import Recipe
 from ..tuners import AllWeights
+from .recipe import Recipe
 
 DELTA_TRAINING = {"learning_rate": 1e-4}
 

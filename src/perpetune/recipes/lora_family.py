@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ..consolidation import Continue, Merge, Stack
-from ..recipe import Recipe
 from ..rules import OrthogonalToPast, ProductL1, ReleasedProductL1
 from ..tuners import QUERY_VALUE
+from .recipe import Recipe
 
 
 def lora_config(rank: int, alpha: float | None, target: str | list[str], dropout: float) -> Any:

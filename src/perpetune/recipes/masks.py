@@ -8,9 +8,9 @@ which then drift, ours obeys the mask.
 from __future__ import annotations
 
 from ..consolidation import Continue
-from ..recipe import Recipe
 from ..rules import FixedMask, StepMask
 from ..tuners import AllWeights
+from .recipe import Recipe
 
 
 def child_tuning_f(keep: float = 0.3, seed: int = 0) -> Recipe:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ..consolidation import Continue, Merge
-from ..recipe import Recipe
 from ..rules import SubspaceProjection
 from ..tuners import KEY_VALUE_FFN, QUERY_VALUE, AllWeights
 from .lora_family import LORA_TRAINING, lora_config
+from .recipe import Recipe
 
 Targets = str | list[str]
 

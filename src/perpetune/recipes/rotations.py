@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ..consolidation import Merge
-from ..recipe import Recipe
 from ..rules import RotationBall, SoftOrthogonal
+from .recipe import Recipe
 
 ALL_LINEAR = "all-linear"
 

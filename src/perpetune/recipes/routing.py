@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from ..consolidation import PerTask
-from ..recipe import Recipe
 from ..routers import KMeansRouter, OracleRouter, PooledRouter
 from ..tuners import QUERY_VALUE
 from .lora_family import LORA_TRAINING, lora_config
+from .recipe import Recipe
 
 
 def color(

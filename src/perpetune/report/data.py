@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import RunError
+from ..core.errors import RunError
 
 FIGURES = (
     "final_accuracy",

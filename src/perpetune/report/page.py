@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..errors import RunError
+from ..core.errors import RunError
 from . import charts, routes, segments, summary, svg, tables, words
 from .data import Record, ReportData, read_records
 

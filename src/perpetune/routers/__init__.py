@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from ..checked import call_checked
-from ..errors import ConfigError, nearest
+from ..core.errors import ConfigError, nearest
+from ..core.validation import call_checked
 from .base import Router, RouterError
 from .classes import ClassRouter
 from .detector import Detector, Segment

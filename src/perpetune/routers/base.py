@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import PerpetuneError, nearest
-from ..measurement import Measurement
+from ..core.errors import PerpetuneError, nearest
+from ..core.measurement import Measurement
 
 State = dict[str, Tensor]
 

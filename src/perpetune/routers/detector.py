@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..core.errors import ConfigError
 from .base import RouterError
 
 LOOKS = 4  # tests in the time in which a window fills; each is made at level / LOOKS

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError, nearest
-from ..measurement import Measurement
+from ..core.errors import ConfigError, nearest
+from ..core.measurement import Measurement
 from .base import Router, RouterError, State
 
 STARTS = 10  # k-means++ starts, of which the best is kept (scikit-learn's `n_init`)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..measurement import Measurement
+from ..core.measurement import Measurement
 from .base import Router, State
 from .classes import ClassRouter
 from .ridge import RidgeRouter

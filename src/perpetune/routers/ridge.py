@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, nearest
+from ..core.errors import ConfigError, nearest
+from ..core.measurement import Measurement
 from ..heads.ridge import FEWEST, RidgeHead, solve
-from ..measurement import Measurement
 from .base import RouterError, State
 from .sums import SumsRouter
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..measurement import Measurement
+from ..core.measurement import Measurement
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linear_map import LinearMap
+from ..core.measurement import Measurement
+from ..tuners.linear_map import LinearMap
 from .layer_memory import LayerMemory
 
+SOURCE = "SubspaceProjection"
 # |dW M| / |W| that one projection and one rounding to the type of the weights leave.
 LEAK = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -69,3 +71,43 @@ def worst(found: Sequence[Certificate]) -> tuple[Certificate, Certificate]:
 
 def _ratio(value: float, bound: float) -> float:
     return math.inf if math.isnan(value) else value / bound if bound else value
+
+
+def measurements(
+    found: Sequence[Certificate], memory: LayerMemory, energy: float, cap: float | None, promises: bool, unsafe: int
+) -> list[Measurement]:
+    """What is promised of the layer that is worst off, and how full the memory is.
+
+    Args:
+        found: at least one certificate.
+        energy, cap: how much of the old inputs is protected.
+        promises: whether leak and drift are promised, or only observed.
+        unsafe: trained parameters that are not protected.
+    """
+    leak, drift = worst(found)
+    residuals = [float(kept.memory.residual(kept.M)) for kept in memory.inputs]
+    exact = cap is None and memory.exact
+    used = [kept.M.shape[1] / len(kept.M) for kept in memory.inputs]
+    full = sum(share == 1 for share in used)
+    loose = f" {unsafe} trained parameters are not protected." if unsafe else ""
+    return [
+        Measurement(
+            "change inside the protected space |dW M| / |W|", leak.leak,
+            leak.leak_bound if promises else None, "relative", SOURCE,
+            f"Worst layer: `{leak.name}`. 0 but for rounding: what old inputs read of the weights has not changed.",
+        ),
+        Measurement(
+            "drift of a layer on old inputs |dW X| / |X|", drift.drift,
+            drift.drift_bound if promises else None, "relative", SOURCE,
+            f"Worst layer: `{drift.name}`. The bound is that of the directions left unprotected.{loose}",
+            tuple((c.name, c.drift, c.drift_bound if promises else None) for c in found),
+        ),
+        Measurement(
+            "old inputs left unprotected", max(residuals), 1 - energy + 1e-9 if exact else None, "share",
+            SOURCE, "Share of the squared length of old inputs that later tasks may change, in the worst layer.",
+        ),
+        Measurement(
+            "input directions in use", sum(used) / len(used), None, "share", SOURCE,
+            f"1: nothing more can be learned. {full} of {len(used)} inputs are full.",
+        ),
+    ]  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, RuleError
-from ..measurement import Measurement
+from ..core.errors import ConfigError, RuleError
+from ..core.measurement import Measurement
 from .base import Rule, TaskContext
 from .lora_penalty import work
 from .mask_bits import as_bits, pieces, restore

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import RuleError
-from ..linear_map import LinearMap
-from ..subspace import DiagonalMoment, FrequentDirections, InputMemory, SecondMoment, restore
+from ..core.errors import RuleError
+from ..tuners.linear_map import LinearMap
 from .linear_sites import Batches, see_inputs, shared_inputs
+from .second_moments import DiagonalMoment, InputMemory, SecondMoment
+from .sketches import FrequentDirections, restore
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import RuleError
-from ..linear_map import LinearMap
-from ..towers import text_tower
+from ..core.errors import RuleError
+from ..models.towers import text_tower
+from ..tuners.linear_map import LinearMap
 from .lora_sites import lora_pairs
 from .modes import modes_kept
 

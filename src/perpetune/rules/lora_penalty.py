@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, RuleError
+from ..core.errors import ConfigError, RuleError
 from .base import Rule, TaskContext
 from .lora_sites import LoraPair, lora_pairs
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..errors import RuleError
+from ..core.errors import RuleError
 
 
 @dataclass(frozen=True)

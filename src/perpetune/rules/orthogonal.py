@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, RuleError
-from ..measurement import Measurement
+from ..core.errors import ConfigError, RuleError
+from ..core.measurement import Measurement
 from .base import TaskContext
 from .lora_penalty import LoraPenalty, add_gradients, check_strength, same_shape, stack, work
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RuleError
+from ..core.errors import RuleError
+from ..core.measurement import Measurement
 from .linear_sites import reshard
 from .modes import modes_kept
 
@@ -44,6 +45,10 @@ class Probes:
             change = (_output(model, inputs).double() - then.double()).flatten(1).norm(dim=1)
             worst = max(worst, float((change / then.double().flatten(1).norm(dim=1).clamp_min(1e-300)).max()))
         return worst
+
+    def measurement(self, model: nn.Module, bound: float | None, source: str) -> Measurement:
+        note = f"{len(self.tasks)} tasks' probes. Measured against the outputs right after each was learned."
+        return Measurement("worst change of outputs on probes", self.drift(model), bound, "relative", source, note)
 
     def state(self) -> dict[str, Tensor]:
         state = {}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import RuleError
-from ..measurement import Measurement
+from ..core.errors import RuleError
+from ..core.measurement import Measurement
 from .base import TaskContext
 from .lora_penalty import LoraPenalty, add_gradients, gradient, same_shape, stack, work
 from .lora_sites import LoraPair

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, RuleError
-from ..linear_map import LinearMap
-from ..measurement import Measurement
-from ..subspace import check_energy
+from ..core.errors import ConfigError, RuleError
+from ..core.measurement import Measurement
+from ..tuners.linear_map import LinearMap
 from .base import Rule, TaskContext
-from .certificate import certificates, worst
+from .bases import check_energy
+from .certificate import SOURCE, certificates, measurements, worst
 from .layer_memory import LayerMemory
 from .linear_sites import Batches, linear_sites
 from .lora_penalty import work
@@ -282,42 +282,12 @@ class SubspaceProjection(Rule):
         found = certificates(self._memory, self._split_references())
         if not found:
             return []
-        source = type(self).__name__
-        leak, drift = worst(found)
-        residuals = [float(kept.memory.residual(kept.M)) for kept in self._memory.inputs]
-        exact = self.cap is None and self._memory.exact
-        used = [kept.M.shape[1] / len(kept.M) for kept in self._memory.inputs]
-        full = sum(share == 1 for share in used)
-        unsafe = self._loose and self.unprotected == "allow"
-        loose = f" {self._loose} trained parameters are not protected." if unsafe else ""
-        probed = []
+        unsafe = self._loose if self.unprotected == "allow" else 0
+        measured = measurements(found, self._memory, self.energy, self.cap, self.promises, unsafe)
         if self._probes.tasks and self._model is not None:
+            exact = self.cap is None and self._memory.exact
             sufficient = self.prompts == "per_head" and not unsafe
             whole = self.promises and self.energy == 1 and exact and sufficient
-            note = (
-                f"{len(self._probes.tasks)} tasks' probes. Measured against the outputs right after each was learned."
-            )
-            value, bound = self._probes.drift(self._model), 10 * leak.leak_bound if whole else None
-            probed = [Measurement("worst change of outputs on probes", value, bound, "relative", source, note)]
-        return [
-            Measurement(
-                "change inside the protected space |dW M| / |W|", leak.leak,
-                leak.leak_bound if self.promises else None, "relative", source,
-                f"Worst layer: `{leak.name}`. 0 but for rounding: what old inputs read of the weights has not changed.",
-            ),
-            Measurement(
-                "drift of a layer on old inputs |dW X| / |X|", drift.drift,
-                drift.drift_bound if self.promises else None, "relative", source,
-                f"Worst layer: `{drift.name}`. The bound is that of the directions left unprotected.{loose}",
-                tuple((c.name, c.drift, c.drift_bound if self.promises else None) for c in found),
-            ),
-            Measurement(
-                "old inputs left unprotected", max(residuals), 1 - self.energy + 1e-9 if exact else None, "share",
-                source, "Share of the squared length of old inputs that later tasks may change, in the worst layer.",
-            ),
-            Measurement(
-                "input directions in use", sum(used) / len(used), None, "share", source,
-                f"1: nothing more can be learned. {full} of {len(used)} inputs are full.",
-            ),
-            *probed,
-        ]  # fmt: skip
+            bound = 10 * worst(found)[0].leak_bound if whole else None
+            measured.append(self._probes.measurement(self._model, bound, SOURCE))
+        return measured

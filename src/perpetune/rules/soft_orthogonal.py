@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RuleError
-from ..measurement import Measurement
+from ..core.errors import RuleError
+from ..core.measurement import Measurement
 from .base import Rule, TaskContext
 from .lora_penalty import add_gradients, check_strength, work
 

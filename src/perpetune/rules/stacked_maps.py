@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..linear_map import LinearMap
+from ..tuners.linear_map import LinearMap
 from .layer_memory import LayerMemory
 from .lora_penalty import work
 

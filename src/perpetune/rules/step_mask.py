@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, RuleError
+from ..core.errors import ConfigError, RuleError
 from .base import Rule, TaskContext
 from .mask_bits import draw, pieces, restore
 from .mask_selection import check_keep, mixed

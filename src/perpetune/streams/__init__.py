@@ -1,10 +1,10 @@
 """Streams: the tasks, in the order in which they arrive."""
 
-from .content import fingerprint
-from .digits import BUILTINS, Digits, digits_halves
+from .builtin import BUILTINS, Digits, digits_halves
 from .drift import Drift, drift
+from .hashing import fingerprint
 from .load import load_again, load_stream
-from .posing import pose
+from .prompting import pose
 from .task import Modality, Scenario, Stream, Task
 
 __all__ = [

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
-from ..errors import StreamError
-from .divide import Draft, check_labels
-from .pick import stratified
+from ..core.errors import StreamError
 from .rows import Rows, in_order
+from .sampling import stratified
+from .splitting import Draft, check_labels
 from .task import Scenario, Task
 
 

@@ -8,8 +8,8 @@ from itertools import accumulate, groupby
 import datasets
 import numpy as np
 
-from ..errors import ConfigError, StreamError
-from .pick import generator
+from ..core.errors import ConfigError, StreamError
+from .sampling import generator
 from .task import Stream
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import StreamError, nearest
-from .divide import Draft, slug
-from .read import LAYOUT, Card, read_card, read_files, split_files
+from ..core.errors import StreamError, nearest
+from .formats import LAYOUT, Card, read_card, read_files, split_files
 from .rows import open_rows
+from .splitting import Draft, slug
 
 
 def task_folders(path: Path) -> list[Path]:

@@ -11,17 +11,17 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..errors import ConfigError, StreamError, nearest
+from ..core.errors import ConfigError, StreamError, nearest
 from .benchmarks import BENCHMARKS
 from .build import build_task, choose_scenario, same_inputs
-from .digits import BUILTINS
-from .divide import divide, slug
+from .builtin import BUILTINS
 from .folder import choose, read_folder, task_folders
-from .pick import shuffled
-from .posing import Template
-from .posing import pose as posed
-from .read import BUILDERS, read_files, read_hub, split_files
+from .formats import BUILDERS, read_files, read_hub, split_files
+from .prompting import Template
+from .prompting import pose as posed
 from .relabel import relabelled
+from .sampling import shuffled
+from .splitting import divide, slug
 from .task import Scenario, Stream
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import StreamError, nearest
-from .divide import Draft
+from ..core.errors import StreamError, nearest
 from .rows import Rows
+from .splitting import Draft
 
 
 def relabelled(drafts: Sequence[Draft], new: Mapping[str, str | None]) -> list[Draft]:

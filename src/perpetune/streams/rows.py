@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 
-from ..errors import StreamError
-from .content import sample_ids
-from .pick import stratified
+from ..core.errors import StreamError
+from .hashing import sample_ids
+from .sampling import stratified
 
 TEXT_TYPES = ("string", "large_string", "string_view")
 PROMPTS = {"prompt", "messages"}

@@ -102,7 +102,7 @@ class Stream:
         Raises:
             StreamError: a name that no task has.
         """
-        from ..errors import StreamError, nearest
+        from ..core.errors import StreamError, nearest
 
         by_name = {task.name: task for task in self.tasks}
         for name in names:
@@ -134,7 +134,7 @@ class Stream:
         Raises:
             StreamError: a task has no validation split.
         """
-        from ..errors import StreamError
+        from ..core.errors import StreamError
 
         for task in self.tasks:
             if task.validation is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .base import KEY_VALUE_FFN, QUERY_VALUE, AllWeights, Frozen, NoNetwork, PeftTuner, Tuner, as_tuner
+from .base import AllWeights, Frozen, NoNetwork, Tuner
+from .peft_tuner import PeftTuner, as_tuner
+from .targets import KEY_VALUE_FFN, QUERY_VALUE
 
 TUNERS = {c.__name__: c for c in (AllWeights, Frozen, NoNetwork)}
 
@@ -18,7 +20,7 @@ OWN_CONFIGS = {
     "PrefixConfig": "prefix",
 }
 
-_HOME = {**OWN_CONFIGS, "load_adapter": "registration"}
+_HOME = {**OWN_CONFIGS, "load_adapter": "peft_plugin"}
 
 __all__ = [
     "KEY_VALUE_FFN",

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, ModelError, nearest
-from .base import BLOCK_OUTPUTS, resolve_targets
-from .registration import OwnConfig, OwnLayer, OwnTuner, register
+from ..core.errors import ConfigError, ModelError, nearest
+from .peft_plugin import OwnConfig, OwnLayer, OwnTuner, register
+from .targets import BLOCK_OUTPUTS, resolve_targets
 
 NOT_MERGEABLE = "a bottleneck adapter is not linear, and no weight could hold it: keep it as an adapter"
 

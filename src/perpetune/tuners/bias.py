@@ -11,11 +11,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError, RuleError
-from ..linear_map import LinearMap, Tap
-from ..towers import decoder_name
-from .base import UNCALLED_PARTS
-from .registration import OwnConfig, OwnLayer, OwnTuner, register
+from ..core.errors import ModelError, RuleError
+from ..models.towers import decoder_name
+from .linear_map import LinearMap, Tap
+from .peft_plugin import OwnConfig, OwnLayer, OwnTuner, register
+from .targets import UNCALLED_PARTS
 
 ADVICE = (
     "leave `target_modules` empty to find those with one, name the list of layers in `layers_pattern` if you chose "

@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, ModelError
-from ..givens import dense, identity_blocks, rotate, rotate_back, strict_blocks
-from .registration import OwnConfig, OwnLayer, OwnTuner, register
+from ..core.errors import ConfigError, ModelError
+from .givens_rotations import dense, identity_blocks, rotate, rotate_back, strict_blocks
+from .peft_plugin import OwnConfig, OwnLayer, OwnTuner, register
 
 # Where no gradient is asked for, the weight is rotated instead of the tokens if these are more than twice its rows:
 # at 768 x 768 and 2,048 tokens 0.91 instead of 1.02 of the time of LoRA. In training it never is: dL/dW is one more
@@ -30,7 +30,8 @@ class GivensConfig(OwnConfig):
     "quasi"   any 2 x 2 matrix for each plane, 4(d - 1) numbers: orthogonal only if a penalty keeps it  (qGOFT)
 
     As a weight (out x d): W R^T, W diag(c) R^T. Of several active adapters the first turns what the layer reads and the
-    next what that puts out: x R_1 R_2, W R_2^T R_1^T. The tree, and what such an R cannot do: see `perpetune.givens`.
+    next what that puts out: x R_1 R_2, W R_2^T R_1^T. The tree, and what such an R cannot do: see
+    `perpetune.tuners.givens_rotations`.
 
     Source: Ma et al. (2404.04316); the diagonal's place is that of their first released version.
 

@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError
-from ..towers import decoder_name
+from ..core.errors import ModelError
+from ..models.towers import decoder_name
 
 # Names of key projections, and of the value projections beside them; in `c_attn`, GPT-2's, both are one.
 VALUE_OF = {"key": "value", "k_proj": "v_proj", "k_lin": "v_lin", "k": "v", "c_attn": "c_attn"}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError
-from ..linear_map import LinearMap
-from .attention import TokenLayer
+from ..core.errors import ModelError
 from .key_projections import Heads
-from .registration import register
-from .tokens import TokenConfig, TokenTuner, check_condition
+from .linear_map import LinearMap
+from .peft_plugin import register
+from .token_attention import TokenLayer
+from .virtual_tokens import TokenConfig, TokenTuner, check_condition
 
 
 @dataclass

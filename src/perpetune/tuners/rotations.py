@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError
-from ..measurement import Measurement
+from ..core.errors import ModelError
+from ..core.measurement import Measurement
 from ..metrics.energy import relative_energy_change, row_norm_change
 
 ADVICE = "name linear layers in `target_modules`, or use Continue"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from perpetune.errors import ConfigError, StreamError
+from perpetune.core.errors import ConfigError, StreamError
 from perpetune.streams import fingerprint, load_again, load_stream
 from perpetune.streams.passage import unmark
 

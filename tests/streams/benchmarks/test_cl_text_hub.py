@@ -8,9 +8,9 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from perpetune.errors import StreamError
+from perpetune.core.errors import StreamError
 from perpetune.streams import load_stream
-from perpetune.streams.posing import PUBLISHED
+from perpetune.streams.prompting import PUBLISHED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published size:UserWarning")
 

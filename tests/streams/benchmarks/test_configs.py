@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from perpetune import cli
-from perpetune.config import CompareConfig, load_config
+from perpetune.cli.app import app as cli
 from perpetune.heads import make_head
+from perpetune.learning.config import CompareConfig, load_config
 from perpetune.recipes import make_recipe
 from perpetune.streams import load_stream
 from perpetune.streams.benchmarks import BENCHMARKS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perpetune.errors import StreamError
+from perpetune.core.errors import StreamError
 from perpetune.streams import fingerprint, load_stream
 from perpetune.streams.benchmarks.instructions import SUPERNI_ORDERS
 from perpetune.streams.passage import unmark

@@ -18,8 +18,8 @@ from scipy.io import savemat
 from transformers import AutoModel
 
 from perpetune import Learner
-from perpetune.config import CompareConfig, load_config
-from perpetune.errors import ConfigError, StreamError
+from perpetune.core.errors import ConfigError, StreamError
+from perpetune.learning.config import CompareConfig, load_config
 from perpetune.recipes import make_recipe
 from perpetune.streams import Stream, load_stream
 from perpetune.streams.benchmarks import BENCHMARKS

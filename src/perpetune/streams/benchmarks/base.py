@@ -12,10 +12,10 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Value
 
-from ...errors import ConfigError, StreamError
-from ..divide import Draft
+from ...core.errors import ConfigError, StreamError
 from ..folder import choose
 from ..rows import Rows, open_rows
+from ..splitting import Draft
 
 
 class MissingData(StreamError):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ...errors import StreamError
-from ..divide import Draft
-from ..posing import PUBLISHED
+from ...core.errors import StreamError
+from ..prompting import PUBLISHED
 from ..rows import Rows
+from ..splitting import Draft
 from .base import Benchmark, Lazy, needed, not_divided, read_json, read_list, text_rows
 from .cl_text_hub import from_hub
 

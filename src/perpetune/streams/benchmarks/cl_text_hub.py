@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import StreamError
-from ..pick import stratified
-from ..read import load_hub
+from ...core.errors import StreamError
+from ..formats import load_hub
 from ..rows import Rows
+from ..sampling import stratified
 from .base import fetched, text_rows
 
 SEED = 0

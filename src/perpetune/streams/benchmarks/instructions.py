@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Value
 
-from ...errors import StreamError
-from ..divide import Draft, slug
+from ...core.errors import StreamError
 from ..passage import mark
-from ..pick import generator
 from ..rows import Rows, open_rows
+from ..sampling import generator
+from ..splitting import Draft, slug
 from .base import Benchmark, Lazy, MissingData, needed, not_divided, read_json, read_list
 
 SEED = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import ClassLabel
 
-from ...errors import StreamError
+from ...core.errors import StreamError
 from .base import MissingData, needed
 from .listing import (
     Listing,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image
 
-from ...errors import StreamError
-from ..read import read_files, read_hub
+from ...core.errors import StreamError
+from ..formats import read_files, read_hub
 from .base import MissingData, fetched, needed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from ...errors import StreamError
-from ..divide import Draft, divide
+from ...core.errors import StreamError
+from ..splitting import Draft, divide
 from . import layouts
 from .base import Benchmark, not_divided
 from .listing import Splits

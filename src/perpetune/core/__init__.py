@@ -1,0 +1,1 @@
+"""What every room uses: errors, measurements, progress, the environment, validation, files."""

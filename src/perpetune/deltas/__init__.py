@@ -1,0 +1,1 @@
+"""Sparse deltas of weights: taken, stored, added up."""

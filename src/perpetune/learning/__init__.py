@@ -1,0 +1,1 @@
+"""The learner: one task after another, in the order in which things happen."""

@@ -1,0 +1,287 @@
+"""A pre-trained language model seen as one thing: prompts in, and what it says of answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..core.errors import ModelError
+from ..core.tensors import relative_change
+from ..metrics.text import normalised, rouge_l
+from .answer_scoring import LONGEST, PromptsRead, Read, generate, last_logits, log_p_of, positions
+from .backbone import Backbone, Examples, Features, fingerprint, pool
+from .prompt_tokens import PromptTokenizer
+
+IGNORED = -100
+
+
+class LanguageBackbone(Backbone):
+    """A transformers language model (`model`), decoder or encoder and decoder, and its tokenizer.
+
+    The features of an example are what the model says of answers, read by a `LanguageHead`:
+
+    in training    `forward(**inputs)`: log p(response | prompt) and the number of its tokens, (N x 2);
+    when asked     `features`: log p(answer | prompt) of every class, -inf where it was not asked for ("options");
+                   ROUGE-L of the generated answer to the example's own, where that is measured; and the class that the
+                   greedily generated answer names, -1 for none ("generate"): (N x width).
+
+    The label texts of a stream are its answers. `open` says which they are, and how they are read.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, name: str, picture: int | None = None) -> None:
+        """
+        Args:
+            max_length: longest prompt, in tokens.
+            picture: see `PromptTokenizer`.
+
+        Raises:
+            ModelError: see `PromptTokenizer`; an encoder-decoder model that does not say how answers start.
+        """
+        nn.Module.__init__(self)
+        self.model: Any = model
+        self.processor, self.modality, self.name, self.max_length = tokenizer, "language", name, max_length
+        self.pooling = None
+        config = model.config
+        self.start: int | None = None
+        if config.is_encoder_decoder:
+            self.start = getattr(config, "decoder_start_token_id", None)
+            self.start = config.get_text_config(decoder=True).bos_token_id if self.start is None else self.start
+            if self.start is None:
+                raise ModelError(f"`{name}` does not say how its answers start: set decoder_start_token_id")
+        self.tokens = PromptTokenizer(tokenizer, decoder=self.start is None, picture=picture)
+        self.fingerprint = fingerprint(model)
+        self.version, self.width = 0, 0
+        self.labels: tuple[str, ...] = ()
+        self.reads: tuple[Read, ...] = ()
+        self.rouge_l, self.longest = False, LONGEST
+        self.limit: int | None = None  # of a prompt, in tokens
+
+    def open(
+        self, labels: Sequence[str], reads: Sequence[Read], *, rouge_l: bool = False, longest: int = LONGEST
+    ) -> None:
+        """Say which answers there are (C label texts), and how they will be read.
+
+        Args:
+            rouge_l: whether ROUGE-L of generated answers is measured.
+            longest: how many tokens are generated at most.
+        """
+        self.labels, self.reads = tuple(labels), tuple(dict.fromkeys(sorted(reads, reverse=True)))
+        self.rouge_l, self.longest = rouge_l, longest
+        self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads) + rouge_l
+        self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
+        self.room, self.limit, limit = self.max_length, None, self._positions
+        if limit is not None:
+            answer = max(len(self.tokens.answer(text)) for text in self.labels)
+            self.limit = limit - max(answer, longest * ("generate" in self.reads))
+            self.room = min(self.max_length, self.limit)
+            if self.room < 1:
+                raise ModelError(f"`{self.name}` reads {limit} tokens, and its answers take all of them")
+
+    @property
+    def _positions(self) -> int | None:
+        """How long a sequence of prompt and answer may be; None where they have a sequence each, or it may be any."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None) if self.start is None else None
+
+    # ---- examples ----
+
+    def prepare(self, rows: datasets.Dataset) -> Examples:
+        """Rows with `prompt` or `messages` to tokens: `input_ids` of the prompt; `answer`, which ends the sequence."""
+        column = next((c for c in ("prompt", "messages") if c in rows.column_names), None)
+        if column is None:
+            raise ModelError(
+                f"`{self.name}` is a language model and reads prompts, but the task has the columns "
+                f'{", ".join(rows.column_names)}: pose texts as instructions (pose="instruction")'
+            )
+        if "image" in rows.column_names:
+            raise ModelError(f"`{self.name}` reads no images: use a model that does (LLaVA), or leave out the column")
+        read = self.tokens.prompts if column == "prompt" else self.tokens.conversations
+        return self._examples(read(rows[column][:], self.room), rows)
+
+    def _examples(self, prompts: Sequence[tuple[list[int], bool]], rows: datasets.Dataset) -> Examples:
+        return [
+            {
+                "input_ids": prompt,
+                "answer": self.tokens.answer(self.labels[y], blank),
+                "blank": blank,
+                "label": y,
+                "id": i,
+            }
+            for (prompt, blank), y, i in zip(prompts, rows["label"], rows["id"], strict=True)
+        ]
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A training batch: model inputs, the tokens that carry loss as `answers` (N x A, others -100), and `labels`.
+
+        A decoder reads prompt and answer in one sequence, padded on the left, so that `answers` are its last A tokens.
+        The decoder of an encoder-decoder model reads the answer shifted by its start token, padded on the right.
+        """
+        answers = [list(e["answer"]) for e in examples]
+        labels = torch.tensor([e["label"] for e in examples])
+        if self.start is None:
+            both = [[*e["input_ids"], *e["answer"]] for e in examples]
+            known = {"answers": _pad(answers, IGNORED, left=True), "labels": labels}
+            return {**self._padded(both), **self._pictures(examples), **known}
+        shifted = [[self.start, *answer[:-1]] for answer in answers]
+        return {
+            **self._padded([e["input_ids"] for e in examples]),
+            **{f"decoder_{k}": v for k, v in self._padded(shifted).items()},
+            "answers": _pad(answers, IGNORED, left=False),
+            "labels": labels,
+        }
+
+    def _padded(self, sequences: list[list[int]]) -> dict[str, Tensor]:
+        left = self.start is None
+        mask = _pad([[1] * len(s) for s in sequences], 0, left)
+        return {"input_ids": _pad(sequences, self.tokens.pad, left), "attention_mask": mask}
+
+    def _pictures(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """What a batch reads besides tokens: nothing."""
+        return {}
+
+    # ---- reading ----
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """log p(answer | prompt) and the number of its tokens, the end-of-sequence token among them: (N x 2)."""
+        answers = inputs.pop("answers")
+        if self.start is None:
+            keep = answers.shape[1] + 1
+            extra = {**positions(self.model, inputs), **last_logits(self.model, keep)}
+            logits = self.model(**inputs, **extra, use_cache=False).logits[:, -keep:-1]
+        else:
+            logits = self.model(**inputs, use_cache=False).logits
+        known = answers != IGNORED
+        log_p = log_p_of(logits, answers.clamp(min=0)) * known
+        return torch.stack([log_p.sum(1), known.sum(1).to(log_p)], 1)
+
+    def about(self, classes: Sequence[int]) -> Features:
+        return partial(self.features, classes=classes)
+
+    @torch.inference_mode()
+    def features(
+        self,
+        examples: Examples,
+        batch_size: int,
+        advance: Callable[[int], None] = lambda n: None,
+        classes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What the model says of the answers to each prompt (N x width, fp32, CPU), batched by length.
+
+        Args:
+            classes: the options whose likelihoods are asked for; None: those among the examples' own answers.
+        """
+        asked = sorted({e["label"] for e in examples} if classes is None else set(classes))
+        return self._read_all(examples, batch_size, advance, partial(self.read, classes=asked))
+
+    def read(self, examples: Examples, classes: Sequence[int] = ()) -> Tensor:
+        """See `features`; of one batch, on the CPU."""
+        out = torch.full((len(examples), self.width), -torch.inf)
+        if "options" in self.reads:
+            out[:, list(classes)] = self._likelihoods(examples, classes).float().cpu()
+        if "generate" in self.reads:
+            answers = self._answers(examples)
+            if self.rouge_l:
+                own = [self.labels[e["label"]] for e in examples]
+                out[:, -2] = torch.tensor([rouge_l(a, b) for a, b in zip(answers, own, strict=True)])
+            out[:, -1] = torch.tensor([self._named.get(normalised(text), -1) for text in answers])
+        return out
+
+    def _likelihoods(self, examples: Examples, classes: Sequence[int]) -> Tensor:
+        """log p(answer | prompt), (N x len(classes)); each prompt is read once, where the model can go on from it."""
+        read = PromptsRead(self.model, self._inputs(examples), self.start)
+        if not read.continues:
+            return torch.stack([self._alone(examples, c) for c in classes], 1)
+        options = [[self.tokens.answer(self.labels[c], e["blank"]) for c in classes] for e in examples]
+        longest = max(len(answer) for row in options for answer in row)
+        padded = torch.tensor([[[*a, *[IGNORED] * (longest - len(a))] for a in row] for row in options])
+        return read.log_likelihoods(padded.to(read.next.device), rows=2 * len(examples))
+
+    def _alone(self, examples: Examples, c: int) -> Tensor:
+        answers = [self.tokens.answer(self.labels[c], e["blank"]) for e in examples]
+        return super().read([{**e, "answer": a} for e, a in zip(examples, answers, strict=True)])[:, 0]
+
+    @torch.inference_mode()
+    def answers(self, examples: Examples, batch_size: int) -> list[str]:
+        """Greedily generated answers."""
+        batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
+        with self._asked():
+            return [text for batch in batches for text in self._answers(batch)]
+
+    def _answers(self, examples: Examples) -> list[str]:
+        end, pad = self.tokens.end, self.tokens.pad
+        tokens = generate(self.model, self._inputs(examples), self.start, end, pad, self.longest)
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)
+
+    def _inputs(self, examples: Examples) -> dict[str, Tensor]:
+        return self._here({**self._padded([e["input_ids"] for e in examples]), **self._pictures(examples)})
+
+    @torch.inference_mode()
+    def responses(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """log p(answer | prompt) of the examples' own answers and the numbers of their tokens, (N x 2, fp32, CPU)."""
+        return self._read_all(examples, batch_size, advance, super().read, 2)
+
+    @property
+    def pooled_width(self) -> int:
+        config = self.model.config
+        return getattr(config, "encoder", config).get_text_config().hidden_size
+
+    @torch.inference_mode()
+    def pooled(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """Last hidden states of the prompts, of the encoder where there is one, averaged over their tokens."""
+        return self._read_all(examples, batch_size, advance, self._mean_state, self.pooled_width)
+
+    def _mean_state(self, examples: Examples) -> Tensor:
+        inputs = self._inputs(examples)
+        mask = inputs["attention_mask"]
+        if self.start is None:
+            extra = {**positions(self.model, inputs), **last_logits(self.model, 1)}
+            hidden = self.model(**inputs, **extra, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        else:
+            first = torch.full((len(mask), 1), self.start, device=mask.device)
+            hidden = self.model(**inputs, decoder_input_ids=first, use_cache=False).encoder_last_hidden_state
+        hidden = hidden[:, -mask.shape[1] :]  # without virtual tokens in front
+        return pool(BaseModelOutput(last_hidden_state=hidden), mask, "mean")
+
+    def halves(self, texts: Sequence[str]) -> Examples:
+        """Texts as examples: the first half of the words is the prompt, and up to 50 tokens of the rest the answer,
+        without an end. None at all where the model has no room for them."""
+        limit = self._positions
+        room = self.room if limit is None else min(self.room, limit - LONGEST)
+        if room < 1:
+            return []
+        words = [text.split(" ") for text in texts]
+        prompts = self.tokens.prompts([" ".join(w[: len(w) // 2]) for w in words], room)
+        rest = [self.tokens.answer(" ".join(w[len(w) // 2 :]))[:-1] for w in words]
+        return [
+            {"input_ids": prompt, "answer": tokens[:LONGEST], "label": 0}
+            for (prompt, _), tokens in zip(prompts, rest, strict=True)
+        ]
+
+    # ---- what others ask ----
+
+    def label_embeddings(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """The number of tokens of each answer, (C x 1)."""
+        return torch.tensor([[float(len(self.tokens.answer(text)))] for text in texts])
+
+    def holds(self, features: Tensor, classes: Sequence[int]) -> bool:
+        return "options" not in self.reads or bool((features[:1, list(classes)] > -torch.inf).all())
+
+    def change(self, new: Tensor, old: Tensor) -> float:
+        """Relative change of the log-likelihoods that were asked for both times; else the share of other answers."""
+        if "options" not in self.reads:
+            return float((new != old).any(1).double().mean())
+        C = len(self.labels)
+        both = (new[:1, :C] > -torch.inf) & (old[:1, :C] > -torch.inf)
+        return relative_change(new[:, :C][:, both[0]], old[:, :C][:, both[0]])
+
+
+def _pad(sequences: list[list[int]], value: int, left: bool) -> Tensor:
+    longest = max(map(len, sequences))
+    blanks = [[value] * (longest - len(s)) for s in sequences]
+    return torch.tensor([[*b, *s] if left else [*s, *b] for s, b in zip(sequences, blanks, strict=True)])

@@ -1,0 +1,212 @@
+"""Pre-trained models from the Hub or from a folder, with what reads their inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..core.errors import ModelError, first_line
+from .backbone import Backbone, Pooling
+from .dual_encoder import DualBackbone, is_dual
+from .language_model import LanguageBackbone
+from .vision_language_model import PicturedBackbone, reads_images
+
+
+def load_backbone(
+    name: str | Path,
+    modality: Literal["text", "image"],
+    *,
+    pooling: Pooling | None = None,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """Load any transformers encoder by hub id or local folder; for images a dual encoder, too (see `DualBackbone`).
+
+    Args:
+        name: hub id or folder that `AutoModel` loads.
+        modality: what the stream holds; decides between tokenizer and image processor.
+        pooling: "mean" over tokens that are not padding, "cls", "last" or "pooler"; None chooses from the architecture.
+        max_length: longest text in tokens; None takes the model's own limit, at most 256.
+
+    Raises:
+        ModelError: it cannot be loaded, or does not read this modality.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    source, trust = str(name), trust_remote_code
+    auto = AutoTokenizer if modality == "text" else AutoImageProcessor
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            model = _load_model(AutoModel, source, config, pooling, trust)
+            processor = auto.from_pretrained(source, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        kind = "tokenizer" if modality == "text" else "image processor"
+        raise ModelError(
+            f"cannot load `{name}` as a transformers model with a {kind} ({first_line(error)}): give a hub id or a "
+            "folder with config.json, weights and the processor's files"
+        ) from error
+    if is_dual(model):
+        if modality == "text":
+            raise ModelError(
+                f"`{name}` ({config.model_type}) reads images and texts into one space: give it a stream of images "
+                "with labels or captions, and a text encoder for this one"
+            )
+        return load_dual(model, processor, source, max_length, pooling=pooling, trust_remote_code=trust)
+    if not hasattr(config, "hidden_size"):
+        raise ModelError(f"`{name}` ({config.model_type}) has no single hidden size: it is not a plain encoder")
+    if modality == "text":
+        limit = min(getattr(processor, "model_max_length", 256), getattr(config, "max_position_embeddings", 256))
+        max_length = min(max_length or 256, limit)
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
+    return Backbone(
+        model,
+        processor,
+        modality=modality,
+        pooling=pooling or choose_pooling(source, model, modality),
+        max_length=max_length or 0,
+        name=str(name),
+    )
+
+
+def load_dual(
+    model: Any, processor: Any, source: str, max_length: int | None, *, pooling: str | None, trust_remote_code: bool
+) -> DualBackbone:
+    """A dual encoder whose model and image processor are loaded, with its tokenizer; arguments as `load_backbone`.
+
+    Raises:
+        ModelError: it has no tokenizer, is to be pooled, or reads images as patches of any number.
+    """
+    from transformers import AutoTokenizer
+
+    if pooling is not None:
+        raise ModelError(f"`{source}` is a dual encoder, and its towers pool for themselves: leave pooling out")
+    if "spatial_shapes" in inspect.signature(model.get_image_features).parameters:
+        raise ModelError(
+            f"`{source}` ({model.config.model_type}) reads images as patches of any number, which are not supported: "
+            "give one that was trained on images of one size"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        # without its files, one is made that knows no word
+        words = tokenizer(["a", "b"]).input_ids
+    except (OSError, ValueError, KeyError, ImportError):
+        words = [[], []]
+    if words[0] == words[1]:
+        raise ModelError(
+            f"`{source}` is a dual encoder without a tokenizer: put its files beside config.json, for the label texts "
+            "are read with it"
+        )
+    return DualBackbone(model, processor, tokenizer, max_length=max_length, name=source)
+
+
+def load_language_model(
+    name: str | Path, *, max_length: int | None = None, trust_remote_code: bool = False
+) -> LanguageBackbone:
+    """Load any transformers language model by hub id or local folder: `AutoModelForSeq2SeqLM` where its configuration
+    says that it is an encoder and a decoder, `AutoModelForImageTextToText` where it reads images, else
+    `AutoModelForCausalLM`.
+
+    Args:
+        name: hub id or folder.
+        max_length: longest prompt in tokens; None: 512, or less where the model reads less.
+
+    Raises:
+        ModelError: it cannot be loaded, or its weights have no language modelling head.
+    """
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoProcessor,
+        AutoTokenizer,
+    )
+
+    source, trust = str(name), trust_remote_code
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            pictures = reads_images(config)
+            decoder: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+            auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else decoder
+            model, info = auto.from_pretrained(
+                source, config=config, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True
+            )
+            reads: Any = AutoProcessor if pictures else AutoTokenizer
+            processor = reads.from_pretrained(source, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot load `{name}` as a language model with a tokenizer ({first_line(error)}): give a hub id or a "
+            "folder with config.json, weights and the files of the tokenizer, or of the processor where it reads "
+            "images (one that reads videos, too, as Qwen2-VL's, needs the package torchvision)"
+        ) from error
+    if info["missing_keys"]:
+        raise ModelError(
+            f"the weights of `{name}` lack {sorted(info['missing_keys'])[0]}, and so it is no trained language model: "
+            "give one with a language modelling head, or a stream of `text` and `label` for an encoder"
+        )
+    reader = getattr(config, "encoder", config)  # a model made of an encoder and a decoder has a configuration for each
+    limit = getattr(reader.get_text_config(), "max_position_embeddings", None)
+    longest = min(max_length or 512, limit or max_length or 512)
+    kind = PicturedBackbone if pictures else LanguageBackbone
+    return kind(model, processor, max_length=longest, name=str(name))
+
+
+def choose_pooling(source: str, model: nn.Module, modality: str) -> Pooling:
+    """What the model was trained with, where it says so; else what its architecture suggests."""
+    from transformers.utils import cached_file
+
+    missing = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")
+    }
+    saved = cached_file(source, "config.json", subfolder="1_Pooling", **missing)  # as sentence-transformers writes it
+    if saved is not None:
+        modes = json.loads(Path(saved).read_text())
+        chosen: dict[str, Pooling] = {"cls_token": "cls", "lasttoken": "last", "mean_tokens": "mean"}
+        for mode, pooling in chosen.items():
+            if modes.get(f"pooling_mode_{mode}"):
+                return pooling
+    if modality == "image":
+        names = [name for name, _ in model.named_parameters()]
+        return "cls" if any(n.endswith(("cls_token", "class_embedding")) for n in names) else "mean"
+    config: Any = model.config
+    causal = any("CausalLM" in a for a in getattr(config, "architectures", None) or [])
+    return "last" if causal or getattr(config, "is_decoder", False) else "mean"
+
+
+def _load_model(auto: Any, source: str, config: Any, pooling: Pooling | None, trust: bool) -> nn.Module:
+    kwargs: dict[str, Any] = {"config": config, "trust_remote_code": trust, "dtype": torch.float32}
+    if pooling != "pooler":
+        # an unused pooler is often randomly initialised, gets no gradient, and is hit by `all-linear`
+        try:
+            return auto.from_pretrained(source, add_pooling_layer=False, **kwargs)
+        except TypeError:
+            pass  # this architecture has no such switch, so it is loaded as it is
+    return auto.from_pretrained(source, **kwargs)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: perpetune has a display of its own."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""What one does with runs: compare, plan, gate, diff, tune the scale."""

@@ -1,0 +1,291 @@
+"""Whether the newest task of a run may stay, or another go: judged by the predictions in its commits, no model read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.errors import ConfigError, RunError, nearest
+from ..core.measurement import finite
+from ..learning.language_losses import LOSS
+from ..runs.result import BEFORE, Result
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+ROUNDING = 1e-9  # accuracies are quotients of whole numbers: far apart, but a difference of two may miss 0.02 by a bit
+MOST_CLASSES, MOST_TASKS = 5, 10
+NEVER_ASKED = "chance (the model before it was never asked)"
+
+
+@dataclass(frozen=True)
+class Before:
+    """Accuracy of a task, or of one class of it, before and after the newest commit.
+
+    Attributes:
+        name: of the task, or "task: class". examples: in its test set.
+        flips: examples that were right and are wrong now.
+    """
+
+    name: str
+    before: float
+    now: float
+    flips: int
+    examples: int
+
+    @property
+    def drop(self) -> float:
+        return self.before - self.now
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss of a language model on the test responses of a task, in nats a token.
+
+    Attributes:
+        learned: the first that was measured, when the task was learned; now: the last. None: not a number.
+    """
+
+    name: str
+    learned: float | None
+    now: float | None
+
+    @property
+    def rise(self) -> float:
+        return math.inf if self.now is None or self.learned is None else self.now - self.learned
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    Attributes:
+        task: the newest, or the one that was taken out last. accuracy: of the newest; None where one was taken out.
+        reference, against: what the newest must beat, and what that is.
+        tasks: every other task, the one that lost most first. classes: the worst, as far as they lost.
+        losses: of every other task, where they were measured, the one that rose most first.
+        broken: promises of the newest commit that were not kept. failures: why the gate is closed; none opens it.
+    """
+
+    task: str
+    head: str
+    scenario: str
+    accuracy: float | None
+    reference: float | None
+    against: str
+    tasks: tuple[Before, ...]
+    classes: tuple[Before, ...]
+    losses: tuple[Loss, ...]
+    broken: tuple[str, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def gain(self) -> float | None:
+        return None if self.accuracy is None or self.reference is None else self.accuracy - self.reference
+
+    @property
+    def flips(self) -> int:
+        return sum(t.flips for t in self.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        lists = {k: [{**asdict(b), "drop": b.drop} for b in getattr(self, k)] for k in ("tasks", "classes")}
+        lists["losses"] = [{**asdict(x), "rise": finite(x.rise)} for x in self.losses]
+        return {"passed": self.passed, **asdict(self), **lists, "gain": self.gain, "flips": self.flips}
+
+    def table(self) -> Group:
+        """For a terminal: who got worse, and the verdict."""
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+
+        losers = [t for t in self.tasks if t.drop > 0 or t.flips]
+        table = Table("", "before", "now", "worse by", "right before, wrong now", box=None)
+        for entry in (*losers[:MOST_TASKS], *self.classes):
+            points = (f"{100 * x:.1f}" for x in (entry.before, entry.now, entry.drop))
+            table.add_row(escape(entry.name), *points, f"{entry.flips} of {entry.examples}")
+        what, others = ("task taken out:", "other") if self.gain is None else ("newest task", "earlier")
+        lines = [f"{what} `{self.task}`, read by {self.head}, {self.scenario}-incremental"]
+        if len(losers) > MOST_TASKS:
+            lines.append(f"{len(losers) - MOST_TASKS} more {others} tasks got worse, by no more")
+        if not losers:
+            lines.append(f"no {others} task got worse" if self.tasks else f"there is no {others} task")
+        if self.accuracy is not None and self.reference is not None:
+            gain = f"{100 * (self.accuracy - self.reference):+.1f} against {self.against}"
+            lines.append(f"`{self.task}`: {100 * self.accuracy:.1f}, {gain} ({100 * self.reference:.1f})")
+        lines.append(f"examples of {others} tasks right before and wrong now: {self.flips}")
+        lines += [f"FAIL: {reason}" for reason in self.failures] or ["PASS"]
+        return Group(*([table] if losers else []), *self._spoken(), *map(escape, lines))
+
+    def _spoken(self) -> list[Table]:
+        from rich.markup import escape
+        from rich.table import Table
+
+        if not self.losses:
+            return []
+        table = Table("loss on responses, nats a token", "learned", "now", "rose by", box=None)
+        for entry in self.losses[:MOST_TASKS]:
+            table.add_row(escape(entry.name), *(_nats(x) for x in (entry.learned, entry.now, finite(entry.rise))))
+        return [table]
+
+
+def judge(
+    result: Result,
+    *,
+    max_forgetting: float,
+    min_gain: float,
+    max_flips: int | None = None,
+    max_loss_increase: float | None = None,
+    head: str | None = None,
+    scenario: str | None = None,
+) -> Verdict:
+    """Judge the newest of T tasks, or, where the newest commit takes one out, what that did to the others.
+
+    With a(i, j) as in `metrics.accuracy`, and T-1 the commit before: a(T-1, j) - a(T, j) <= max_forgetting for every
+    earlier task j, and a(T, T) - r >= min_gain, where r is a(T-1, T) if the head could name the classes then, else the
+    accuracy b_T of the untouched model, else chance (in an older run also where the head could, but was not asked:
+    `against` then says so). Where a task was taken out, the first of these for all others.
+
+    Args:
+        max_forgetting, min_gain: fractions, 0.02 is two points.
+        max_flips: examples of all earlier tasks together that may be wrong now and were right before.
+        max_loss_increase: nats a token by which the loss of a language model on the responses of an earlier task may
+            have risen since the task was learned.
+        head, scenario: which reading; None takes the first head, and the scenario of the stream.
+
+    Raises:
+        ConfigError: settings out of range, an unknown head or scenario, tasks that were learned all at once, earlier
+            tasks that were not evaluated (evaluate_every), or a limit on losses that were not measured.
+        RunError: nothing is learned yet.
+    """
+    for name, value in (("max-forgetting", max_forgetting), ("min-gain", min_gain)):
+        if not -1 <= value <= 1:
+            raise ConfigError(f"{name} is a fraction, 0.02 for two points, not {value}")
+    if max_flips is not None and max_flips < 0:
+        raise ConfigError(f"max-flips is a number of examples, not {max_flips}")
+    if max_loss_increase is not None and not math.isfinite(max_loss_increase):
+        raise ConfigError(f"max-loss-increase is a number of nats a token, not {max_loss_increase}")
+    if not result.tasks:
+        raise RunError(f"{result.path} has learned no task yet: there is nothing to judge")
+    head, scenario = _reading(result, head, scenario)
+    newest, task = result.commits[-1].manifest, result.tasks[-1]
+    old, new = (result.found(commit, f"{head}/{scenario}/") for commit in result.commits[-2:])
+    _, targets = result.predictions(head, scenario)
+    earlier = [j for j in result.tasks if j in result.commits[-2].manifest["learned"]]
+    accuracy, reference, against = None, None, ""
+    if "reverts" in newest:
+        task = newest["reverts"]
+    elif len(earlier) != len(result.tasks) - 1:
+        raise ConfigError(f"{result.path} learned its tasks all at once: there is no newest task to judge")
+    else:
+        accuracy = float((new[task] == targets[task]).mean())
+        chance = 1 / (len(set(targets[task].tolist())) if scenario == "task" else len(newest["classes"]))
+        before = {**old, **result.found(result.commits[-1], f"{BEFORE}{head}/{scenario}/")}
+        untouched = result.baseline(head, scenario)
+        references = ((before if earlier else {}, "the model before it"), (untouched, "the untouched model"))
+        known = ((float((found[task] == targets[task]).mean()), what) for found, what in references if task in found)
+        # a head that named classes of a task before it was learned knows them by their texts
+        nameable = bool(untouched) or {*targets[task].tolist()} <= {*result.commits[-2].manifest["classes"]}
+        reference, against = next(known, (chance, NEVER_ASKED if nameable else "chance"))
+    tasks, classes = [], []
+    if missing := [j for j in earlier if j not in old or j not in new]:
+        raise ConfigError(
+            f"`{missing[0]}` was not evaluated both before and after the newest task: learn with evaluate_every: 1"
+        )
+    for j in earlier:
+        target = targets[j]
+        was, now = old[j] == target, new[j] == target
+        tasks.append(_before(j, was, now))
+        for c in np.unique(target):
+            name = f"{j}: {result.config['stream']['labels'][c]}"
+            classes.append(_before(name, was[target == c], now[target == c]))
+    tasks.sort(key=lambda b: (-b.drop, -b.flips, b.name))
+    classes.sort(key=lambda b: (-b.drop, -b.flips, b.name))
+    losses = _losses(result, earlier)
+    if max_loss_increase is not None and len(losses) < len(earlier):
+        raise ConfigError(
+            f"{result.path} did not measure the loss on the responses of every earlier task, both when it was learned "
+            "and now, as runs of a language model do that is one for all tasks: leave out --max-loss-increase"
+        )
+    broken = [g for g in newest["guarantees"] if g["holds"] is False]
+    verdict = Verdict(
+        task,
+        head,
+        scenario,
+        accuracy,
+        reference,
+        against,
+        tuple(tasks),
+        tuple(c for c in classes[:MOST_CLASSES] if c.drop > 0),
+        losses,
+        tuple(f"{g['source']}, {g['name']}: {_figure(g['value'])}, promised {_figure(g['bound'])}" for g in broken),
+        (),
+    )
+    return replace(verdict, failures=_failures(verdict, max_forgetting, min_gain, max_flips, max_loss_increase))
+
+
+def _failures(
+    v: Verdict, max_forgetting: float, min_gain: float, max_flips: int | None, max_loss_increase: float | None
+) -> tuple[str, ...]:
+    found = [
+        f"`{t.name}` got worse by {100 * t.drop:.1f} points, allowed are {100 * max_forgetting:g}"
+        for t in v.tasks
+        if t.drop > max_forgetting + ROUNDING
+    ]
+    if v.gain is not None and v.gain < min_gain - ROUNDING:
+        found.append(f"`{v.task}` gained {100 * v.gain:.1f} points over {v.against}, asked for are {100 * min_gain:g}")
+    if max_flips is not None and v.flips > max_flips:
+        found.append(f"{v.flips} examples were right before and are wrong now, allowed are {max_flips}")
+    limit = math.inf if max_loss_increase is None else max_loss_increase + ROUNDING
+    found += [
+        f"the loss of `{x.name}` rose from {_nats(x.learned)} to {_nats(x.now)} nats a token since it was learned, "
+        f"allowed are {max_loss_increase:g} more"
+        for x in v.losses
+        if x.rise > limit
+    ]
+    return (*found, *(f"broken promise: {text}" for text in v.broken))
+
+
+def _before(name: str, was: np.ndarray, now: np.ndarray) -> Before:
+    return Before(name, float(was.mean()), float(now.mean()), int((was & ~now).sum()), len(now))
+
+
+def _losses(result: Result, tasks: list[str]) -> tuple[Loss, ...]:
+    """Of tasks whose loss was measured both before the newest commit and then."""
+    *before, now = (
+        {name: loss for g in c.manifest["guarantees"] if g["name"] == LOSS for name, loss, _ in g["parts"]}
+        for c in (*(c for c in result.active if c != result.commits[-1]), result.commits[-1])
+    )
+    found = [
+        Loss(task, next(losses[task] for losses in before if task in losses), now[task])
+        for task in tasks
+        if task in now and any(task in losses for losses in before)
+    ]
+    return tuple(sorted(found, key=lambda loss: (-loss.rise, loss.name)))
+
+
+def _nats(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.3f}"
+
+
+def _figure(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.2g}"
+
+
+def _reading(result: Result, head: str | None, scenario: str | None) -> tuple[str, str]:
+    readings = result.readings
+    heads = list(dict.fromkeys(h for h, _ in readings))
+    if head is not None and head not in heads:
+        raise ConfigError(f"this run reads no head `{head}`: {nearest(head, heads)}")
+    head = head or heads[0]
+    kinds = [s for h, s in readings if h == head]
+    if scenario is not None and scenario not in kinds:
+        raise ConfigError(f"this run has no scenario `{scenario}`: {nearest(scenario, kinds)}")
+    return head, scenario or result.config["stream"]["scenario"]

@@ -1,0 +1,236 @@
+"""What a run found: read from its commits and its journal, computed on demand."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.errors import ConfigError
+from ..metrics.accuracy import AccuracyMatrix, flips, flips_share, summary
+from ..metrics.records import ResultRecord, make_record
+from ..metrics.routing import Routing
+from .directory import Run, read_config, read_journal
+from .commit import Commit, active, reverted
+
+# what was said of the tasks of a commit before they were learned: by the model before, and, of tasks that joined the
+# stream after the first commit, by the untouched one
+BEFORE, JOINED = "before/", "untouched/"
+NO_READING = ("target/", "route/", "asked/", BEFORE, JOINED)  # of what is stored beside the predictions of heads
+
+
+class Result:
+    """The result of a run, from its directory alone.
+
+    Args:
+        path: a run directory, finished or not.
+        keep: something that must live as long as the directory is read (a temporary directory's owner).
+
+    Raises:
+        RunError: no run is there, or it is damaged.
+    """
+
+    def __init__(self, path: str | Path, keep: Any = None) -> None:
+        self.path, self._keep = Path(path), keep
+        self.config = read_config(self.path)
+        self.journal = read_journal(self.path)
+        self.commits = Run.read(self.path).commits
+
+        self.active = active(self.commits)
+        self.reverted = reverted(self.commits)
+
+    @cached_property
+    def _predictions(self) -> dict[Path, dict[str, np.ndarray]]:
+        """Of the commits that count: the untouched model, tasks that were not taken out, the two newest."""
+        counting = [*self.commits[:1], *self.active, *self.commits[-2:]]
+        return {c.path: {k: v.numpy() for k, v in c.tensors("predictions.safetensors").items()} for c in counting}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks learned so far and not taken out, in order."""
+        return tuple(self.commits[-1].manifest["learned"]) if self.commits else ()
+
+    @property
+    def readings(self) -> list[tuple[str, str]]:
+        """(head, scenario) pairs that this run was evaluated in."""
+        if not self.tasks:
+            return []
+        told = [self._predictions[commit.path] for commit in (*self.active, self.commits[-1])]
+        names = [k.split("/") for found in told for k in found if not k.startswith(NO_READING)]
+        keys = {(name[0], name[1]) for name in names}
+        order = self.commits[-1].manifest.get("heads", [])
+        return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
+
+    def predictions(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        """Per task learned: predicted class of every test example of every task evaluated then; and the true classes.
+
+        Row i is the state after task i, the last one the newest state; a step that learned several tasks fills the row
+        of the last of them. The row before a task also has what was said of the task right before it was learned, which
+        its own commit holds (that of the task before it, in older runs). A task that was taken out has neither row nor
+        column; rows before it was taken out are of models that knew it.
+        """
+        rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
+        targets: dict[str, np.ndarray] = {}
+        for commit in self.active:
+            row = max(self.tasks.index(task) for task in commit.manifest["learned"] if task in self.tasks)
+            rows[row] |= self.found(commit, f"{head}/{scenario}/")
+            targets |= self.found(commit, "target/")
+            for task, said in self.found(commit, f"{BEFORE}{head}/{scenario}/").items():
+                if self.tasks.index(task):  # not the first, now that others were taken out
+                    rows[self.tasks.index(task) - 1][task] = said
+        if rows:
+            rows[-1] = self.found(self.commits[-1], f"{head}/{scenario}/")
+        return rows, targets
+
+    def found(self, commit: Commit, prefix: str) -> dict[str, np.ndarray]:
+        """What a commit stored under this prefix, by task, for tasks that were not taken out.
+
+        Args:
+            commit: that of an active task, the first, or one of the two newest.
+        """
+        stored = {k[len(prefix) :]: v for k, v in self._predictions[commit.path].items() if k.startswith(prefix)}
+        return {task: v for task, v in stored.items() if task in self.tasks}
+
+    def baseline(self, head: str, scenario: str) -> dict[str, np.ndarray]:
+        """What the untouched model said of each task that it was asked about, when the run began or when the task had
+        joined the stream."""
+        said = self.found(self.commits[0], f"{head}/{scenario}/")
+        for commit in self.active:
+            said |= self.found(commit, f"{JOINED}{head}/{scenario}/")
+        return said
+
+    def matrix(self, head: str, scenario: str) -> AccuracyMatrix:
+        """a(i, j): accuracy on task j after learning task i."""
+        rows, targets = self.predictions(head, scenario)
+        return AccuracyMatrix.from_predictions(rows, targets, self.tasks, self.baseline(head, scenario) or None)
+
+    def routing(self) -> Routing | None:
+        """Where the router sends the test examples of each task; None where the model has no state for every task."""
+        rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
+        for commit in (*self.active, *self.commits[-1:]):
+            named = commit.manifest["learned"]  # what routes count by
+            place = np.array([self.tasks.index(t) if t in self.tasks else -1 for t in named], dtype=int)
+            row = max((self.tasks.index(t) for t in named if t in self.tasks), default=None)
+            if row is not None:
+                rows[row] = {t: place[v] for t, v in self.found(commit, "route/").items() if t in named}
+        if not rows or set(rows[-1]) != set(self.tasks):
+            return None
+        return Routing.from_routes(rows, self.found(self.commits[-1], "asked/"), self.tasks)
+
+    @property
+    def guarantees(self) -> list[dict[str, Any]]:
+        """Every promise and what was measured of it, after every task that was not taken out, and when one was."""
+        counting = {c.path for c in self.active}
+        kept = [c for c in self.commits if c.path in counting or "reverts" in c.manifest]
+        return [g for commit in kept for g in commit.manifest["guarantees"]]
+
+    @property
+    def per_task(self) -> list[dict[str, Any]]:
+        """Time, steps, memory and disk of every task that was not taken out, from the journal (the last time it was
+        learned)."""
+        keys = ("task", "train_seconds", "evaluate_seconds", "steps", "peak_memory_bytes", "disk_bytes")
+        last = {e["task"]: {k: e.get(k) for k in keys} for e in self.journal if e["event"] == "task"}
+        return [last[c.manifest["task"]] for c in self.active if c.manifest["task"] in last]
+
+    def records(self) -> list[ResultRecord]:
+        """One record for every head and scenario."""
+        out = []
+        per_task, routing = self.per_task, self.routing()
+        trainable = self.active[-1].manifest.get("trainable_parameters", 0) if self.active else 0
+        for head, scenario in self.readings:
+            matrix = self.matrix(head, scenario)
+            facts = {
+                "recipe": self.config["recipe"]["name"],
+                "seed": self.config["seed"],
+                "scenario": scenario,
+                "head": head,
+                "model": str(self.config["model_name"] or self.config["model"]["fingerprint"]),
+                "stream": self.config["stream"]["name"],
+                "flips": flips_share(flips(*self.predictions(head, scenario), self.tasks)),
+                "routing_accuracy": routing.accuracy if routing else None,
+                "train_seconds": sum(t["train_seconds"] or 0 for t in per_task),
+                "evaluate_seconds": sum(t["evaluate_seconds"] or 0 for t in per_task),
+                "steps": sum(t["steps"] or 0 for t in per_task),
+                "trainable_parameters": trainable,
+                "guarantees": self.guarantees,
+                "per_task": per_task,
+                "run": str(self.path),
+            }
+            out.append(make_record(matrix, facts))
+        return out
+
+    def geometry(self, tolerance: float) -> dict[str, float | None]:
+        """How the tasks' LoRA updates lie to each other, over all layers; formulas in `metrics.geometry`.
+
+        Args:
+            tolerance: entries of dW up to this size count as zero in the collision rate (B A has no exact zeros).
+
+        Raises:
+            ConfigError: the run has no LoRA adapter of its own for every task.
+        """
+        from ..metrics import geometry as g
+
+        name, config = "adapter_model.safetensors", "adapter_config.json"
+        if self.config["recipe"]["consolidation"]["type"] not in ("Merge", "Stack") or not all(
+            c.has(name) and c.json(config).get("peft_type") == "LORA" for c in self.active
+        ):
+            raise ConfigError(f"{self.path} keeps no LoRA update of every task: geometry is for recipes such as `lora`")
+        tasks = []
+        for commit in self.active:
+            tensors, settings = commit.tensors(name), commit.json(config)
+            if settings.get("use_rslora") or settings.get("rank_pattern"):
+                raise ConfigError("geometry needs one rank and the scale alpha / r for all layers")
+            scale = settings["lora_alpha"] / settings["r"]
+            names = sorted(k for k in tensors if "lora_A" in k)
+            tasks.append([g.Factors(tensors[k.replace("lora_A", "lora_B")], tensors[k], scale) for k in names])
+        layers = list(zip(*tasks, strict=True))
+        last = [updates[-1] for updates in layers]
+        return {
+            "average_collision_rate": g.pooled_collision_rate(layers, tolerance),
+            "subspace_overlap": sum(g.subspace_overlap([u.A for u in past], now.A) for *past, now in layers),
+            "awom": sum(g.awom(torch.cat([u.A for u in past]), now.A) for *past, now in layers if past),
+            "nuclear_norm": sum(g.nuclear_norm(*u) for task in tasks for u in task) / (len(tasks) * len(last)),
+            "zero_share": sum(g.sparsity(u).zero_share for u in last) / len(last),
+            "above_share": sum(g.sparsity(u).above_share for u in last) / len(last),
+        }
+
+    def summary(self) -> str:
+        """The accuracy matrix, the metrics and the guarantees, as text."""
+        lines = []
+        for head, scenario in self.readings:
+            matrix = self.matrix(head, scenario)
+            lines.append(f"{self.config['recipe']['name']} · head {head} · {scenario}-incremental")
+            width = max(len(t) for t in matrix.tasks)
+            for i, row in enumerate(matrix.values):
+                cells = " ".join("    –" if np.isnan(x) else f"{100 * x:5.1f}" for x in row[: i + 1])
+                if not np.isnan(row).all():
+                    lines.append(f"  after {matrix.tasks[i]:<{width}}  {cells}")
+            figures = [f"{k} {100 * v:.1f}" for k, v in summary(matrix).items() if v is not None and "micro" not in k]
+            lines.append("  " + ", ".join(figures).replace("_", " "))
+        if routing := self.routing():
+            each = zip(routing.tasks, routing.matrix.values[-1], strict=True)
+            shares = ", ".join(f"{task} {100 * share:.1f}" for task, share in each)
+            mean, pooled = 100 * routing.accuracy, 100 * routing.accuracy_micro
+            lines.append(f"  sent to their own task: {mean:.1f} of 100 (each example alike {pooled:.1f}); {shares}")
+        lines += [f"  taken out: {task}" for task in self.reverted]
+        lines += [self._promise(*key, found) for key, found in self._promises().items()]
+        return "\n".join(lines)
+
+    def _promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for g in self.guarantees:
+            if g["bound"] is not None:
+                found.setdefault((g["source"], g["name"]), []).append(g)
+        return found
+
+    @staticmethod
+    def _promise(source: str, name: str, found: list[dict[str, Any]]) -> str:
+        broken = [g for g in found if not g["holds"]]
+        worst = max(found, key=lambda g: float("inf") if g["value"] is None else g["value"])
+        value = "not a number" if worst["value"] is None else f"{worst['value']:.2g}"
+        where = f" (broken after {', '.join(g['task'] for g in broken)})" if broken else ""
+        mark = "BROKEN" if broken else "kept"
+        return f"  {mark}: {source}, {name}: at most {value}, promised {worst['bound']:.2g}{where}"

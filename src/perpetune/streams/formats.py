@@ -1,0 +1,202 @@
+"""From files, folders and the Hub to `datasets.Dataset`, as they are; nothing is interpreted here."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+from ..core.errors import StreamError
+from .hashing import file_digest
+
+SPLITS = ("train", "test", "validation")
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+LAYOUT = (
+    "a stream is a folder of task folders, each with train.* and test.* "
+    "(.jsonl, .csv, .parquet, or image folders train/<label>/*.png)"
+)
+# what `datasets` raises for files that it cannot read
+_UNREADABLE = (DatasetsError, pa.ArrowException, ValueError, OSError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a task folder says of itself in task.json, all of it optional."""
+
+    name: str | None = None
+    labels: tuple[str, ...] | None = None
+    instruction: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def read_card(folder: Path) -> Card:
+    """Read task.json; other keys are ignored.
+
+    Raises:
+        StreamError: it is not JSON, or a key has the wrong type.
+    """
+    path = folder / "task.json"
+    if not path.is_file():
+        return Card()
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise StreamError(f"cannot read {path}: {error}") from error
+    if not isinstance(card, dict):
+        raise StreamError(f"{path} must hold one JSON object with name, labels, instruction and training")
+    labels = card.get("labels")
+    if labels is not None:
+        if not isinstance(labels, list) or not labels:
+            raise StreamError(f"`labels` in {path} must be a list of label texts, or left out")
+        labels = tuple(str(label) for label in labels)
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise StreamError(f"`labels` in {path} lists `{twice[0]}` twice")
+    for key in ("name", "instruction"):
+        if not isinstance(card.get(key) or "", str):
+            raise StreamError(f"`{key}` in {path} must be a text, or left out")
+    training = card.get("training") or {}
+    if not isinstance(training, dict):
+        raise StreamError(f'`training` in {path} must hold settings, {{"num_train_epochs": 5}}, or be left out')
+    return Card(card.get("name") or None, labels, card.get("instruction") or None, training)
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """The splits that a folder holds: {"train": [train.jsonl]}, shards train-*.parquet, or the image folder train/.
+
+    Raises:
+        StreamError: one split in several formats.
+    """
+    found: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        by_kind: dict[str, list[Path]] = {}
+        for path in sorted([*folder.glob(f"{split}.*"), *folder.glob(f"{split}-*.*")]):
+            if path.suffix in BUILDERS and path.is_file():
+                by_kind.setdefault(path.suffix, []).append(path)
+        if (folder / split).is_dir():
+            by_kind["folder"] = [folder / split]
+        if len(by_kind) > 1:
+            names = ", ".join(path.name for paths in by_kind.values() for path in paths)
+            raise StreamError(f"{folder} holds its {split} split in several formats ({names}): keep one")
+        for paths in by_kind.values():
+            found[split] = paths
+    return found
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars and no chatter of `datasets`, for as long as it lasts."""
+    bars = datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def read_files(paths: list[Path], place: str) -> datasets.Dataset:
+    """Read the files (or the image folder) of one split with the builders of `datasets`.
+
+    Converted files lie in the cache of `datasets` under the hash of their content, so what is read is what is on disk.
+
+    Args:
+        paths: files of one format, or one folder of images.
+        place: "the train split of task `x`", for messages.
+
+    Raises:
+        StreamError: a file is empty, truncated or malformed, or the cache cannot be written.
+    """
+    options: dict[str, object] = {}
+    cache = None
+    try:
+        if paths[0].is_dir():
+            builder, pattern = "imagefolder", [glob.escape(str(paths[0])) + "/**"]
+            if not any(paths[0].glob("metadata.*")):
+                options["drop_labels"] = False
+            if not any(path.is_file() for path in paths[0].rglob("*")):
+                raise StreamError(f"{place} is empty: {paths[0]}")
+        else:
+            filled = [path for path in paths if not _is_empty(path)]
+            if not filled:
+                raise StreamError(f"{place} is empty: {paths[0]}")
+            paths = filled
+            builder, pattern = BUILDERS[paths[0].suffix], [glob.escape(str(path)) for path in paths]
+            cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "perpetune" / file_digest(paths)[:32])
+        if builder == "csv":
+            options.update(_csv_options(paths[0]))
+        with _quietly():
+            return datasets.load_dataset(
+                builder, data_files={"train": pattern}, split="train", cache_dir=cache, **options
+            )
+    except _UNREADABLE as error:
+        cause = _root(error)
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            raise StreamError(f"{cause} while reading {place}: set HF_DATASETS_CACHE to a writable folder") from error
+        raise StreamError(f"cannot read {place}, {paths[0]} is truncated or malformed: {_line(cause)}") from error
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file has no row; the builders of `datasets` stumble over some of these."""
+    if path.stat().st_size == 0:
+        return True
+    if path.suffix == ".parquet":
+        return pq.read_metadata(path).num_rows == 0
+    return path.suffix == ".csv" and pd.read_csv(path, nrows=1).empty
+
+
+def _csv_options(path: Path) -> dict[str, object]:
+    """Everything is text as written ("007", "None", "NA" included), an empty cell is null."""
+    names = pd.read_csv(path, nrows=0).columns
+    features = datasets.Features({str(name): datasets.Value("string") for name in names})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
+
+
+def read_hub(source: str, test: str = "test") -> dict[str, datasets.Dataset]:
+    """Read `owner/name` or `owner/name:configuration` from the Hub. Never runs code that comes with a dataset.
+
+    Args:
+        source: the dataset.
+        test: what it calls the split that serves as test data.
+
+    Raises:
+        StreamError: there is no such dataset, it cannot be reached, or it needs code of its own.
+    """
+    name, _, configuration = source.partition(":")
+    found = load_hub(name, configuration or None)
+    names = {split: test if split == "test" else split for split in SPLITS}
+    return {split: found[name] for split, name in names.items() if name in found}
+
+
+def load_hub(path: str, configuration: str | None = None, **options: Any) -> Any:
+    """What `datasets.load_dataset` makes of a dataset on the Hub; errors as in `read_hub`."""
+    try:
+        return datasets.load_dataset(path, configuration, **options)
+    except DatasetNotFoundError as error:
+        raise StreamError(f"no dataset `{path}` on the Hub, and no such folder or built-in: {_line(error)}") from error
+    except (*_UNREADABLE, ImportError) as error:
+        raise StreamError(f"cannot load `{path}` from the Hub: {_line(_root(error))}") from error
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
