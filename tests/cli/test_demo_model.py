@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from perpetune.cli.app.demo_model import DIGITS, demo_vit
 from PIL import Image
 
-from perpetune.cli.app import demo_model
+from perpetune.cli import demo_model
+from perpetune.cli.demo_model import DIGITS, demo_vit
 from perpetune.core.errors import ModelError
 from perpetune.models.loading import load_backbone
 from perpetune.models.pretraining import augment, pretrain_vit

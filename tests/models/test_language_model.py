@@ -357,8 +357,9 @@ def test_free_answers_are_generated(tiny_lm, tmp_path):
 
 
 def test_the_command_line_poses_texts(tiny_lm, word_stream, tmp_path):
-    from perpetune.cli.app.app import app
     from typer.testing import CliRunner
+
+    from perpetune.cli.app import app
 
     options = ["--train-limit", "4", "--test-limit", "2", "--epochs", "1", "--out", str(tmp_path / "r")]
     asked = [

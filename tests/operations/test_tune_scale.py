@@ -55,7 +55,7 @@ def test_the_run_itself_stays_as_it_is(run, stream):
 
 
 def test_the_command_prints_every_scale_and_the_best(run):
-    from perpetune.cli.app.app import app
+    from perpetune.cli.app import app
 
     result = CliRunner().invoke(app, ["tune-scale", str(run), "--values", "0.1,1", "--json"])
     assert result.exit_code == 0, result.output
