@@ -176,6 +176,15 @@ class Backbone(nn.Module):
         """
         return self.features(examples, batch_size, advance)
 
+    def responses(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """Of a language model: log p(response | prompt) of the examples' own responses and the numbers of their tokens
+        (N x 2, fp32, CPU)."""
+        raise ModelError(f"`{self.name}` answers no prompts")
+
+    def answers(self, examples: Examples, batch_size: int) -> list[str]:
+        """Of a language model: greedily generated answers."""
+        raise ModelError(f"`{self.name}` answers no prompts")
+
     def holds(self, features: Tensor, classes: Sequence[int]) -> bool:
         """Whether outputs tell what a choice among these classes needs."""
         return True
