@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from calling import call
 
-from perpetune.cli.app import app as cli
 from perpetune.core.errors import ConfigError
 from perpetune.learning.config import CompareConfig, RunConfig, load_config
 from perpetune.metrics.conventions import CONVENTIONS
@@ -18,17 +18,6 @@ from perpetune.operations.compare import found_records, head_groups, threads_eac
 from perpetune.operations.plan import readings
 
 SMALL = ["--epochs", "1", "--batch-size", "8"]
-
-
-def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["perpetune", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture

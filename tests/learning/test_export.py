@@ -15,9 +15,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from calling import call
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_cli import call
 
 import perpetune as pt
 from perpetune.consolidation.delta_merge import stored_delta

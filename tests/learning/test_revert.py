@@ -13,8 +13,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from calling import call
 from safetensors.torch import load_file
-from test_cli import call
 from test_export import digests
 from test_learner import commits
 
