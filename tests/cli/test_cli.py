@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 from calling import call
@@ -23,23 +21,6 @@ SMALL = ["--epochs", "1", "--batch-size", "8"]
 @pytest.fixture
 def perpetune(monkeypatch, capsys):
     return lambda *arguments: call(monkeypatch, capsys, *arguments)
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys; sys.argv = ['perpetune', '--help']\nfrom perpetune.cli.app import main\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn', 'pandas'} & set(sys.modules)\n"
-        "print('HEAVY', sorted(heavy))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "HEAVY []" in found.stdout and "perpetune demo" in found.stdout
-
-
-@pytest.mark.parametrize("command", ["demo", "run", "compare", "report", "list", "log"])
-def test_every_command_has_help(perpetune, command):
-    code, out, _ = perpetune(command, "--help")
-    assert code == 0 and "Usage" in out
 
 
 def test_run_log_and_report(perpetune, tiny_bert, word_stream, tmp_path):

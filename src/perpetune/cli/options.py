@@ -160,7 +160,7 @@ def _option(setting: Setting) -> Any:
     if setting.example:
         told += f" Example: `{setting.example}`."
     # an option that is not given is None, so that the file or the model decides: its default can only be told
-    if setting.default not in (None, False, True, [], {}):
+    if setting.default not in (None, [], {}) and not isinstance(setting.default, bool):
         told += f" Default: {_text(setting.default)}."
     flag = f"{setting.option}/--no-{setting.option.removeprefix('--')}" if setting.default is True else setting.option
     option = typer.Option(flag, help=told, rich_help_panel=setting.panel, metavar=metavar, show_default=False)

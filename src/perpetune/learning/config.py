@@ -98,15 +98,24 @@ class CompareConfig(RunConfig):
     """Several recipes and seeds on the same data: `perpetune compare config.yaml`."""
 
     recipes: list[str | dict[str, Any]] = setting(
-        [], "Recipes to compare, with settings where wanted.", panel="Comparison", example="olora,nlora,lora"
+        [],
+        "Recipes to compare, with settings where wanted.",
+        panel="Comparison",
+        example="olora,nlora,lora",
+        commands=("compare",),
     )
-    seeds: list[int] = setting([0], "Seeds; each recipe runs with each.", panel="Comparison", example="0,1,2")
+    seeds: list[int] = setting(
+        [0], "Seeds; each recipe runs with each.", panel="Comparison", example="0,1,2", commands=("compare",)
+    )
     controls: bool = setting(
         True,
         "Add the recipes that make a comparison honest: sequential, joint, frozen_ridge, and one without a network.",
         panel="Comparison",
+        commands=("compare",),
     )
-    jobs: int = setting(1, "Runs at a time, each in its own process.", panel="Comparison", example="2", ge=1)
+    jobs: int = setting(
+        1, "Runs at a time, each in its own process.", panel="Comparison", example="2", commands=("compare",), ge=1
+    )
 
 
 def settings_reference() -> list[Setting]:
@@ -151,14 +160,12 @@ def _merge(kind: type[pydantic.BaseModel], data: dict[str, Any], over: dict[str,
     merged = dict(data)
     for key, value in over.items():
         below = merged.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and key in kind.model_fields:
-            annotation = kind.model_fields[key].annotation
-            inner = model_in(annotation)
-            if inner is not None:
-                value = _merge(inner, below, value)
-            elif get_origin(bare(annotation)) is dict:
-                value = {**below, **value}
-        merged[key] = value
+        annotation = kind.model_fields[key].annotation if key in kind.model_fields else None
+        inner = model_in(annotation)
+        if below is None or (inner is None and get_origin(bare(annotation)) is not dict):
+            merged[key] = value
+        elif isinstance(below, dict):  # of another type it stays, to be refused
+            merged[key] = {**below, **value} if inner is None else _merge(inner, below, value)
     return merged
 
 
