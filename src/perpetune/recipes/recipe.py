@@ -160,8 +160,7 @@ def _make_tuner(data: Any) -> Any:
     known = {kind: found} if inspect.isclass(found) and issubclass(found, peft.PeftConfig) else {}
     config = None if _own(data) else with_installed(known, kind, Tuner, peft.PeftConfig).get(kind)
     if config is None:
-        registered: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING
-        config = imported(lambda: [*below(Tuner), *registered.values()], kind, data.get("module"))
+        config = imported(lambda: [*below(Tuner), *below(peft.PeftConfig)], kind, data.get("module"))
     if config is None:
         configs = [n for n in dir(peft) if n.endswith("Config")]
         raise ConfigError(f"no tuner is called `{kind}`: {nearest(kind, [*TUNERS, *OWN_CONFIGS, *configs])}")
