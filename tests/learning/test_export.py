@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import perpetune as pt
 from perpetune.consolidation.delta_merge import stored_delta
 from perpetune.deltas.combine import merge
-from perpetune.learning.composition import choose, ties
+from perpetune.learning.export import choose, ties
 from perpetune.operations.diff import difference
 from perpetune.runs.directory import Run
 
