@@ -9,11 +9,11 @@ import sys
 import pydantic
 import pytest
 import yaml
-from calling import call
 
 from perpetune import __version__
 from perpetune.cli import app as cli
 from perpetune.cli import kinds
+from tests.calling import call
 
 HEAVY = "{'torch', 'transformers', 'peft', 'datasets', 'sklearn', 'pandas', 'numpy'}"
 

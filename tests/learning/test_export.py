@@ -15,7 +15,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from calling import call
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -25,6 +24,7 @@ from perpetune.deltas.combine import merge
 from perpetune.learning.export import choose, ties
 from perpetune.operations.diff import difference
 from perpetune.runs.directory import Run
+from tests.calling import call
 
 TASKS = ["films", "mood", "news", "games"]
 LEFT = "mood"  # in the middle: two tasks come after it

@@ -13,7 +13,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from calling import call
 from safetensors.torch import load_file
 
 import perpetune as pt
@@ -27,6 +26,7 @@ from perpetune.runs import directory
 from perpetune.runs.commit import active
 from perpetune.runs.directory import Run
 from perpetune.streams import load_again
+from tests.calling import call
 from tests.learning.test_export import digests
 from tests.learning.test_learner import commits
 

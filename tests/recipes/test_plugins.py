@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from calling import call
 
 import perpetune as pt
 from perpetune.core.plugins import PIECES, RECIPES, installed
 from perpetune.heads import make_head
 from perpetune.recipes import make_recipe
 from perpetune.routers import make_router
+from tests.calling import call
 
 PROJECT = """
 [build-system]
