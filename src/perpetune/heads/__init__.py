@@ -17,6 +17,7 @@ from .linear import LinearHead
 from .prototype import PrototypeHead
 from .ridge import RidgeHead
 from .stateful import OpenedHead
+from .subspaces import SubspaceHead
 from .trained import Classes
 
 
@@ -59,6 +60,7 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
     "ncm_refresh": ncm_refresh,
     "ridge": RidgeHead,
     "ridge_refresh": ridge_refresh,
+    "ease": SubspaceHead,
 }
 
 
@@ -95,5 +97,6 @@ __all__ = [
     "LinearHead",
     "PrototypeHead",
     "RidgeHead",
+    "SubspaceHead",
     "make_head",
 ]
