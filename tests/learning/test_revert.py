@@ -26,7 +26,7 @@ from perpetune.runs import directory
 from perpetune.runs.commit import active
 from perpetune.runs.directory import Run
 from perpetune.streams import load_again
-from tests.cli.test_cli import call
+from tests.calling import call
 from tests.learning.test_export import digests
 from tests.learning.test_learner import commits
 
