@@ -111,10 +111,12 @@ def _accuracies(
     found: Mapping[str, np.ndarray] | None, targets: Mapping[str, np.ndarray], tasks: Sequence[str], when: str
 ) -> np.ndarray:
     row = np.full(len(tasks), np.nan)
+    place = {task: j for j, task in enumerate(tasks)}
     for task, predicted in (found or {}).items():
-        if task not in tasks:
+        if task not in place:
             raise RunError(f"predictions {when} name an unknown task `{task}`: {nearest(task, tasks)}")
-        row[list(tasks).index(task)] = _right(predicted, targets[task], f"{when} for `{task}`").mean()
+        right = _right(predicted, targets[task], f"{when} for `{task}`")
+        row[place[task]] = np.count_nonzero(right) / len(right)
     return row
 
 

@@ -1,18 +1,30 @@
-"""The pictures of the report as inline SVG: bars, heat map, lines, scatter. Accuracies are fractions from 0 to 1."""
+"""The pictures of the report as inline SVG: bars, heat map, lines, scatter. Accuracies are fractions from 0 to 1.
+
+A picture has a bounded size, whatever the number T of tasks: beyond `MOST_CELLS` tasks the heat map has one pixel for
+each of its T x T values and no figures, and the lines are those of every k-th task.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from .data import Matrix
 from .svg import short, tag
 
 NAMED_LINES = 12  # more lines than this are drawn alike: nobody can tell them apart by colour
 NUMBERED_LINES = 15
+NAMED_POINTS = 40  # more labels than this would lie on top of each other
+MOST_CELLS = 100  # tasks whose figures are written into a heat map
+MOST_LINES, MOST_STEPS = 50, 200  # lines, and points of each, of the picture over time
+PIXEL = (58, 138, 208)  # of heat maps without figures: visible on the ground of both themes
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,8 @@ def _heat_map(
     rows: Sequence[tuple[int | None, str, Sequence[float | None]]], tasks: Sequence[str], title: str, above: str
 ) -> Markup:
     """Rows (which column is outlined, label, values) of cells, a column for each task."""
+    if len(tasks) > MOST_CELLS:
+        return _pixels([row for _, _, row in rows], title, above)
     width, height = (46, 34) if len(tasks) <= 6 else (38, 30) if len(tasks) <= 12 else (28, 24)
     left, top = 14 + max((int(6.6 * len(label)) for _, label, _ in rows), default=0), 40
     marks: list[Markup] = [tag("title", title), tag("text", above, class_="soft", x=left, y=14)]
@@ -151,9 +165,39 @@ def heat(value: float) -> tuple[float, str]:
 
 
 def _cell(x: float, y: float, width: float, height: float, value: float) -> Markup:
+    """Written without `tag`, which takes ten times as long: there are T x T of them, and nothing in them but numbers."""
     opacity, weight = heat(value)
-    rect = tag("rect", class_="heat", x=x, y=y, width=width, height=height, rx=3, fill_opacity=opacity)
-    return rect + tag("text", f"{100 * value:.0f}", class_=f"mid cell {weight}", x=x + width / 2, y=y + height / 2 + 4)
+    return Markup(
+        f'<rect class="heat" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" '
+        f'fill-opacity="{opacity:.2f}"></rect><text class="mid cell {weight}" x="{x + width / 2:g}" '
+        f'y="{y + height / 2 + 4:g}">{100 * value:.0f}</text>'
+    )
+
+
+def _pixels(rows: Sequence[Sequence[float | None]], title: str, above: str) -> Markup:
+    """A heat map of one pixel for each value (R x T), with numbers of tasks along its edges."""
+    values = np.array(rows, dtype=float)
+    pixels = np.zeros((*values.shape, 4), dtype=np.uint8)
+    pixels[..., :3] = PIXEL
+    pixels[..., 3] = np.nan_to_num(255 * (0.04 + 0.96 * values)).round()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    left, top, side = 40, 36, 600
+    size, skipped = values.shape[1], values.shape[0] - values.shape[1]  # a row of the untouched model comes first
+    where = {"x": left, "y": top, "width": side, "height": side}
+    marks = [tag("title", title), tag("text", above, class_="soft", x=left, y=13)]
+    marks.append(tag("image", href=picture, preserveAspectRatio="none", **where))
+    for i in sampled(size, 10):
+        x, y = left + (i + 0.5) * side / size, top + (i + 0.5 + skipped) * side / len(rows)
+        marks.append(tag("text", i + 1, class_="soft small mid", x=x, y=top - 6))
+        marks.append(tag("text", i + 1, class_="soft small end", x=left - 6, y=y + 4))
+    return tag("svg", *marks, class_="pixels", role="img", viewBox=f"0 0 {left + side + 8} {top + side + 8}")
+
+
+def sampled(size: int, most: int) -> range:
+    """Every k-th of `size` positions, so that there are at most `most`."""
+    return range(0, size, max(1, -(-size // most)))
 
 
 def lines_svg(matrix: Matrix, tasks: Sequence[str], title: str) -> Markup:
@@ -171,15 +215,16 @@ def lines_svg(matrix: Matrix, tasks: Sequence[str], title: str) -> Markup:
         y = top + span * (1 - level / 100)
         marks.append(tag("line", class_="grid", x1=left, x2=width - right, y1=y, y2=y))
         marks.append(tag("text", level, class_="soft small end", x=left - 6, y=y + 4))
-    every = max(1, -(-size // 10))
-    for i in range(0, size, every):
+    for i in sampled(size, 10):
         marks.append(tag("text", i + 1, class_="soft small mid", x=at(i, 0)[0], y=height - bottom + 15))
     marks.append(
         tag("text", "number of tasks learned", class_="soft small mid", x=(left + width - right) / 2, y=height - 4)
     )
     starts: list[Markup] = []
-    for j, name in enumerate(tasks):
-        column = [at(i, value) for i, row in enumerate(matrix) if i >= j for value in [row[j]] if value is not None]
+    steps = sorted({*sampled(size, MOST_STEPS), size - 1})
+    for j in sampled(size, MOST_LINES) if size > MOST_CELLS else range(size):
+        name, since = tasks[j], sorted({j, *(i for i in steps if i > j)})
+        column = [at(i, value) for i in since for value in [matrix[i][j]] if value is not None]
         if not column:
             continue
         stroke = f"var(--task-{j % 6})" if size <= NAMED_LINES else "var(--control)"
@@ -192,7 +237,7 @@ def lines_svg(matrix: Matrix, tasks: Sequence[str], title: str) -> Markup:
         if size <= NUMBERED_LINES:
             starts.append(tag("text", j + 1, class_="small strong mid", x=x, y=y - 6 if y > top + 8 else y + 14))
     if size > 1:
-        means = [(i, [v for v in row[: i + 1] if v is not None]) for i, row in enumerate(matrix)]
+        means = [(i, [v for v in matrix[i][: i + 1] if v is not None]) for i in steps]
         path = [at(i, sum(seen) / len(seen)) for i, seen in means if len(seen) == i + 1]
         hover = tag("title", "mean over the tasks learned so far")
         marks.append(tag("polyline", hover, class_="mean", points=_path(path)))
@@ -234,7 +279,7 @@ def scatter_svg(points: Sequence[Point], title: str, bound: float | None = None)
     ranked = sorted(points, key=lambda p: -p.kept)
     places = [at(p.learned, p.kept) for p in ranked]
     heights = _spread([y for _, y in places], top + 6, bottom)
-    for p, (x, y), level in zip(ranked, places, heights, strict=True):
+    for p, (x, y), level in zip(ranked, places, heights, strict=True) if len(points) <= NAMED_POINTS else ():
         path = f"{x:.1f},{y:.1f} {right + 4},{level:.1f} {right + 10},{level:.1f}"
         marks.append(tag("polyline", class_="leader", points=path))
         marks.append(tag("text", short(p.label, 17), class_="small", x=right + 13, y=level + 3.5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .charts import Bar, Point
 from .data import Matrix, Record, is_joint
@@ -30,6 +31,12 @@ class Stat:
         if not known:
             return cls(None, None, 0)
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are defined; None where none is."""
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Row:
     def tasks(self) -> tuple[str, ...]:
         return self.records[0].tasks
 
-    @property
+    @cached_property
     def same_order(self) -> bool:
         """Whether all seeds saw the same tasks in the same order, so that their matrices have a mean."""
         return len({r.tasks for r in self.records}) == 1
@@ -77,19 +84,20 @@ class Row:
     def mean(self, metric: str) -> float | None:
         return self.stat(metric).mean
 
-    @property
+    @cached_property
     def matrix(self) -> Matrix:
         """Mean over seeds (T x T), cell by cell over the seeds that measured it."""
-        records = self.records if self.same_order else self.records[:1]
-        size = range(len(self.tasks))
-        return tuple(tuple(Stat.of(r.matrix[i][j] for r in records).mean for j in size) for i in size)
+        if len(self.records) == 1 or not self.same_order:
+            return self.records[0].matrix
+        rows = zip(*(r.matrix for r in self.records), strict=True)
+        return tuple(tuple(mean(cell) for cell in zip(*row, strict=True)) for row in rows)
 
-    @property
+    @cached_property
     def baseline(self) -> tuple[float | None, ...]:
-        records = [r for r in self.records if len(r.baseline) == len(self.tasks) and r.tasks == self.tasks]
-        return tuple(Stat.of(r.baseline[j] for r in records).mean for j in range(len(self.tasks))) if records else ()
+        known = [r.baseline for r in self.records if len(r.baseline) == len(self.tasks) and r.tasks == self.tasks]
+        return tuple(mean(cell) for cell in zip(*known, strict=True))
 
-    @property
+    @cached_property
     def has_history(self) -> bool:
         """False for joint training, which has nothing but the end."""
         return any(v is not None for row in self.matrix[:-1] for v in row)
