@@ -165,7 +165,7 @@ def heat(value: float) -> tuple[float, str]:
 
 
 def _cell(x: float, y: float, width: float, height: float, value: float) -> Markup:
-    """Written without `tag`, which takes ten times as long: there are T x T of them, and nothing in them but numbers."""
+    """Written without `tag`, which takes ten times as long: there are T x T cells, with nothing but numbers in them."""
     opacity, weight = heat(value)
     return Markup(
         f'<rect class="heat" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" '
