@@ -24,7 +24,7 @@ HERE = "http://127.0.0.1:"
 
 # What a closed fold hides must be visible once it is open; folds within folds are opened from the outside inwards.
 FOLDS = """() => [...document.querySelectorAll('details')].map(fold => {
-    const inside = () => [...fold.children].filter(child => child.tagName !== 'SUMMARY')
+    const inside = () => [...fold.children].filter(child => child.tagName !== 'SUMMARY' && child.checkVisibility())
         .reduce((sum, child) => sum + child.getBoundingClientRect().height, 0);
     const closed = fold.open ? null : inside();
     fold.querySelector(':scope > summary').click();

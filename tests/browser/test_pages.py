@@ -64,7 +64,7 @@ def everything(size: int) -> ReportData:
     kept = [promise(0.1, 1.0, name="leak", source="SubspaceProjection", task=t, note="relative") for t in tasks]
     records = [
         result(recipe, tasks=tasks, seed=seed, head=head, final_accuracy=final, guarantees=broken + kept)
-        for recipe, final in (("sequential", 0.3), ("pegp_lora_fresh_refresh", 0.6), ("frozen_ridge", 0.7), ("joint", 0.9))
+        for recipe, final in (("sequential", 0.3), ("pegp_lora_fresh", 0.6), ("frozen_ridge", 0.7), ("joint", 0.9))
         for seed in (0, 1)
         for head in ("linear", "ridge")
     ]  # fmt: skip

@@ -225,7 +225,7 @@ class Flips(NamedTuple):
 def flips(predictions: Predictions, targets: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Flips]:
     """Per task, the examples right at some point since it was learned (any stored one) and wrong at the last.
 
-    What was said of a task before it was learned does not count: right by chance is nothing to be lost.
+    Predictions from before a task was learned do not count: what is right by chance cannot be forgotten.
 
     Args:
         predictions: as for `AccuracyMatrix.from_predictions`; the last entry is the end.

@@ -32,13 +32,13 @@ class Bar:
     """One row of a bar picture.
 
     Attributes:
-        label: who.
+        label: the recipe or task.
         now: accuracy at the end; None where it was not measured.
         learned: accuracy right after learning, drawn behind `now`; None where unknown.
         spread: standard deviation over seeds of `now`.
         role: "method", "control" or "bound".
         badge: what kind of control, one or two words.
-        note: what to read beside the bar ("forgot 77").
+        note: shown beside the bar ("forgot 77").
     """
 
     label: str
@@ -61,12 +61,12 @@ class Point:
 
 
 def share(value: float) -> str:
-    """A fraction as a width in per cent, kept inside the picture."""
+    """A fraction as a width in percent, clipped to the picture."""
     return f"{100 * min(max(value, 0.0), 1.0):.2f}%"
 
 
 def bar_marks(bar: Bar, height: int = 18, guess: float | None = None) -> Markup:
-    """Inside of one bar, as wide as whatever holds it: what is kept, what was lost, spread, and blind guessing."""
+    """Inside of one bar, as wide as its container: what is kept, what was lost, spread, and chance level."""
     marks = [tag("rect", class_="track", width="100%", height=height, rx=3)]
     if bar.learned is not None and bar.now is not None and bar.learned > bar.now:
         marks.append(tag("rect", class_="lost", width=share(bar.learned), height=height, rx=3))
@@ -127,7 +127,7 @@ def matrix_svg(matrix: Matrix, tasks: Sequence[str], title: str, baseline: Seque
 
 
 def confusion_svg(shares: Matrix, tasks: Sequence[str], title: str) -> Markup:
-    """Shares (T x T) of the examples of each task (row) that go to each task (column); nothing is drawn where none."""
+    """Shares (T x T) of the examples of each task (row) that go to each task (column); zeros stay empty."""
     rows: list[tuple[int | None, str, Sequence[float | None]]] = [
         (j, f"{j + 1} {short(tasks[j], 20)}", [share or None for share in row]) for j, row in enumerate(shares)
     ]

@@ -1,4 +1,4 @@
-"""Where the router sends the test examples of each task: one entry for each recipe that has one, over its seeds."""
+"""Where the router sends the test examples of each task: one entry for each recipe with a router, over its seeds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from .data import Matrix
 from .summary import Stat, mean
 
-MOST_TASKS = 30  # with more, the picture of who is taken for whom would be all that is seen
+MOST_TASKS = 30  # with more, the confusion matrix would be most of the page
 
 
 @dataclass(frozen=True)
 class Line:
-    """One task: its share sent to itself, and the task that most of the others are sent to instead (None: nobody)."""
+    """One task: the share of its examples that go to it, and the most frequent wrong task (None: there is none)."""
 
     task: str
     own: float

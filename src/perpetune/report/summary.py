@@ -1,4 +1,4 @@
-"""Results put in order: readings (scenario and head), recipes within them, mean and spread over seeds."""
+"""Results in order: evaluations (scenario and head), recipes within them, mean and spread over seeds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .data import Matrix, Record, is_joint
 
 CONTROLS = {
     "sequential": "tunes all weights and does nothing against forgetting",
-    "tfidf_ridge": "word counts, no network at all",
-    "pixels_ridge": "raw pixels, no network at all",
+    "tfidf_ridge": "word counts and ridge regression, no network",
+    "pixels_ridge": "raw pixels and ridge regression, no network",
 }
 
 
@@ -41,7 +41,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe in one reading: its records are the seeds. A guest was read with another head than the group's."""
+    """One recipe in one evaluation: its records are the seeds. A guest has another head than the group."""
 
     recipe: str
     records: tuple[Record, ...]
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def role(self) -> str:
-        """ "bound" for joint training, "control" for what no method should lose against, else "method"."""
+        """ "bound" for joint training, "control" for a baseline that every method should beat, else "method"."""
         return role(self.recipe)
 
     @property
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def keeps_examples(self) -> bool:
-        """Whether old data is at hand while learning: allowed to few, so such a recipe is never the headline."""
+        """Whether training sees data of old tasks: often not allowed, so such a recipe is never the headline."""
         return self.recipe == "replay"
 
     @property
@@ -99,13 +99,13 @@ class Row:
 
     @cached_property
     def has_history(self) -> bool:
-        """False for joint training, which has nothing but the end."""
+        """False for joint training, which is only evaluated at the end."""
         return any(v is not None for row in self.matrix[:-1] for v in row)
 
 
 @dataclass(frozen=True)
 class Group:
-    """All recipes read in one way."""
+    """All recipes, evaluated with one head in one scenario."""
 
     scenario: str
     head: str
@@ -122,7 +122,7 @@ class Group:
 
     @property
     def by_task(self) -> bool:
-        """One recipe alone is shown task by task."""
+        """Whether there is a single recipe, which is shown task by task."""
         return len({row.recipe for row in self.rows}) == 1
 
     @property
@@ -137,9 +137,9 @@ def role(recipe: str) -> str:
 
 
 def why(recipe: str) -> str:
-    """What a control is there for, in a few words."""
+    """What makes a recipe a control or a bound, in a few words."""
     if is_joint(recipe):
-        return "sees all tasks at once"
+        return "trains on all tasks at once"
     if recipe.startswith("frozen_"):
         return "never trains the network"
     return CONTROLS.get(recipe, "")
@@ -150,11 +150,11 @@ def _or(value: float | None, otherwise: float) -> float:
 
 
 def groups(records: Sequence[Record], scenario: str, headline: tuple[str, str] | None = None) -> list[Group]:
-    """Readings, the one to show first at the head.
+    """Evaluations, the one to show first at the head.
 
-    A control or bound that was read with another head only stands as a guest in every reading of its scenario.
-    First comes `headline`; else the stream's own scenario, the reading with most recipes, and of those the one in which
-    a recipe that learns task by task does best.
+    A control or bound that was evaluated with another head only is a guest in every evaluation of its scenario.
+    First comes `headline`; else the stream's own scenario, the evaluation with most recipes, and of those the one in
+    which a recipe that learns task by task does best.
     """
     cells: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in records:
@@ -192,7 +192,7 @@ def _guests(
 
 
 def shown_first(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """The rows to show and those to fold away: plain sequential tuning, which all are held against, and the best."""
+    """The rows to show, and those to fold away: `sequential`, the common reference, and the best are shown."""
     plain = [row for row in rows if row.recipe == "sequential"]
     best = sorted((row for row in rows if row.recipe != "sequential"), key=lambda r: (r.guest, r.role != "method"))
     first = plain + best[: count - len(plain)]
@@ -228,7 +228,7 @@ def task_bars(row: Row) -> list[Bar]:
 
 
 def forgot(value: float | None) -> str:
-    """Forgetting in three words."""
+    """Forgetting in two or three words."""
     if value is None:
         return ""
     points = round(100 * value)
@@ -287,7 +287,7 @@ def points(group: Group) -> tuple[list[Point], float | None]:
 
 
 def guessing(group: Group, labels: Mapping[str, Sequence[str]]) -> float | None:
-    """Accuracy of blind guessing at the end: 1 / classes to choose from, mean over tasks; None without the labels."""
+    """Chance level at the end: 1 / classes to choose from, averaged over tasks; None without the labels."""
     tasks = group.rows[0].tasks
     if not all(labels.get(t) for t in tasks):
         return None

@@ -16,8 +16,8 @@ from ..metrics.routing import Routing
 from .commit import Commit, active, reverted
 from .directory import Run, read_config, read_journal
 
-# what was said of the tasks of a commit before they were learned: by the model before, and, of tasks that joined the
-# stream after the first commit, by the untouched one
+# predictions for the tasks of a commit before it learned them: of the model before, and, for tasks that joined the
+# stream after the first commit, of the untouched model
 BEFORE, JOINED = "before/", "untouched/"
 NO_READING = ("target/", "route/", "asked/", BEFORE, JOINED)  # of what is stored beside the predictions of heads
 
@@ -81,9 +81,9 @@ class Result:
         """Per task learned: predicted class of every test example of every task evaluated then; and the true classes.
 
         Row i is the state after task i, the last one the newest state; a step that learned several tasks fills the row
-        of the last of them. The row before a task also has what was said of the task right before it was learned, which
-        its own commit holds (that of the task before it, in older runs). A task that was taken out has neither row nor
-        column; rows before it was taken out are of models that knew it.
+        of the last of them. The row before a task also has the predictions for that task right before it was learned,
+        which its own commit holds (that of the task before it, in older runs). A task that was taken out has neither
+        row nor column; rows before it was taken out are of models that knew it.
         """
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         targets: dict[str, np.ndarray] = {}
@@ -108,8 +108,8 @@ class Result:
         return {task: v for task, v in stored.items() if task in self._place}
 
     def baseline(self, head: str, scenario: str) -> dict[str, np.ndarray]:
-        """What the untouched model said of each task that it was asked about, when the run began or when the task had
-        joined the stream."""
+        """The predictions of the untouched model for each task that it was evaluated on, when the run began or when the
+        task joined the stream."""
         said = self.found(self.commits[0], f"{head}/{scenario}/")
         for commit in self.active:
             said |= self.found(commit, f"{JOINED}{head}/{scenario}/")
