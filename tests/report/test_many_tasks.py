@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from perpetune.report import render
-from perpetune.report.charts import MOST_CELLS, confusion_svg, lines_svg, matrix_svg
+from perpetune.report.charts import lines_svg
+from perpetune.report.heat_maps import MOST_CELLS, confusion_svg, matrix_svg
 
 
 def calls(function, *args) -> int:

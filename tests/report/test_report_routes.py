@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from perpetune.report import render
-from perpetune.report.charts import confusion_svg
+from perpetune.report.heat_maps import confusion_svg
 from perpetune.report.routes import MOST_TASKS, routes
 
 EVIL = '<script>&"'
