@@ -49,11 +49,9 @@ def report(
     result = Result(path)
     typer.echo("\n".join([result.summary(), *drift_summary(result)]))
     if geometry is not None:
-        from ..metrics.geometry import GEOMETRY_FORMULAS
+        from ..metrics.geometry import geometry_lines
 
-        for name, value in result.geometry(geometry).items():
-            figure = "undefined" if value is None else f"{value:.4g}"
-            typer.echo(f"{name} {figure}    {GEOMETRY_FORMULAS[name]}; tolerance {geometry:g}")
+        typer.echo("\n".join(geometry_lines(result.geometry(geometry), geometry)))
     if convention:
         for head, kind in result.readings:
             typer.echo(_in_convention(f"head {head} · {kind}", result.matrix(head, kind), convention))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from torch import Tensor
 
 from ..core.errors import ConfigError, RunError, nearest
@@ -56,6 +57,12 @@ class Commit:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
+
+        return load_file(self._checked(name))
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The tensors of a file, which must be of kinds that numpy knows."""
+        from safetensors.numpy import load_file
 
         return load_file(self._checked(name))
 
