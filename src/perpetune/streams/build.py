@@ -32,6 +32,7 @@ def build_task(
     for rows in parts.values():
         _check_rows(rows, parts["train"], draft.labels)
     train = parts["train"]
+    train.check_classes()
     known = np.concatenate([rows.labels for rows in parts.values()]) if train.free_texts else train.labels
     classes = in_order(known, draft.labels or (), train.order)
     if validation_share and "validation" not in parts:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..core.errors import StreamError, nearest
-from .formats import LAYOUT, Card, read_card, read_files, split_files
+from .formats import LAYOUT, Card, read_card, read_split, split_files
+from .labels import label_text
 from .rows import open_rows
 from .splitting import Draft, slug
 
 
 def task_folders(path: Path) -> list[Path]:
-    """The folders in `path` that hold a split of any kind, sorted by name."""
-    folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    return [folder for folder in folders if split_files(folder)]
+    """The folders in `path` that hold a split of any kind, in natural order."""
+    folders = [child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")]
+    return [folder for folder in sorted(folders, key=lambda folder: natural(folder.name)) if split_files(folder)]
+
+
+def natural(name: str) -> tuple[object, ...]:
+    """Sorts week-2 before week-10: numbers by value, all else as text."""
+    parts = re.split(r"([0-9]+)", name)
+    return (*(int(part) if i % 2 else part for i, part in enumerate(parts)), name)
 
 
 def read_folder(path: Path, tasks: Sequence[str] | None, columns: Mapping[str, str] | None) -> list[Draft]:
@@ -52,9 +60,12 @@ def _draft(folder: Path, name: str, card: Card, columns: Mapping[str, str] | Non
             raise StreamError(f"task `{name}` has no {split} split: put {split}.* beside {found} in {folder}")
     splits = {}
     for split, paths in files.items():
-        place = f"the {split} split of task `{name}`"
-        splits[split] = open_rows(read_files(paths, place), place, columns, folder)
-    return Draft(name, splits, card.labels, card.instruction, card.training)
+        data, origin = read_split(paths, f"the {split} split of task `{name}`")
+        splits[split] = open_rows(data, origin, columns, folder)
+    labels = card.labels
+    if labels is not None and not splits["train"].free_texts:
+        labels = tuple(dict.fromkeys(map(label_text, labels)))
+    return Draft(name, splits, labels, card.instruction, card.training)
 
 
 def choose(tasks: Sequence[str] | None, names: Sequence[str], aliases: Sequence[set[str]], stream: str) -> list[int]:

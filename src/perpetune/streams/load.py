@@ -16,10 +16,11 @@ from .benchmarks import BENCHMARKS
 from .build import build_task, choose_scenario, same_inputs
 from .builtin import BUILTINS
 from .folder import choose, read_folder, task_folders
-from .formats import BUILDERS, read_files, read_hub, split_files
+from .formats import FORMATS, read_hub, read_split, split_files
+from .origin import Origin
 from .prompting import Template
 from .prompting import pose as posed
-from .relabel import relabelled
+from .relabel import in_one_form, relabelled, warn_of_drafts
 from .sampling import shuffled
 from .splitting import divide, slug
 from .task import Scenario, Stream
@@ -116,7 +117,7 @@ def load_stream(
             raise _no_source(path, text)
         drafts = read_folder(path, tasks, columns)
     else:
-        classes_per_task, splits = _dataset(path, text, split_by, classes_per_task, seed, test_share)
+        classes_per_task, splits, origins = _dataset(path, text, split_by, classes_per_task, seed, test_share)
         drafts = divide(
             splits,
             path.name if local else text,
@@ -127,11 +128,14 @@ def load_stream(
             order_seed=order_seed,
             columns=columns,
             folder=(path if path.is_dir() else path.parent) if local else None,
+            origins=origins,
         )
         names = [draft.name for draft in drafts]
         drafts = [drafts[i] for i in choose(tasks, names, [set()] * len(names), text)]
+    drafts = in_one_form(drafts)
     if relabel:
         drafts = relabelled(drafts, relabel)
+    warn_of_drafts(drafts)
     if order_seed is not None and split_by != "class":
         drafts = shuffled(drafts, order_seed)
 
@@ -230,13 +234,13 @@ def _check_benchmark(source: str, folder: Path | None, fixed: Sequence[str]) -> 
 
 def _dataset(
     path: Path, text: str, split_by: str, classes_per_task: int | None, seed: int, test_share: float
-) -> tuple[int | None, Mapping[str, Dataset]]:
-    """(classes per task, splits) of one labelled dataset: a built-in, a file, a folder or one of the Hub."""
+) -> tuple[int | None, Mapping[str, Dataset], Mapping[str, Origin]]:
+    """(classes per task, splits, where their rows are from) of a built-in, a file, a folder or a dataset of the Hub."""
     if text in BUILTINS:
         builtin = BUILTINS[text]
         if split_by != builtin.split_by or (classes_per_task and split_by != "class"):
             raise ConfigError(f"the built-in `{text}` is split by {builtin.split_by}: leave split_by out")
-        return classes_per_task or builtin.classes_per_task, builtin.splits(seed, test_share)
+        return classes_per_task or builtin.classes_per_task, builtin.splits(seed, test_share), {}
     if split_by == "class" and classes_per_task is None:
         raise ConfigError('split_by="class" needs classes_per_task')
     if path.is_dir():
@@ -245,15 +249,16 @@ def _dataset(
             raise StreamError(f"{path} is a folder of tasks already: leave split_by out")
         files = files or {"train": [path]}  # images in one folder a label
     elif path.is_file():
-        if path.suffix not in BUILDERS:
-            raise StreamError(f"cannot read {path}: known formats are {', '.join(BUILDERS)}")
+        if path.suffix not in FORMATS:
+            raise StreamError(f"cannot read {path}: known formats are {', '.join(FORMATS)}")
         files = {"train": [path]}
     elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", text):
-        return classes_per_task, read_hub(text)
+        return classes_per_task, read_hub(text), {}
     else:
         raise _no_source(path, text)
-    read = {split: read_files(paths, f"the {split} split of `{path.name}`") for split, paths in files.items()}
-    return classes_per_task, read
+    read = {split: read_split(paths, f"the {split} split of `{path.name}`") for split, paths in files.items()}
+    splits = {split: data for split, (data, _) in read.items()}
+    return classes_per_task, splits, {split: origin for split, (_, origin) in read.items()}
 
 
 def _no_source(path: Path, text: str) -> StreamError:

@@ -12,7 +12,8 @@ import numpy as np
 from datasets import Dataset
 
 from ..core.errors import StreamError
-from .rows import Rows, column_texts, in_order, open_rows
+from .origin import Origin
+from .rows import Rows, column_texts, in_order, one_form, open_rows
 from .sampling import shuffled
 
 
@@ -51,11 +52,12 @@ def divide(
     columns: Mapping[str, str] | None,
     groups: Sequence[Sequence[str]] | None = None,
     folder: Path | None = None,
+    origins: Mapping[str, Origin] | None = None,
 ) -> list[Draft]:
     """Arguments as in `load_stream`; `splits` are those of the dataset, whose `name` is for messages.
 
     `groups` gives the classes of each task in order, instead of `classes_per_task` and `order_seed`; paths of images
-    start in `folder`.
+    start in `folder`; `origins` say where the rows of each split are from.
 
     Raises:
         StreamError: no train split, a class or domain that only the test data has, a missing column, an empty split.
@@ -63,8 +65,11 @@ def divide(
     if "train" not in splits:
         found = ", ".join(splits) or "none that perpetune knows"
         raise StreamError(f"`{name}` has no train split; its splits are: {found}")
-    places = {split: f"the {split} split of `{name}`" for split in splits}
+    places = {split: Origin.of((origins or {}).get(split, f"the {split} split of `{name}`")) for split in splits}
     rows = {split: open_rows(data, places[split], columns, folder) for split, data in splits.items()}
+    texts = one_form(rows.values())
+    rows = {split: part.relabelled(texts) for split, part in rows.items()}
+    rows["train"].check_classes()
     for split in rows.keys() - {"train"}:
         if split_by == "class" or not rows[split].free_texts:
             check_labels(rows[split], rows["train"])
