@@ -55,7 +55,11 @@ class StreamConfig(pydantic.BaseModel):
     validation_share: float = pydantic.Field(default=0.0, ge=0, lt=1)
     seed: int = 0
     order_seed: int | None = None
-    columns: dict[str, str] | None = None
+    columns: dict[str, str] | None = pydantic.Field(
+        default=None,
+        description="columns of the files and what they are here: category: label (text, text_pair, label, image, "
+        "caption, prompt, response, messages)",
+    )
     relabel: dict[str, str | None] | None = None
     pose: Literal["instruction", "published"] | None = None
     training: dict[str, dict[str, Any]] | None = None

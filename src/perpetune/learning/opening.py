@@ -39,7 +39,9 @@ class Opening(Learned):
             own_settings(self.training, each)
         run = Run.open(self.path, self.config(stream))
         try:
-            whole = stream.numbered(read_config(self.path)["stream"]["labels"])
+            written = read_config(self.path)["stream"]
+            known = [*(run.commits[-1].manifest["learned"] if run.commits else ()), *written["tasks"]]
+            whole = stream.ordered_after(known).numbered(written["labels"])
             out = [*reverted(run.commits), without]
             stream = replace(whole, tasks=tuple(task for task in whole if task.name not in out))
             learned = _check_learned(run, stream, without)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from ..core.errors import StreamError, nearest
 from .formats import LAYOUT, Card, read_card, read_split, split_files
@@ -25,7 +28,9 @@ def natural(name: str) -> tuple[object, ...]:
     return (*(int(part) if i % 2 else part for i, part in enumerate(parts)), name)
 
 
-def read_folder(path: Path, tasks: Sequence[str] | None, columns: Mapping[str, str] | None) -> list[Draft]:
+def read_folder(
+    path: Path, tasks: Sequence[str] | None, columns: Mapping[str, str] | None, learned: Collection[str] = ()
+) -> list[Draft]:
     """Only the chosen tasks are read. Arguments as in `load_stream`.
 
     Raises:
@@ -37,6 +42,8 @@ def read_folder(path: Path, tasks: Sequence[str] | None, columns: Mapping[str, s
             f"no task folder in {path}: {LAYOUT}. If this is one dataset, say how to divide it: "
             'split_by="class" with classes_per_task, or a column'
         )
+    lost = set(learned) - {slug(folder.name) for folder in folders}
+    folders = sorted([*folders, *(path / name for name in lost)], key=lambda folder: natural(folder.name))
     cards = [read_card(folder) for folder in folders]
     names = [slug(folder.name) for folder in folders]
     aliases = [{f.name, n, c.name or n} for f, n, c in zip(folders, names, cards, strict=True)]
@@ -49,13 +56,31 @@ def read_folder(path: Path, tasks: Sequence[str] | None, columns: Mapping[str, s
                 raise StreamError(
                     f"the same task twice: `{other}` and `{folders[i].name}` in {path} are both called `{alias}`"
                 )
-    return [_draft(folders[i], names[i], cards[i], columns) for i in chosen]
+    return _filled([_draft(folders[i], names[i], cards[i], columns, names[i] in learned) for i in chosen], path)
 
 
-def _draft(folder: Path, name: str, card: Card, columns: Mapping[str, str] | None) -> Draft:
+def _filled(drafts: list[Draft], path: Path) -> list[Draft]:
+    """The drafts with empty splits where data is gone."""
+    some = next((rows for draft in drafts for rows in draft.splits.values()), None)
+    if some is None:
+        raise StreamError(f"the data of all tasks in {path} is gone ({', '.join(draft.name for draft in drafts)})")
+    nothing = some.pick(np.array([], dtype=np.int64))
+    filled = []
+    for draft in drafts:
+        empty = {split: replace(nothing, place=f"the {split} split of task `{draft.name}`") for split in draft.gone}
+        filled.append(replace(draft, splits={**empty, **draft.splits}))
+    return filled
+
+
+def _draft(folder: Path, name: str, card: Card, columns: Mapping[str, str] | None, learned: bool) -> Draft:
     files = split_files(folder)
+    gone = []
+    for split in ("train", "test") if learned else ():
+        if not any(path.is_dir() or path.stat().st_size for path in files.get(split, ())):
+            files.pop(split, None)
+            gone.append(split)
     for split in ("train", "test"):
-        if split not in files:
+        if split not in files and split not in gone:
             found = ", ".join(path.name for paths in files.values() for path in paths)
             raise StreamError(f"task `{name}` has no {split} split: put {split}.* beside {found} in {folder}")
     splits = {}
@@ -63,9 +88,9 @@ def _draft(folder: Path, name: str, card: Card, columns: Mapping[str, str] | Non
         data, origin = read_split(paths, f"the {split} split of task `{name}`")
         splits[split] = open_rows(data, origin, columns, folder)
     labels = card.labels
-    if labels is not None and not splits["train"].free_texts:
+    if labels is not None and not any(rows.free_texts for rows in splits.values()):
         labels = tuple(dict.fromkeys(map(label_text, labels)))
-    return Draft(name, splits, labels, card.instruction, card.training)
+    return Draft(name, splits, labels, card.instruction, card.training, tuple(gone))
 
 
 def choose(tasks: Sequence[str] | None, names: Sequence[str], aliases: Sequence[set[str]], stream: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def load_stream(
     relabel: Mapping[str, str | None] | None = None,
     pose: Template | None = None,
     training: Mapping[str, Mapping[str, Any]] | None = None,
+    learned: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> Stream:
     """Load tasks, and check once everything that the rest of the library takes for granted.
@@ -62,7 +63,7 @@ def load_stream(
         scenario: "class", "domain" or "task"; by default "domain" if there are several tasks and all have the same
             labels, else "class".
         tasks: which tasks, in which order: `Task.name`, folder names or the names in task.json, in any case. By default
-            all, folders in sorted order.
+            all, folders in natural order (week-2 before week-10).
         name: of the stream; by default from the source.
         split_by: "class" for tasks of new classes, or a column whose every value becomes a task.
         classes_per_task: for `split_by="class"`, and for benchmarks that are divided by class, instead of the published
@@ -83,6 +84,8 @@ def load_stream(
             share their classes; rows of a label that becomes None are left out.
         training: settings of single tasks, {"news": {"num_train_epochs": 5}}: over those of their task.json, and over
             those of the run.
+        learned: tasks of a folder that a run has learned, whose data may have been deleted since: what is missing is
+            empty, and named in `Task.gone`.
         trust_remote_code: must be False: data sets that come with code are not supported.
 
     Returns:
@@ -99,6 +102,7 @@ def load_stream(
         if given[option] == default:
             del given[option]
     _check(scenario, tasks, classes_per_task, test_share, train_limit, test_limit, validation_share, trust_remote_code)
+    given.pop("learned", None)  # of a run, not of the stream
     text = os.fspath(source)
     path = Path(text).expanduser()
     benchmark = BENCHMARKS.get(text)
@@ -107,7 +111,7 @@ def load_stream(
     own = benchmark.options if benchmark is not None else {}
     own = {option: value for option, value in own.items() if option not in given and value != defaults[option]}
     if own:
-        return load_stream(**given, **own)
+        return load_stream(**given, **own, learned=learned)
     local = text not in BUILTINS and benchmark is None and path.exists()
     split_by = BUILTINS[text].split_by if text in BUILTINS and split_by is None else split_by
     if benchmark is not None:
@@ -115,7 +119,7 @@ def load_stream(
     elif split_by is None:
         if not path.is_dir():
             raise _no_source(path, text)
-        drafts = read_folder(path, tasks, columns)
+        drafts = read_folder(path, tasks, columns, learned)
     else:
         classes_per_task, splits, origins = _dataset(path, text, split_by, classes_per_task, seed, test_share)
         drafts = divide(
@@ -167,17 +171,21 @@ def load_stream(
             given[option] = dict(mapping)
     if name is None:
         name = slug((path.resolve().stem if path.is_file() else path.resolve().name) if local else text)
-    stream = Stream(name, made, tuple(labels), scenario, inputs, source=given)
+    ordered = not (local and split_by is None and tasks is None and order_seed is None)
+    stream = Stream(name, made, tuple(labels), scenario, inputs, given, ordered)
     return stream if pose is None else posed(stream, pose)
 
 
-def load_again(written: Mapping[str, Any], tasks: Sequence[str], source: str | None = None) -> Stream:
+def load_again(
+    written: Mapping[str, Any], tasks: Sequence[str], source: str | None = None, learned: Collection[str] = ()
+) -> Stream:
     """Tasks of the stream that a run wrote down, their classes numbered as they are in the run.
 
     Args:
         written: `stream` of a run.yaml.
         tasks: which; without any, a stream that has none.
         source: where the data lies now; None: where it lay.
+        learned: as in `load_stream`.
 
     Raises:
         StreamError: the data is missing or malformed.
@@ -193,7 +201,7 @@ def load_again(written: Mapping[str, Any], tasks: Sequence[str], source: str | N
         raise ConfigError(f"the tasks of `{name}` are parts that were found in a stream: only the run itself has them")
     if "source" not in options:
         raise ConfigError(f"this run does not say where the stream `{name}` comes from: give it (--stream)")
-    stream = load_stream(**options)
+    stream = load_stream(**options, learned=learned)
     if name.endswith("(validation)"):
         stream = stream.on_validation()
     return replace(stream, name=name).numbered(labels)

@@ -44,26 +44,28 @@ def eight_bits(image: Image.Image, mode: Literal["RGB", "L"] = "RGB") -> Image.I
 def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" or image.mode == "L":
         image.load()
+    png = image.format == "PNG" and image.mode == "I"  # how versions of PIL open a PNG of 16 bits
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray(_scaled(np.asarray(image).astype(np.float64), 65535.0))
     if image.mode in WIDE:
-        return Image.fromarray(_scaled(*_range(np.asarray(image).astype(np.float64), image.mode)))
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray(_scaled(values, 65535.0 if png else _white(values, image.mode)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
-def _range(values: np.ndarray, mode: str) -> tuple[np.ndarray, float]:
-    """(the values, what is white)."""
+def _white(values: np.ndarray, mode: str) -> float:
+    """What value is white in an image that does not say it."""
     if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > RANGES[-1]:
         raise StreamError(
             f"an image has values from {values.min():g} to {values.max():g}, and light is from 0 on: bring them to "
             "0 … 255 and save it with 8 bits"
         )
     ranges = RANGES if mode == "F" else RANGES[1:]
-    return values, next(white for white in ranges if values.max(initial=0) <= white)
+    return next(white for white in ranges if values.max(initial=0) <= white)
 
 
 def _scaled(values: np.ndarray, white: float) -> np.ndarray:

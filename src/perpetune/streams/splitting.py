@@ -25,7 +25,7 @@ class Draft:
         name: as in `Task`.
         splits: "train", "test" and perhaps "validation".
         labels: the label texts that the source allows, in its order; None where it does not say.
-        instruction, training: as in `Task`.
+        instruction, training, gone: as in `Task`.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Draft:
     labels: tuple[str, ...] | None = None
     instruction: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    gone: tuple[str, ...] = ()
 
 
 def slug(text: str) -> str:
