@@ -116,7 +116,7 @@ def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, A
     data: dict[str, Any] = {}
     if path is not None:
         try:
-            data = yaml.safe_load(Path(path).read_text())
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
             raise ConfigError(f"there is no file {path}") from error
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

@@ -94,7 +94,7 @@ class PretrainedViT:
             if shown:
                 logging.enable_progress_bar()
         facts = {**self.facts, "settings": asdict(self.settings), "versions": versions()}
-        (folder / "pretraining.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        (folder / "pretraining.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
