@@ -30,11 +30,11 @@ def build_task(
     """
     parts = dict(draft.splits)
     lost = "train" in draft.gone
+    parts["train"].check_classes()
     for split, rows in parts.items():
         if split not in draft.gone:
             _check_rows(rows, None if lost else parts["train"], draft.labels)
     train = parts["train"]
-    train.check_classes()
     known = np.concatenate([rows.labels for rows in parts.values()]) if train.free_texts or lost else train.labels
     classes = in_order(known, draft.labels or (), (parts["test"] if lost else train).order)
     if validation_share and "validation" not in parts and not lost:
@@ -90,6 +90,7 @@ def _check_rows(rows: Rows, train: Rows | None, allowed: Sequence[str] | None) -
     if strange:
         raise StreamError(
             f"label `{strange[0]}` in {rows.place} is not among the labels of its task.json: {', '.join(allowed or ())}"
+            f"; it is in {rows.first(strange)}"
         )
     if train is not None and not rows.free_texts:
         check_labels(rows, train)

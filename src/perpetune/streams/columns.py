@@ -50,7 +50,9 @@ def find_columns(found: Sequence[str], columns: Mapping[str, str] | None, origin
         names.pop(old, None)
     for old, new in renamed.items():
         if new in renamed.values() and names.get(new, old) in renamed and names.get(new, old) != old:
-            raise StreamError(f"{origin} has `{names[new]}` and `{old}`, and both are to be called `{new}`: rename one")
+            raise StreamError(
+                f"{origin.whole} has `{names[new]}` and `{old}`, and both are to be called `{new}`: rename one"
+            )
         names[new] = old
     inputs = _inputs(names, origin)
     target: str | None = "label"
@@ -91,9 +93,8 @@ def _missing(target: str, found: Sequence[str], origin: Origin) -> StreamError:
     others = [name for name in found if name not in ("text", "image", "label")]
     example = [*likely, *others, "name"][0]
     listed = ", ".join(f"`{name}`" for name in found)
-    where = f" ({origin.files[0][0]})" if origin.files else ""
     return StreamError(
-        f"no column {what} in {origin}{where}, which has {listed}: rename one, for instance {_advice(example, target)}"
+        f"no column {what} in {origin.whole}, which has {listed}: rename one, for instance {_advice(example, target)}"
     )
 
 

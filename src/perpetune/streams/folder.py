@@ -22,10 +22,10 @@ def task_folders(path: Path) -> list[Path]:
     return [folder for folder in sorted(folders, key=lambda folder: natural(folder.name)) if split_files(folder)]
 
 
-def natural(name: str) -> tuple[object, ...]:
+def natural(name: str) -> tuple[tuple[int | str, ...], str]:
     """Sorts week-2 before week-10: numbers by value, all else as text."""
     parts = re.split(r"([0-9]+)", name)
-    return (*(int(part) if i % 2 else part for i, part in enumerate(parts)), name)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
 
 
 def read_folder(

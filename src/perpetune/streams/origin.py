@@ -38,6 +38,11 @@ class Origin:
         """The same rows under another name."""
         return replace(self, place=place)
 
+    @property
+    def whole(self) -> str:
+        """ "the train split of task `x` (week-1/train.csv)": the first file stands for all."""
+        return f"{self.place} ({self.files[0][0]})" if self.files else self.place
+
     def at(self, row: int) -> str:
         """ "row 3 (week-1/train.csv, line 5)"; rows are counted from 0, lines from 1."""
         return f"row {row}{self._file(row)}"

@@ -68,10 +68,14 @@ class Rows:
         few = not self.free_texts or len(set(self.labels)) <= count
         return self.labels if few else np.full(len(self), "", dtype=object)
 
+    def first(self, labels: Sequence[str]) -> str:
+        """The first row that has one of these labels, for messages."""
+        return self.origin.at(int(self.index[np.isin(self.labels, labels)][0]))
+
     def check_classes(self) -> None:
         """Raises StreamError if the labels are a continuous target."""
         if self.numbers and not self.free_texts:
-            check_classes(self.labels, self.place)
+            check_classes(self.labels, self._named.whole)
 
     def pick(self, positions: np.ndarray, place: str | None = None) -> Rows:
         """The rows at these positions of `index` (or where a mask of its length is true)."""
@@ -169,7 +173,7 @@ def _checked(data: Dataset, name: str, origin: Origin, folder: Path | None) -> D
         binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
         struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
         if not (isinstance(feature, Image) or binary or struct):
-            raise StreamError(f"column `image` of {origin} holds {_kind(feature)}, not images")
+            raise StreamError(f"column `image` of {origin.whole} holds {_kind(feature)}, not images")
         # always decoded, whatever the file's metadata asks for
         return data if isinstance(feature, Image) and feature.decode else data.cast_column(name, Image())
     nulls = data.data.column(name).null_count
@@ -179,8 +183,7 @@ def _checked(data: Dataset, name: str, origin: Origin, folder: Path | None) -> D
             f"{nulls} of {len(data)} texts in column `{name}` of {origin} are null, the first in {origin.at(row)}"
         )
     if getattr(feature, "dtype", None) not in TEXT_TYPES:
-        where = f" ({origin.files[0][0]})" if origin.files else ""
-        raise StreamError(f"column `{name}` of {origin}{where} holds {_kind(feature)}, not text: quote or convert it")
+        raise StreamError(f"column `{name}` of {origin.whole} holds {_kind(feature)}, not text: quote or convert it")
     return data
 
 
@@ -237,9 +240,15 @@ def _label_texts(data: Dataset, column: str, origin: Origin, *, free: bool) -> t
     they are written."""
     values, order = column_texts(data, column)
     if not all(isinstance(value, (str, int, float, NoneType)) for value in values):
-        raise StreamError(f"column `{column}` of {origin} holds {_kind(data.features[column])}, not one label a row")
+        raise StreamError(
+            f"column `{column}` of {origin.whole} holds {_kind(data.features[column])}, not one label a row"
+        )
     lacking = [row for row, value in enumerate(values) if value is None or value != value]
-    texts = [value if free and isinstance(value, str) else label_text(value) for value in values]
+    # a column with gaps writes 1 as 1.0; among numbers that are not whole, 1.0 is how it is written
+    whole = all(value.is_integer() for value in values if isinstance(value, float) and math.isfinite(value))
+    texts = [
+        value if free and isinstance(value, str) else label_text(value if whole else str(value)) for value in values
+    ]
     lacking = lacking or ([] if free else [row for row, text in enumerate(texts) if not text])
     if lacking:
         raise StreamError(

@@ -102,7 +102,10 @@ def check_labels(rows: Rows, train: Rows) -> None:
     unseen = sorted(set(rows.labels) - set(train.labels))
     if unseen:
         which = ", ".join(f"`{label}`" for label in unseen[:5])
-        raise StreamError(f"{rows.place} has labels that the train split lacks ({which}): no model could learn them")
+        raise StreamError(
+            f"{rows.place} has labels that the train split lacks ({which}): no model could learn them; the first is in "
+            f"{rows.first(unseen)}"
+        )
 
 
 def _by_class(train: Rows, size: int, order_seed: int | None) -> list[list[str]]:
