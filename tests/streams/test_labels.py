@@ -154,3 +154,15 @@ def test_one_text_joins_what_has_one_key_and_nothing_else(labels: list[str]) -> 
         assert key(new.get(a, a)) == key(a)
         for b in labels:
             assert (new.get(a, a) == new.get(b, b)) == (key(a) == key(b))
+
+
+def test_a_test_label_of_another_form_says_which_it_is_like(tmp_path: Path) -> None:
+    folder = write(tmp_path, "w1", ["Late", "refund"])
+    (folder / "w1" / "test.jsonl").write_text('{"text": "a", "label": "late"}', encoding="utf-8")
+    with pytest.raises(StreamError, match=r"in row 0 \(.*test.jsonl, line 1\), which is `Late` there but for its form"):
+        load_stream(folder)
+
+
+def test_a_label_that_nobody_sees_is_none(tmp_path: Path) -> None:
+    with pytest.raises(StreamError, match="1 of 2 rows .* have no label, the first is row 1"):
+        load_stream(write(tmp_path, "w1", ["late", "\u200b"]))

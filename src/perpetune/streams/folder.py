@@ -10,16 +10,32 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import StreamError, nearest
-from .formats import LAYOUT, Card, read_card, read_split, split_files
+from .formats import FORMATS, LAYOUT, SPLITS, Card, read_card, read_split, split_files
 from .labels import label_text
 from .rows import open_rows
 from .splitting import Draft, slug
 
+OTHER_FORMATS = frozenset(
+    ".tsv .txt .xls .xlsx .ods .xml .yaml .arrow .feather .orc .avro .npy .npz .h5 .gz .bz2 .xz .zst .zip .tar".split()
+)
+
 
 def task_folders(path: Path) -> list[Path]:
-    """The folders in `path` that hold a split of any kind, in natural order."""
+    """The folders in `path` that hold a split of any kind, in natural order.
+
+    Raises:
+        StreamError: a folder holds splits of a format that is not read alone.
+    """
     folders = [child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")]
-    return [folder for folder in sorted(folders, key=lambda folder: natural(folder.name)) if split_files(folder)]
+    found = []
+    for folder in sorted(folders, key=lambda folder: natural(folder.name)):
+        if split_files(folder):
+            found.append(folder)
+            continue
+        strange = [f for split in SPLITS for f in folder.glob(f"{split}*.*") if f.suffix.lower() in OTHER_FORMATS]
+        if strange:  # a task that nobody would miss
+            raise StreamError(f"{strange[0]} is of a format that is not read: convert it ({', '.join(FORMATS)})")
+    return found
 
 
 def natural(name: str) -> tuple[tuple[int | str, ...], str]:

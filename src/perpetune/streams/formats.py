@@ -85,8 +85,8 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     for split in SPLITS:
         by_kind: dict[str, list[Path]] = {}
         for path in sorted([*folder.glob(f"{split}.*"), *folder.glob(f"{split}-*.*")]):
-            if path.suffix in FORMATS and path.is_file():
-                by_kind.setdefault(path.suffix, []).append(path)
+            if path.suffix.lower() in FORMATS and path.is_file():
+                by_kind.setdefault(path.suffix.lower(), []).append(path)
         if (folder / split).is_dir():
             by_kind["folder"] = [folder / split]
         if len(by_kind) > 1:
@@ -133,7 +133,7 @@ def read_split(paths: list[Path], place: str) -> tuple[datasets.Dataset, Origin]
     try:
         if paths[0].is_dir():
             return read_images(paths[0], place)
-        if paths[0].suffix != ".parquet":
+        if paths[0].suffix.lower() != ".parquet":
             data, origin = read_texts(paths, place)
         else:
             data, origin = _read_parquet(paths, place)

@@ -257,7 +257,7 @@ def _dataset(
             raise StreamError(f"{path} is a folder of tasks already: leave split_by out")
         files = files or {"train": [path]}  # images in one folder a label
     elif path.is_file():
-        if path.suffix not in FORMATS:
+        if path.suffix.lower() not in FORMATS:
             raise StreamError(f"cannot read {path}: known formats are {', '.join(FORMATS)}")
         files = {"train": [path]}
     elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", text):

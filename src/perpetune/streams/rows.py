@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_da
 from ..core.errors import StreamError
 from .columns import find_columns
 from .hashing import sample_ids
-from .labels import check_classes, is_whole, label_text, one_text
+from .labels import check_classes, is_whole, label_text, loose_key, one_text
 from .origin import Origin
 from .sampling import stratified
 
@@ -249,7 +249,9 @@ def _label_texts(data: Dataset, column: str, origin: Origin, *, free: bool) -> t
     texts = [
         value if free and isinstance(value, str) else label_text(value if whole else str(value)) for value in values
     ]
-    lacking = lacking or ([] if free else [row for row, text in enumerate(texts) if not text])
+    if not free and not lacking:
+        invisible = {text for text in set(texts) if not loose_key(text)}
+        lacking = [row for row, text in enumerate(texts) if text in invisible]
     if lacking:
         raise StreamError(
             f"{len(lacking)} of {len(data)} rows of {origin} have no label, the first is {origin.at(lacking[0])}: "

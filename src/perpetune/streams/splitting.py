@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..core.errors import StreamError
+from .labels import loose_key
 from .origin import Origin
 from .rows import Rows, column_texts, in_order, one_form, open_rows
 from .sampling import shuffled
@@ -102,9 +103,12 @@ def check_labels(rows: Rows, train: Rows) -> None:
     unseen = sorted(set(rows.labels) - set(train.labels))
     if unseen:
         which = ", ".join(f"`{label}`" for label in unseen[:5])
+        forms = {loose_key(label): label for label in train.labels}
+        alike = forms.get(loose_key(unseen[0]))
+        form = "" if alike is None or rows.free_texts else f", which is `{alike}` there but for its form"
         raise StreamError(
             f"{rows.place} has labels that the train split lacks ({which}): no model could learn them; the first is in "
-            f"{rows.first(unseen)}"
+            f"{rows.first(unseen)}{form}"
         )
 
 

@@ -44,7 +44,7 @@ def read_texts(paths: Sequence[Path], place: str) -> tuple[Dataset, Origin]:
         StreamError: a file is malformed; names the file and the line.
     """
     columns, files = _Columns(), []
-    read = _read_csv if paths[0].suffix == ".csv" else _read_json
+    read = _read_csv if paths[0].suffix.lower() == ".csv" else _read_json
     for path in paths:
         before = len(columns.lines)
         try:
