@@ -36,6 +36,7 @@ _HOME = {
     "Continue": "consolidation",
     "Merge": "consolidation",
     "Stack": "consolidation",
+    "DeltaMerge": "consolidation",
     "SparseSum": "consolidation",
     "PerTask": "consolidation",
     "ClassRouter": "routers",

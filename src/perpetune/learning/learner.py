@@ -140,7 +140,7 @@ class Learner(Bout):
     def revert(self, stream: Stream, task: str) -> Result:
         """Take a task out of what the run has learned, heads included: a new commit; nothing is deleted.
 
-        The weights become the base and what the other tasks left: after `SparseSum`, the bits of a run in which this
+        The weights become the base and what the other tasks left: after `DeltaMerge`, the bits of a run in which this
         task left nothing. What heads have of the task goes as `Head.forget` says; heads with `refresh` gather anew from
         the training data of the other tasks. What rules remember stays. The task is not learned again under its name.
 
@@ -156,7 +156,7 @@ class Learner(Bout):
         if not consolidation.separable(tuner):
             raise ConfigError(
                 f"{type(consolidation).__name__} with {type(getattr(tuner, 'config', tuner)).__name__} keeps no change "
-                "of each task by itself, so none can be taken out: use a recipe with SparseSum (`sotu`) or Merge "
+                "of each task by itself, so none can be taken out: use a recipe with DeltaMerge (`sotu`) or Merge "
                 "(`lora`), or learn the other tasks in another run directory (--out)"
             )
         run, stream = self._open(stream, without=task)

@@ -50,6 +50,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         deltas.sotu_disjoint,
         deltas.soup,
         deltas.task_arithmetic,
+        deltas.ties,
         routing.color,
         routing.color_adapted,
         routing.color_oracle,
