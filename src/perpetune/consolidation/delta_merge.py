@@ -20,8 +20,9 @@ from ..deltas.keep import KEEPS, Keep
 from ..deltas.overlap import overlap
 from ..models.backbone import Backbone
 from ..runs.earlier import delta_merge
-from ..tuners import AllWeights, Tuner
+from ..tuners import Additive, AllWeights, Tuner, check_base_kept
 from .base import Consolidation, Files, Step, StoredFiles
+from .merge import change_of
 
 VALUES, SETTINGS = "delta.safetensors", "delta.json"
 
@@ -71,9 +72,10 @@ class DeltaMerge(Consolidation):
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
         Raises:
-            ConfigError: the tuner's change is not a sum on the weights.
+            ConfigError: the tuner's change is not a sum on the weights, or its initialisation changes the base.
         """
-        if not (isinstance(tuner, AllWeights) or tuner.additive):
+        check_base_kept(tuner, "DeltaMerge")
+        if not (isinstance(tuner, AllWeights) or isinstance(change_of(tuner, backbone), Additive)):
             kind = type(getattr(tuner, "config", tuner)).__name__
             raise ConfigError(f"DeltaMerge adds up changes of weights, and that of this {kind} is none: use Continue")
         super().open(backbone, tuner, labels)
@@ -111,7 +113,8 @@ class DeltaMerge(Consolidation):
         """theta_t, and the model without the tuner."""
         if isinstance(self.tuner, AllWeights):
             return _copy(self._state())
-        deltas = self.tuner.deltas(self.backbone.model)
+        change = self.tuner.change(self.backbone.model)
+        deltas = change.deltas() if isinstance(change, Additive) else {}
         self.backbone.model = self.tuner.detach(self.backbone.model)
         return {n: t + deltas[n].to(t) if n in deltas else t for n, t in self._start.items()}
 

@@ -14,7 +14,7 @@ from ..core.errors import ConfigError
 from ..core.measurement import Measurement
 from ..models.backbone import Backbone
 from ..routers import Router, make_router
-from ..tuners import PeftTuner, Tuner
+from ..tuners import PeftTuner, Tuner, check_base_kept
 from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
 
 ADAPTER, ROUTER, CLASSES = "adapter_model.safetensors", "router.safetensors", "classes.json"
@@ -80,6 +80,7 @@ class PerTask(Consolidation):
         """
         if not isinstance(tuner, PeftTuner):
             raise ConfigError(f"PerTask keeps an adapter for every task; {type(tuner).__name__} is none: use Continue")
+        check_base_kept(tuner, "PerTask")
         super().open(backbone, tuner, labels)
         self._labels, self._adapters, self._classes, self._active = tuple(labels), [], [], None
         self._names, self._reopened = [], []

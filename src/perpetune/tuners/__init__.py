@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .base import AllWeights, Frozen, NoNetwork, Tuner
+from .base import Additive, AllWeights, Frozen, Multiplicative, NoNetwork, Tuner, check_base_kept
 from .peft_tuner import PeftTuner, as_tuner
 from .targets import KEY_VALUE_FFN, QUERY_VALUE
 
@@ -27,12 +27,15 @@ __all__ = [
     "OWN_CONFIGS",
     "QUERY_VALUE",
     "TUNERS",
+    "Additive",
     "AllWeights",
     "Frozen",
+    "Multiplicative",
     "NoNetwork",
     "PeftTuner",
     "Tuner",
     "as_tuner",
+    "check_base_kept",
     *_HOME,
 ]
 
