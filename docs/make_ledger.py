@@ -30,6 +30,12 @@ EQUATIONS = {
         "tests/rules/test_orthogonal.py::test_gradient_is_that_of_the_equation",
         "tests/rules/test_orthogonal.py::test_any_shape_on_both_sides_of_the_switch",
     ],
+    "InfLoRA": [
+        "tests/rules/test_inflora.py::test_a_spans_the_leading_directions_of_what_is_left_of_the_new_inputs",
+        "tests/rules/test_inflora.py::test_the_bases_are_those_of_dual_gpm",
+        "tests/rules/test_inflora.py::test_old_outputs_stay_whatever_the_optimizer_does",
+        "tests/rules/test_inflora.py::test_without_it_old_outputs_move",
+    ],
     "SubspaceProjection": [
         "tests/rules/test_projection.py::test_step_is_the_equation_for_any_mixture_of_shapes",
         "tests/rules/test_projection.py::test_old_outputs_stay_under_adamw",

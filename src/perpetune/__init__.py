@@ -33,6 +33,7 @@ _HOME = {
     "FixedMask": "rules",
     "RotationBall": "rules",
     "SoftOrthogonal": "rules",
+    "InfLoRA": "rules",
     "Continue": "consolidation",
     "Merge": "consolidation",
     "Stack": "consolidation",

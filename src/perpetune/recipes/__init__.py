@@ -27,6 +27,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         projection.pegp_lora,
         projection.pegp_lora_released,
         projection.pegp_lora_fresh,
+        projection.inflora,
         projection.pegp_prompt,
         projection.pegp_prompt_released,
         projection.pegp_prefix,

@@ -24,9 +24,9 @@ class PeftTuner(Tuner):
 
     Args:
         config: a `PeftConfig`. `target_modules="query_value"` finds this model's query and value projections,
-            "block_outputs" the output projections of attention and feed-forward network, "key_value_ffn" keys, values
-            and feed-forward outputs (the last alone in `feedforward_modules` of IA3); of a model that reads images and
-            answers in words those of its decoder alone.
+            "key_value" its key and value projections, "block_outputs" the output projections of attention and
+            feed-forward network, "key_value_ffn" keys, values and feed-forward outputs (the last alone in
+            `feedforward_modules` of IA3); of a model that reads images and answers in words those of its decoder alone.
     """
 
     def __init__(self, config: Any) -> None:
@@ -53,13 +53,17 @@ class PeftTuner(Tuner):
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is about to change
             warnings.simplefilter("ignore", FutureWarning)
             try:
+                if self.changes_base:  # also by random numbers ("pissa_niter_4"): the base must be the same once more
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(0)
+                        return peft.get_peft_model(model, config)
                 return peft.get_peft_model(model, config)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 kind = f"{type(config).__name__} on {type(model).__name__}"
                 raise ModelError(f"peft cannot put {kind}: {first_line(error)}: change the tuner's settings") from error
 
     def change(self, model: nn.Module) -> Change | None:
-        """See `Tuner.change`. The layers are asked, not the configuration: whether they rotate their inputs, and whether
+        """See `Tuner.change`. The layers are asked, not the configuration: whether they rotate their inputs, whether
         merging one adds to its weights what `get_delta_weight` says (a DoRA has that, too, and adds something else).
 
         What trains beside the adapters (biases, whole modules) makes it neither.
