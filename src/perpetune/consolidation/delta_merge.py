@@ -21,7 +21,7 @@ from ..deltas.overlap import overlap
 from ..models.backbone import Backbone
 from ..runs.earlier import delta_merge
 from ..tuners import Additive, AllWeights, Tuner, check_base_kept
-from .base import Consolidation, Files, Step, StoredFiles
+from .base import Consolidation, Files, Session, StoredFiles
 from .merge import change_of
 
 VALUES, SETTINGS = "delta.safetensors", "delta.json"
@@ -82,15 +82,15 @@ class DeltaMerge(Consolidation):
         self._base = _copy(self._state())
         self._deltas = []
 
-    def begin_task(self, step: Step) -> None:
+    def begin_task(self, session: Session) -> None:
         if not self.sequential:
             self._load({})
         self._start = _copy(self._state()) if self.sequential else self._base
         self.backbone.model = self.tuner.attach(self.backbone.model)
 
-    def end_task(self, step: Step) -> None:
+    def end_task(self, session: Session) -> None:
         tuned = self._tuned()
-        mask = self.keep.mask(step.tasks[0].name, [delta.mask.slot for delta in self._deltas])
+        mask = self.keep.mask(session.tasks[0].name, [delta.mask.slot for delta in self._deltas])
         kept = self.keep(self._start, tuned)
         self._deltas.append(
             extract(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement
+from ..streams.task import Modality
+
+if TYPE_CHECKING:
+    from ..models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Tuner:
 
     trains: bool = True
     wraps_model: bool = True  # False: what is kept lives on the backbone itself
+
+    def own_backbone(self, modality: Modality) -> Backbone | None:
+        """What takes the place of a pre-trained model; None where there is one to tune."""
+        return None
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The model with exactly this tuner's parameters trainable (the same object, or a wrapper around it)."""
@@ -110,6 +118,11 @@ class NoNetwork(Tuner):
     trains = False
     wraps_model = False
 
+    def own_backbone(self, modality: Modality) -> Backbone:
+        from ..models.fixed_features import FixedFeatures
+
+        return FixedFeatures(modality, words=self.words, side=self.side)
+
     def attach(self, model: nn.Module) -> nn.Module:
         return model
 
@@ -142,9 +155,8 @@ def check_base_kept(tuner: Tuner, user: str) -> None:
         ConfigError: it does.
     """
     if tuner.changes_base:
-        config: Any = getattr(tuner, "config", tuner)
+        init = getattr(getattr(tuner, "config", tuner), "init_lora_weights", None)
         raise ConfigError(
-            f"{user} starts every task with a new adapter on the base, and init_lora_weights=`{config.init_lora_weights}`"
-            " changes the base for each of them, so that what old adapters computed moves: set init_lora_weights to "
-            "true, or use Continue"
+            f"{user} starts every task with a new adapter on the base, and init_lora_weights=`{init}` changes the base "
+            "for each of them, so that what old adapters computed moves: set init_lora_weights to true, or use Continue"
         )
