@@ -20,6 +20,7 @@ from ..core.errors import RunError
 from ..core.files import file_digest, plain, sync, write_file, write_text, writing
 from .commit import MANIFEST, Commit, mend
 from .config_check import check_same
+from .earlier import in_todays_words
 
 CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 
@@ -159,7 +160,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise RunError(f"{Path(path) / CONFIG} is empty or damaged: restore it from a copy")
-    return config
+    return in_todays_words(config)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
