@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor
 
 import perpetune as pt
-from perpetune.consolidation import Step
+from perpetune.consolidation import Session
 from perpetune.models.loading import load_backbone
 from perpetune.routers import KMeansRouter, RidgeRouter, Router
 from perpetune.runs.directory import Run
@@ -67,10 +67,10 @@ def make_stream(words: Sequence[str], tasks: int) -> Stream:
 def make_run(model: str, folder: Path, tasks: int) -> Stream:
     """The directory of a run as training would have left it, but for predictions."""
     learner = pt.Learner(model, RECIPE, folder, max_length=MAX_LENGTH)
-    learner.backbone = backbone = load_backbone(model, "text", max_length=MAX_LENGTH)
+    backbone = load_backbone(model, "text", max_length=MAX_LENGTH)
     words = sorted(word for word in backbone.processor.get_vocab() if word.isalpha() and len(word) > 2)
     stream = make_stream(words, tasks)
-    run = Run.open(folder, learner.config(stream))
+    run = Run.open(folder, learner.setup.config(stream, backbone))
     run.commit("untouched", {}, {"learned": [], "classes": [], "guarantees": []})
     consolidation, (head,) = learner.recipe.consolidation, learner.heads
     consolidation.open(backbone, learner.recipe.tuner, stream.labels)
@@ -78,11 +78,11 @@ def make_run(model: str, folder: Path, tasks: int) -> Stream:
     torch.manual_seed(0)
     for t, task in enumerate(stream):
         if not t:
-            consolidation.begin_task(Step(0, task.name, (task,), 0))
+            consolidation.begin_task(Session(0, task.name, (task,), 0))
         for parameter in backbone.model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=SPREAD)
-        consolidation.end_task(Step(t, task.name, (task,), t))
+        consolidation.end_task(Session(t, task.name, (task,), t))
         head.begin_task(task.classes)
         head.end_task()
         files = consolidation.files()

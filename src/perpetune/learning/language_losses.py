@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..streams import Task
 if TYPE_CHECKING:
     from ..models.language_model import LanguageBackbone
     from .evaluator import Evaluator
+    from .state import LearnerState
 
 SOURCE = "language model"
 LOSS = "loss on the responses"
@@ -34,6 +35,11 @@ def cross_entropy(responses: Tensor) -> float:
     return -log_p / tokens
 
 
+def measured_language(state: LearnerState) -> bool:
+    """Whether this is a language model that is one for all tasks."""
+    return "answers" in state.backbone.offers and state.consolidation.states is None
+
+
 def general_loss(backbone: LanguageBackbone, batch_size: int) -> float | None:
     """Cross-entropy of the second halves of the passages after their first halves, in nats a token; None for a model
     that has no room for them."""
@@ -41,18 +47,20 @@ def general_loss(backbone: LanguageBackbone, batch_size: int) -> float | None:
     return cross_entropy(backbone.responses(examples, batch_size)) if examples else None
 
 
-def spoken(
-    evaluator: Evaluator, backbone: LanguageBackbone, tasks: Sequence[Task], untouched: float | None
-) -> list[Measurement]:
-    """The model as it is now: its loss on the test responses of tasks that were just evaluated, and how much of its
-    general ability is lost.
+def language_losses(state: LearnerState, tasks: Sequence[Task], untouched: float | None) -> list[Measurement]:
+    """Of a language model as it is now: its loss on the test responses of tasks that were just evaluated, and how much
+    of its general ability is lost. Nothing where each task has a state of its own, under which old tasks lose nothing.
 
     Args:
         untouched: `general_loss` of the model before its first task; None where it was not measured.
     """
-    found = []
-    if backbone.rouge_l and tasks:
-        alike = {task.name: float(evaluator.features(task, "test")[:, -2].double().mean()) for task in tasks}
+    evaluator, backbone = state.evaluator, cast("LanguageBackbone", state.backbone)
+    found: list[Measurement] = []
+    if not measured_language(state):
+        return []
+    classified = [task for task in tasks if task.metric is None]
+    if backbone.rouge_l and classified:
+        alike = {task.name: float(evaluator.features(task, "test")[:, -2].double().mean()) for task in classified}
         note = "of the mean F1 of generated answers, test examples; 1 is best"
         found.append(_mean("ROUGE-L of the answers", alike, "", note))
     if tasks:
@@ -75,7 +83,7 @@ def _mean(name: str, by_task: dict[str, float], unit: str, note: str) -> Measure
 
 def _responses(evaluator: Evaluator, backbone: LanguageBackbone, task: Task) -> Tensor:
     """log p(response | prompt) and the number of its tokens of a task's test examples, (N x 2)."""
-    if "options" not in backbone.reads:
+    if "options" not in backbone.reads or task.metric is not None:
         examples = evaluator.prepared(task, "test")
         with evaluator.progress.bar(f"loss on {task.name}", len(examples)) as advance:
             return backbone.responses(examples, evaluator.batch_size, advance)

@@ -17,15 +17,22 @@ from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 
 Pooling = Literal["mean", "cls", "last", "pooler"]
+Reads = Literal["features", "answers", "pairs"]
 Examples = list[dict[str, Any]]
-Features = Callable[..., Tensor]  # see `Backbone.features`
 
 
 class Backbone(nn.Module):
     """A transformers encoder (`model`), its tokenizer or image processor, and how its features are pooled.
 
     `forward(**inputs)` gives features f in R^{N x width}. Tuners replace or wrap `model` in place.
+
+    Attributes:
+        offers: what heads can read of it, see `Head.reads`.
+        network: whether there are weights that could be tuned and exported.
     """
+
+    offers: tuple[Reads, ...] = ("features",)
+    network: bool = True
 
     def __init__(
         self,
@@ -47,6 +54,13 @@ class Backbone(nn.Module):
         self.width: int = model.config.hidden_size
         self.fingerprint = fingerprint(model)
         self.version = 0  # counted up by whoever changes weights, so that features can be cached
+
+    def open_for(self, heads: Sequence[Any], labels: Sequence[str], trained: Any = None) -> None:
+        """Prepare what heads read of it.
+
+        Args:
+            heads: `Head`s; labels: the label texts of all classes (C); trained: the head whose loss is trained with.
+        """
 
     def weights_changed(self) -> bool:
         """Whether any weight or buffer differs from what was loaded."""
@@ -149,12 +163,31 @@ class Backbone(nn.Module):
         """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features."""
         return self.features(examples, batch_size, advance)
 
-    def about(self, classes: Sequence[int]) -> Features:
-        """`features`, as far as a choice among these classes needs them: here always all."""
-        return self.features
+    def outputs(
+        self,
+        examples: Examples,
+        batch_size: int,
+        advance: Callable[[int], None] = lambda n: None,
+        classes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What heads read of all examples in their order (N x width, fp32, CPU): here their features.
+
+        Args:
+            classes: among which a choice is to be made, where it depends on them.
+        """
+        return self.features(examples, batch_size, advance)
+
+    def responses(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """Of a language model: log p(response | prompt) of the examples' own responses and the numbers of their tokens
+        (N x 2, fp32, CPU)."""
+        raise ModelError(f"`{self.name}` answers no prompts")
+
+    def answers(self, examples: Examples, batch_size: int) -> list[str]:
+        """Of a language model: greedily generated answers."""
+        raise ModelError(f"`{self.name}` answers no prompts")
 
     def holds(self, features: Tensor, classes: Sequence[int]) -> bool:
-        """Whether features say what a choice among these classes needs."""
+        """Whether outputs tell what a choice among these classes needs."""
         return True
 
     def change(self, new: Tensor, old: Tensor) -> float:

@@ -15,7 +15,7 @@ from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..metrics.text import normalised, rouge_l
 from .answer_scoring import LONGEST, PromptsRead, Read, generate, last_logits, log_p_of, positions
-from .backbone import Backbone, Examples, Features, fingerprint, pool
+from .backbone import Backbone, Examples, fingerprint, pool
 from .prompt_tokens import PromptTokenizer
 
 IGNORED = -100
@@ -24,15 +24,17 @@ IGNORED = -100
 class LanguageBackbone(Backbone):
     """A transformers language model (`model`), decoder or encoder and decoder, and its tokenizer.
 
-    The features of an example are what the model says of answers, read by a `LanguageHead`:
+    The outputs of an example are what the model predicts of answers, read by a `LanguageHead`:
 
     in training    `forward(**inputs)`: log p(response | prompt) and the number of its tokens, (N x 2);
-    when asked     `features`: log p(answer | prompt) of every class, -inf where it was not asked for ("options");
+    when asked     `outputs`: log p(answer | prompt) of every class, -inf where it was not asked for ("options");
                    ROUGE-L of the generated answer to the example's own, where that is measured; and the class that the
                    greedily generated answer names, -1 for none ("generate"): (N x width).
 
     The label texts of a stream are its answers. `open` says which they are, and how they are read.
     """
+
+    offers = ("answers",)
 
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int, name: str, picture: int | None = None) -> None:
         """
@@ -62,6 +64,15 @@ class LanguageBackbone(Backbone):
         self.rouge_l, self.longest = False, LONGEST
         self.limit: int | None = None  # of a prompt, in tokens
 
+    def open_for(self, heads: Sequence[Any], labels: Sequence[str], trained: Any = None) -> None:
+        readers = [head for head in heads if head.reads == "answers"]
+        self.open(
+            labels,
+            [head.read for head in readers],
+            rouge_l=any(head.rouge_l for head in readers),
+            longest=max((head.longest for head in readers), default=LONGEST),
+        )
+
     def open(
         self, labels: Sequence[str], reads: Sequence[Read], *, rouge_l: bool = False, longest: int = LONGEST
     ) -> None:
@@ -77,7 +88,7 @@ class LanguageBackbone(Backbone):
         self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
         self.room, self.limit, limit = self.max_length, None, self._positions
         if limit is not None:
-            answer = max(len(self.tokens.answer(text)) for text in self.labels)
+            answer = max((len(self.tokens.answer(text)) for text in self.labels), default=0)
             self.limit = limit - max(answer, longest * ("generate" in self.reads))
             self.room = min(self.max_length, self.limit)
             if self.room < 1:
@@ -108,13 +119,32 @@ class LanguageBackbone(Backbone):
         return [
             {
                 "input_ids": prompt,
-                "answer": self.tokens.answer(self.labels[y], blank),
+                "answer": self._fitted(self.tokens.answer(text, blank), prompt),
                 "blank": blank,
                 "label": y,
                 "id": i,
             }
-            for (prompt, blank), y, i in zip(prompts, rows["label"], rows["id"], strict=True)
+            for (prompt, blank), text, y, i in zip(
+                prompts, self.responses_of(rows), rows["label"], rows["id"], strict=True
+            )
         ]
+
+    def responses_of(self, rows: datasets.Dataset) -> list[str]:
+        """The expected response of each row: its own text, or the label text of its class."""
+        return rows["response"][:] if "response" in rows.column_names else [self.labels[y] for y in rows["label"]]
+
+    def _fitted(self, answer: tuple[int, ...], prompt: list[int]) -> tuple[int, ...]:
+        """
+        Raises:
+            ModelError: prompt and response are longer than the model reads.
+        """
+        limit = self._positions
+        if limit is not None and len(prompt) + len(answer) > limit:
+            raise ModelError(
+                f"a response of {len(answer)} tokens behind a prompt of {len(prompt)} is longer than the {limit} that "
+                f"`{self.name}` reads: set max_length to at most {max(1, limit - len(answer))}, or shorten the response"
+            )
+        return answer
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A training batch: model inputs, the tokens that carry loss as `answers` (N x A, others -100), and `labels`.
@@ -160,11 +190,8 @@ class LanguageBackbone(Backbone):
         log_p = log_p_of(logits, answers.clamp(min=0)) * known
         return torch.stack([log_p.sum(1), known.sum(1).to(log_p)], 1)
 
-    def about(self, classes: Sequence[int]) -> Features:
-        return partial(self.features, classes=classes)
-
     @torch.inference_mode()
-    def features(
+    def outputs(
         self,
         examples: Examples,
         batch_size: int,
@@ -180,7 +207,7 @@ class LanguageBackbone(Backbone):
         return self._read_all(examples, batch_size, advance, partial(self.read, classes=asked))
 
     def read(self, examples: Examples, classes: Sequence[int] = ()) -> Tensor:
-        """See `features`; of one batch, on the CPU."""
+        """See `outputs`; of one batch, on the CPU."""
         out = torch.full((len(examples), self.width), -torch.inf)
         if "options" in self.reads:
             out[:, list(classes)] = self._likelihoods(examples, classes).float().cpu()

@@ -37,6 +37,8 @@ class Task:
         training: settings of `transformers.TrainingArguments` that are its own, over those of the run.
         gone: splits whose data was deleted since a run learned the task (see `load_stream(learned=)`); they are empty,
             and without training data `classes` are those of the data that is left.
+        metric: of free texts, how a generated answer is scored beside the response of its row (see `metrics.text`);
+            such a task has no classes, its rows have `response` (str) and the label -1. None: responses are classes.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Task:
     captions: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
+    metric: str | None = None
 
     @property
     def candidates(self) -> tuple[int, ...]:

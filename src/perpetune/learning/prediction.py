@@ -1,0 +1,110 @@
+"""Predictions for new inputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from torch import Tensor
+
+from ..consolidation.states import PerTaskStates, Reading, by_likeliest_state, only
+from ..core.errors import ConfigError, nearest
+from ..heads import Head
+from ..models.backbone import Examples
+from ..streams.predict_inputs import table
+from .evaluator import best_class
+from .state import LearnerState
+
+
+def predict(
+    state: LearnerState,
+    inputs: Sequence[Any],
+    head: str | None = None,
+    classes: Sequence[str] | None = None,
+    task: str | None = None,
+) -> list[str]:
+    """See `Learner.predict`."""
+    labels, seen, columns, learned = state.known
+    if not learned:
+        raise ConfigError("no task is learned yet: call learn(stream) first")
+    by_name = {h.name: h for h in state.heads}
+    if head is not None and head not in by_name:
+        raise ConfigError(f"this run reads no head `{head}`: {nearest(head, by_name)}")
+    reader = by_name[head or state.heads[0].name]
+    allowed = list(seen) if classes is None else _chosen(classes, {labels[c]: c for c in seen})
+    given = table(inputs, tuple(columns))
+    size = len(inputs)
+    if not size:
+        return []
+    if not seen:  # all that was learned are free texts
+        rows = datasets.Dataset.from_dict({**given, "response": [""] * size, "label": [-1] * size, "id": [""] * size})
+        return answers(state, state.backbone.prepare(rows), task)
+    state.evaluator.embed([reader], labels, [allowed])
+    rows = datasets.Dataset.from_dict({**given, "label": [0] * size, "id": [""] * size})
+    found = scores(state, reader, state.backbone.prepare(rows), task, allowed)
+    return [labels[c] if c >= 0 else "" for c in best_class(found, allowed).tolist()]
+
+
+def answers(state: LearnerState, examples: Examples, task: str | None) -> list[str]:
+    """Generated answers, each under the state of its task where each task has one."""
+    states, size = state.consolidation.states, state.setup.batch_size
+    if states is None:
+        return state.backbone.answers(examples, size)
+    weights = _weights(state, states, _reading(state, states, examples), task)
+    return by_likeliest_state(states, weights, lambda rows: state.backbone.answers([examples[i] for i in rows], size))
+
+
+def _chosen(classes: Sequence[str], known: dict[str, int]) -> list[int]:
+    for name in classes:
+        if name not in known:
+            raise ConfigError(f"class `{name}` is not learned: {nearest(name, known)}")
+    if not classes:
+        raise ConfigError("classes=[] leaves nothing to choose: None chooses among all classes learned")
+    return [known[name] for name in classes]
+
+
+def scores(state: LearnerState, head: Head, examples: Examples, task: str | None, allowed: Sequence[int]) -> Tensor:
+    """(N x C). Where inputs are divided among adapters: one pass to route them, then one for every task that is
+    present.
+
+    Args:
+        task: whose state predicts, where each task has its own; None routes each input.
+        allowed: the classes to choose among.
+    """
+    backbone, states = state.backbone, state.consolidation.states
+    if states is None:
+        if task is not None:
+            raise ConfigError("the model is the same for all tasks: give `classes` to choose among those of one")
+        return head.scores(backbone.outputs(examples, state.setup.batch_size, classes=allowed))
+    reading = _reading(state, states, examples)
+    return states.scores(head, len(state.known.labels), reading, _weights(state, states, reading, task))
+
+
+def _reading(state: LearnerState, states: PerTaskStates, examples: Examples) -> Reading:
+    backbone, size = state.backbone, state.setup.batch_size
+
+    @functools.cache
+    def routing() -> Tensor:
+        with states.view(None):
+            return backbone.pooled(examples, size)
+
+    def read(view: int | None, rows: Tensor) -> Tensor:
+        if view is None:
+            return routing()[rows]
+        with states.view(view):
+            chosen = [examples[i] for i in rows.tolist()]
+            return backbone.outputs(chosen, size, classes=states.task_classes(view))
+
+    return Reading(len(examples), read)
+
+
+def _weights(state: LearnerState, states: PerTaskStates, reading: Reading, task: str | None) -> Tensor:
+    """log p(task | x), (N x T); all of the task that is given, if one is."""
+    if task is None:
+        return states.weights(reading)
+    learned = list(state.known.tasks)
+    if task not in learned:
+        raise ConfigError(f"this run has learned no task `{task}`: {nearest(task, learned)}")
+    return only(state.consolidation.reads(learned.index(task), len(learned) - 1), reading.count, len(learned))
