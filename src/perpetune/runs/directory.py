@@ -71,10 +71,9 @@ class Run:
                     raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
                 _write_config(path, config)
             journal = path / JOURNAL
+            # a crash cut the last line short: the next event starts a new one
             if journal.exists() and not journal.read_bytes().endswith(b"\n"):
-                with open(
-                    journal, "a", encoding="utf-8"
-                ) as file:  # a crash cut the last line short: the next event starts a new one
+                with open(journal, "a", encoding="utf-8") as file:
                     file.write("\n")
         return cls(path, lock)
 

@@ -66,8 +66,8 @@ def _image_bytes(value: dict | None, origin: Origin, row: int) -> bytes:
 
 
 def fingerprint(task: Task) -> str:
-    """sha256 over the ordered ids and labels of each split (of free texts, the responses): the same if and only if a run
-    would see the same data."""
+    """sha256 over the ordered ids and labels of each split (of free texts, the responses): the same if and only if a
+    run would see the same data."""
     digest = hashlib.sha256()
     for split in ("train", "test", "validation"):
         data = getattr(task, split)
