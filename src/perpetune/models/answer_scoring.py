@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
+
+from .tokenizer_check import first_position
 
 Read = Literal["options", "generate"]  # how answers are read: scored, or generated
 LONGEST = 50  # tokens that are generated at most, as in the O-LoRA and N-LoRA code
@@ -100,7 +104,7 @@ def positions(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         reader = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         if reader is not None:
             return {"position_ids": reader.get_rope_index(**{k: inputs[k] for k in told if k in inputs})[0]}
-    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0) + first_position(model)}
 
 
 def last_logits(model: Any, count: int) -> dict[str, int]:
@@ -113,9 +117,16 @@ def _takes(model: Any, name: str) -> bool:
     return name in inspect.signature(plain.forward).parameters
 
 
-def generate(model: Any, inputs: dict[str, Tensor], start: int | None, end: int, pad: int, longest: int) -> Tensor:
-    """Greedy answers (N x at most `longest` tokens), with nothing of the model's own generation settings."""
-    own = {"bos_token_id": None, "decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+def generate(
+    model: Any, inputs: dict[str, Tensor], start: int | None, ends: Sequence[int], pad: int, longest: int
+) -> list[list[int]]:
+    """Greedy answers (N, of at most `longest` tokens each, without their end), with nothing of the model's own
+    generation settings.
+
+    Args:
+        ends: tokens with which an answer may end.
+    """
+    own = {"bos_token_id": None, "decoder_start_token_id": start, "eos_token_id": list(ends), "pad_token_id": pad}
     plain = GenerationConfig(max_new_tokens=longest, do_sample=False, num_beams=1, **own)
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept, holder.generation_config = holder.generation_config, plain  # what is not set is taken from there
@@ -123,4 +134,5 @@ def generate(model: Any, inputs: dict[str, Tensor], start: int | None, end: int,
         tokens = model.generate(**inputs, generation_config=plain)
     finally:
         holder.generation_config = kept
-    return tokens[:, 1 if start is not None else inputs["input_ids"].shape[1] :]
+    answers = tokens[:, 1 if start is not None else inputs["input_ids"].shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]

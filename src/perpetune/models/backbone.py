@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..streams.task import Modality
+from .tokenizer_check import check_ids, embedding_rows, spare_token
 
 Pooling = Literal["mean", "cls", "last", "pooler"]
 Examples = list[dict[str, Any]]
@@ -23,8 +25,14 @@ Features = Callable[..., Tensor]  # see `Backbone.features`
 class Backbone(nn.Module):
     """A transformers encoder (`model`), its tokenizer or image processor, and how its features are pooled.
 
-    `forward(**inputs)` gives features f in R^{N x width}. Tuners replace or wrap `model` in place.
+    `forward(**inputs)` gives features f in R^{N x width}. Tuners replace or wrap `model` in place. Texts are padded on
+    the right, whatever the tokenizer says: positions that are counted from the left must not count padding.
+
+    Attributes:
+        pads_all: texts are all padded to `max_length`, for models that read their padding (see `settle_padding`).
     """
+
+    pads_all = False
 
     def __init__(
         self,
@@ -44,6 +52,8 @@ class Backbone(nn.Module):
         self.max_length = max_length
         self.name = name
         self.width: int = model.config.hidden_size
+        self._embedded = embedding_rows(model)
+        self._reads = inspect.signature(model.forward).parameters
         self.fingerprint = fingerprint(model)
         self.version = 0  # counted up by whoever changes weights, so that features can be cached
 
@@ -59,8 +69,7 @@ class Backbone(nn.Module):
                 raise ModelError(
                     f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}"
                 )
-            encoded = self.processor(*(list(rows[c]) for c in columns), truncation=True, max_length=self.max_length)
-            inputs = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+            inputs = self._tokens(*(list(rows[c]) for c in columns))
         else:
             if "image" not in rows.column_names:
                 raise ModelError(
@@ -68,6 +77,29 @@ class Backbone(nn.Module):
                 )
             inputs = [{"pixel_values": pixels} for pixels in self._pixels(rows["image"])]
         return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"], rows["id"], strict=True)]
+
+    def _tokens(self, *texts: list[str]) -> Examples:
+        """Texts, or pairs of texts, as token ids with what else the model reads of them.
+
+        Raises:
+            ModelError: a token that the model has no embedding for.
+        """
+        encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
+        unread = set() if self._takes("token_type_ids") else {"token_type_ids"}
+        columns = {name: values for name, values in encoded.items() if name not in unread}
+        found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for example in found:
+            if not example["input_ids"]:  # an empty text, and a tokenizer that adds nothing
+                nothing = {"input_ids": spare_token(self.processor, self._embedded), "attention_mask": 1}
+                example.update({name: [nothing.get(name, 0)] for name in example})
+            check_ids(self.processor, example["input_ids"], self._embedded, self.name)
+        return found
+
+    def _takes(self, name: str) -> bool:
+        """Whether the model reads an input of this name; token types only where it has more than one of them."""
+        if name == "token_type_ids" and (getattr(self.model.config, "type_vocab_size", None) or 2) < 2:
+            return False
+        return name in self._reads or any(p.kind is p.VAR_KEYWORD for p in self._reads.values())
 
     def _pixels(self, images: Sequence[Any]) -> Tensor:
         channels = getattr(self.model.config, "num_channels", 3)
@@ -85,12 +117,16 @@ class Backbone(nn.Module):
         labels = torch.tensor([e["label"] for e in examples])
         inputs = [{k: v for k, v in e.items() if k not in ("label", "id")} for e in examples]
         if self.modality == "text":
-            return {**self.processor.pad(inputs, return_tensors="pt"), "labels": labels}
+            to: dict[str, Any] = {"padding": "max_length", "max_length": self.max_length} if self.pads_all else {}
+            return {**self.processor.pad(inputs, padding_side="right", return_tensors="pt", **to), "labels": labels}
         return {"pixel_values": torch.stack([e["pixel_values"] for e in inputs]), "labels": labels}
 
     def forward(self, **inputs: Tensor) -> Tensor:
         assert self.pooling is not None
-        return pool(self.model(**inputs), inputs.get("attention_mask"), self.pooling)
+        mask = inputs.get("attention_mask")
+        if not self._takes("attention_mask"):
+            inputs.pop("attention_mask", None)
+        return pool(self.model(**inputs), mask, self.pooling)
 
     @torch.inference_mode()
     def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:

@@ -17,6 +17,7 @@ from ..metrics.text import normalised, rouge_l
 from .answer_scoring import LONGEST, PromptsRead, Read, generate, last_logits, log_p_of, positions
 from .backbone import Backbone, Examples, Features, fingerprint, pool
 from .prompt_tokens import PromptTokenizer
+from .tokenizer_check import check_ids, embedding_rows, longest_text
 
 IGNORED = -100
 
@@ -55,6 +56,10 @@ class LanguageBackbone(Backbone):
             if self.start is None:
                 raise ModelError(f"`{name}` does not say how its answers start: set decoder_start_token_id")
         self.tokens = PromptTokenizer(tokenizer, decoder=self.start is None, picture=picture)
+        self._embedded = embedding_rows(model)
+        more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        more = [more] if isinstance(more, int) else more or []
+        self.ends = tuple(dict.fromkeys([self.tokens.end, self.tokens.turn_end, *more]))  # of a generated answer
         self.fingerprint = fingerprint(model)
         self.version, self.width = 0, 0
         self.labels: tuple[str, ...] = ()
@@ -76,6 +81,8 @@ class LanguageBackbone(Backbone):
         self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads) + rouge_l
         self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
         self.room, self.limit, limit = self.max_length, None, self._positions
+        for text in self.labels:
+            check_ids(self.tokens.tokenizer, list(self.tokens.answer(text)), self._embedded, self.name)
         if limit is not None:
             answer = max(len(self.tokens.answer(text)) for text in self.labels)
             self.limit = limit - max(answer, longest * ("generate" in self.reads))
@@ -87,7 +94,7 @@ class LanguageBackbone(Backbone):
     def _positions(self) -> int | None:
         """How long a sequence of prompt and answer may be; None where they have a sequence each, or it may be any."""
         config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None) if self.start is None else None
+        return longest_text(self.model, config) if self.start is None else None
 
     # ---- examples ----
 
@@ -101,15 +108,21 @@ class LanguageBackbone(Backbone):
             )
         if "image" in rows.column_names:
             raise ModelError(f"`{self.name}` reads no images: use a model that does (LLaVA), or leave out the column")
-        read = self.tokens.prompts if column == "prompt" else self.tokens.conversations
-        return self._examples(read(rows[column][:], self.room), rows)
+        turn = column == "messages"
+        read = self.tokens.conversations if turn else self.tokens.prompts
+        return self._examples(read(rows[column][:], self.room), rows, turn)
 
-    def _examples(self, prompts: Sequence[tuple[list[int], bool]], rows: datasets.Dataset) -> Examples:
+    def _examples(
+        self, prompts: Sequence[tuple[list[int], bool]], rows: datasets.Dataset, turn: bool = False
+    ) -> Examples:
+        for prompt, _ in prompts:
+            check_ids(self.tokens.tokenizer, prompt, self._embedded, self.name)
         return [
             {
                 "input_ids": prompt,
-                "answer": self.tokens.answer(self.labels[y], blank),
+                "answer": self.tokens.answer(self.labels[y], blank, turn),
                 "blank": blank,
+                "turn": turn,
                 "label": y,
                 "id": i,
             }
@@ -197,13 +210,13 @@ class LanguageBackbone(Backbone):
         read = PromptsRead(self.model, self._inputs(examples), self.start)
         if not read.continues:
             return torch.stack([self._alone(examples, c) for c in classes], 1)
-        options = [[self.tokens.answer(self.labels[c], e["blank"]) for c in classes] for e in examples]
+        options = [[self.tokens.answer(self.labels[c], e["blank"], e["turn"]) for c in classes] for e in examples]
         longest = max(len(answer) for row in options for answer in row)
         padded = torch.tensor([[[*a, *[IGNORED] * (longest - len(a))] for a in row] for row in options])
         return read.log_likelihoods(padded.to(read.next.device), rows=2 * len(examples))
 
     def _alone(self, examples: Examples, c: int) -> Tensor:
-        answers = [self.tokens.answer(self.labels[c], e["blank"]) for e in examples]
+        answers = [self.tokens.answer(self.labels[c], e["blank"], e["turn"]) for e in examples]
         return super().read([{**e, "answer": a} for e, a in zip(examples, answers, strict=True)])[:, 0]
 
     @torch.inference_mode()
@@ -214,8 +227,7 @@ class LanguageBackbone(Backbone):
             return [text for batch in batches for text in self._answers(batch)]
 
     def _answers(self, examples: Examples) -> list[str]:
-        end, pad = self.tokens.end, self.tokens.pad
-        tokens = generate(self.model, self._inputs(examples), self.start, end, pad, self.longest)
+        tokens = generate(self.model, self._inputs(examples), self.start, self.ends, self.tokens.pad, self.longest)
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
     def _inputs(self, examples: Examples) -> dict[str, Tensor]:
