@@ -35,6 +35,7 @@ class Opening(Learned):
             raise StreamError(f"stream `{stream.name}` has no task")
         self.backbone, self._predicts = self._load_backbone(stream.modality), None
         self._check_heads(self.backbone, stream.captions)
+        self.recipe.tuner.check(self.backbone.model)
         for each in stream:  # before anything is written
             own_settings(self.training, each)
         run = Run.open(self.path, self.config(stream))

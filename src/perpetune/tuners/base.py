@@ -18,6 +18,13 @@ class Tuner:
     trains: bool = True
     wraps_model: bool = True  # False: what is kept lives on the backbone itself
 
+    def check(self, model: nn.Module) -> None:
+        """Before anything is learned or written: whether `attach` will find on the model what it needs.
+
+        Raises:
+            ModelError: it will not.
+        """
+
     def attach(self, model: nn.Module) -> nn.Module:
         """The model with exactly this tuner's parameters trainable (the same object, or a wrapper around it)."""
         raise NotImplementedError
