@@ -18,6 +18,7 @@ from ..streams.task import Modality
 from .tokenizer_check import check_ids, embedding_rows, spare_token
 
 Pooling = Literal["mean", "cls", "last", "pooler"]
+Reads = Literal["features", "answers", "pairs"]
 Examples = list[dict[str, Any]]
 Features = Callable[..., Tensor]  # see `Backbone.features`
 
@@ -29,10 +30,14 @@ class Backbone(nn.Module):
     the right, whatever the tokenizer says: positions that are counted from the left must not count padding.
 
     Attributes:
+        offers: what heads can read of it, see `Head.reads`.
+        network: whether there are weights that could be tuned and exported.
         pads_all: texts are all padded to `max_length`, for models that read their padding (see `settle_padding`).
     """
 
-    pads_all = False
+    offers: tuple[Reads, ...] = ("features",)
+    network: bool = True
+    pads_all: bool = False
 
     def __init__(
         self,
@@ -56,6 +61,13 @@ class Backbone(nn.Module):
         self._reads = inspect.signature(model.forward).parameters
         self.fingerprint = fingerprint(model)
         self.version = 0  # counted up by whoever changes weights, so that features can be cached
+
+    def open_for(self, heads: Sequence[Any], labels: Sequence[str], trained: Any = None) -> None:
+        """Prepare what heads read of it.
+
+        Args:
+            heads: `Head`s; labels: the label texts of all classes (C); trained: the head whose loss is trained with.
+        """
 
     def weights_changed(self) -> bool:
         """Whether any weight or buffer differs from what was loaded."""
