@@ -16,6 +16,7 @@ from ..runs.result import JOINED, NO_READING
 from ..streams import Stream, fingerprint
 from .setup import Setup, task_settings
 from .state import LearnerState
+from .training_settings import check_training
 
 
 class Opened(NamedTuple):
@@ -47,7 +48,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     setup.fit_heads(backbone, stream.captions)
     setup.recipe.tuner.check(backbone.model)
     for each in stream:  # before anything is written
-        task_settings(setup.training, each)
+        check_training(task_settings(setup.training, each), backbone)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
         whole = stream.numbered(read_config(setup.path)["stream"]["labels"])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.errors import ModelError
 from ..core.tensors import relative_change
@@ -139,6 +140,15 @@ class Backbone(nn.Module):
         if not self._takes("attention_mask"):
             inputs.pop("attention_mask", None)
         return pool(self.model(**inputs), mask, self.pooling)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As any module, but running statistics (BatchNorm) stay what pre-training made them: no rule sees them move,
+        and no adapter could be taken out of them again."""
+        super().train(mode)
+        for module in self.model.modules() if mode else ():
+            if isinstance(module, _NormBase) and module.track_running_stats:
+                module.eval()
+        return self
 
     @torch.inference_mode()
     def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
