@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.environment import versions
 from ..core.errors import RunError, StreamError
+from ..heads import OwnClassifierHead
 from ..runs.commit import active, reverted
 from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
@@ -47,6 +48,11 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     backbone = setup.load_backbone(stream.modality)
     setup.fit_heads(backbone, stream.captions)
     setup.recipe.tuner.check(backbone.model)
+    if backbone.left_out and not any(isinstance(head, OwnClassifierHead) for head in setup.recipe.heads):
+        setup.progress.say(
+            f"`{backbone.name}` was fine-tuned as a classifier of {', '.join(backbone.left_out[:5])}: this head is "
+            "left out, and the recipe's is trained; to go on from its rows, choose heads: [own_classifier]"
+        )
     for each in stream:  # before anything is written
         check_training(task_settings(setup.training, each), backbone)
     run = Run.open(setup.path, setup.config(stream, backbone))

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..streams.task import Modality
+from .classifier import Classifier
 from .tokenizer_check import check_ids, embedding_rows, spare_token
 
 Pooling = Literal["mean", "cls", "last", "pooler"]
@@ -34,11 +35,15 @@ class Backbone(nn.Module):
         offers: what heads can read of it, see `Head.reads`.
         network: whether there are weights that could be tuned and exported.
         pads_all: texts are all padded to `max_length`, for models that read their padding (see `settle_padding`).
+        left_out: what the classes of the model's own head are called, which is not read; nothing where it has none.
+        classifier: reads that head, see `load_classifier`.
     """
 
     offers: tuple[Reads, ...] = ("features",)
     network: bool = True
     pads_all: bool = False
+    left_out: tuple[str, ...] = ()
+    classifier: Callable[[], Classifier] | None = None
 
     def __init__(
         self,
@@ -107,6 +112,16 @@ class Backbone(nn.Module):
                 example.update({name: [nothing.get(name, 0)] for name in example})
             check_ids(self.processor, example["input_ids"], self._embedded, self.name)
         return found
+
+    def samples(self) -> Examples:
+        """Two inputs of no task, a short one and a longer one, for checks."""
+        if self.modality == "image":
+            from PIL import Image
+
+            pictures = [Image.radial_gradient("L"), Image.linear_gradient("L")]
+            return [{"pixel_values": pixels, "label": 0, "id": ""} for pixels in self._pixels(pictures)]
+        texts = ["the", "the parcel came late and so they asked for a refund"]
+        return self.prepare(datasets.Dataset.from_dict({"text": texts, "label": [0, 0], "id": ["", ""]}))
 
     def _takes(self, name: str) -> bool:
         """Whether the model reads an input of this name; token types only where it has more than one of them."""
@@ -230,6 +245,16 @@ class Backbone(nn.Module):
             )
         rows = datasets.Dataset.from_dict({"text": list(texts), "label": [0] * len(texts), "id": [""] * len(texts)})
         return self.features(self.prepare(rows), batch_size)
+
+    def own_head(self) -> Classifier:
+        """The head of a model that was fine-tuned as a classifier. The model must be untouched.
+
+        Raises:
+            ModelError: see `load_classifier`.
+        """
+        if self.classifier is None:
+            raise ModelError(f"`{self.name}` has no classifier's head of its own: use the head linear")
+        return self.classifier()
 
     def save_processors(self, folder: str) -> None:
         """Write the tokenizer or image processor beside an exported model."""

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import nn
 from ..core.errors import ConfigError, ModelError, first_line
 from ..streams.task import Modality
 from .backbone import Backbone, Pooling
+from .classifier import classifier_labels, load_classifier
 from .dual_encoder import DualBackbone, is_dual
 from .language_model import LanguageBackbone
 from .tokenizer_check import check_causal, check_vocabulary, embedding_rows, longest_text, settle_padding
@@ -106,6 +108,8 @@ def load_backbone(
     )
     if modality == "text":
         settle_padding(backbone)
+    backbone.left_out = classifier_labels(config)
+    backbone.classifier = partial(load_classifier, backbone, source, trust)
     return backbone
 
 

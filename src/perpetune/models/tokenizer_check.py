@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from torch import nn
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from .language_model import LanguageBackbone
 
 ROUNDING = 1e-3  # far above that of fp32 (1e-6), far below what a position or a read padding token changes (0.01 to 1)
-_TEXTS = ("the", "the parcel came late and so they asked for a refund")
 
 
 def first_position(model: nn.Module) -> int:
@@ -101,11 +99,10 @@ def settle_padding(backbone: Backbone) -> None:
     Raises:
         ModelError: the model cannot read a text, gives what is not finite, or answers by what else is in the batch.
     """
-    rows = datasets.Dataset.from_dict({"text": list(_TEXTS), "label": [0, 0], "id": ["", ""]})
     training = backbone.model.training
     for backbone.pads_all in (False, True):
         try:
-            examples = backbone.prepare(rows)
+            examples = backbone.samples()
             alone, together = (backbone.features(examples, size) for size in (1, 2))
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             raise ModelError(

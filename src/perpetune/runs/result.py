@@ -220,9 +220,8 @@ class Result:
         lines += [self._promise(*key, found) for key, found in promises.items()]
         broken = [name for (_, name), found in promises.items() if not all(g["holds"] for g in found)]
         if broken:
-            lines.append(
-                f"BROKEN PROMISE: {'; '.join(dict.fromkeys(broken))}: do not use or export this model before you know why"
-            )
+            what = "; ".join(dict.fromkeys(broken))
+            lines.append(f"BROKEN PROMISE: {what}: do not use or export this model before you know why")
         return "\n".join(lines)
 
     def _promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
