@@ -174,7 +174,7 @@ def check_training(settings: dict[str, Any], backbone: Backbone) -> None:
     _check_integrations(arguments)
     _check_model(arguments, backbone)
     with one_line(f"optim `{getattr(arguments.optim, 'value', arguments.optim)}`"):
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, backbone)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, backbone)  # type: ignore[arg-type]
         options = {k: v for k, v in options.items() if k not in ("params", "model", "optimizer_dict")}
         optimizer = kind([nn.Parameter(torch.zeros(2, 2))], **options)
     with one_line(f"lr_scheduler_type `{getattr(arguments.lr_scheduler_type, 'value', '')}`"):

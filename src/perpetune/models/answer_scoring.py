@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..core.errors import ModelError
+from .pooling import pool
 from .tokenizer_check import first_position
 
 Read = Literal["options", "generate"]  # how answers are read: scored, or generated
@@ -87,6 +89,19 @@ class PromptsRead:
         return (log_p_of(logits, tokens[:, 1:]) * known[:, 1:]).sum(1).unflatten(0, (N, g))
 
 
+def mean_state(model: Any, inputs: dict[str, Tensor], start: int | None) -> Tensor:
+    """Last hidden states of prompts, of the encoder where there is one, averaged over their tokens (N x width)."""
+    mask = inputs["attention_mask"]
+    if start is None:
+        extra = {**positions(model, inputs), **last_logits(model, 1)}
+        hidden = model(**inputs, **extra, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    else:
+        first = torch.full((len(mask), 1), start, device=mask.device)
+        hidden = model(**inputs, decoder_input_ids=first, use_cache=False).encoder_last_hidden_state
+    hidden = hidden[:, -mask.shape[1] :]  # without virtual tokens in front
+    return pool(BaseModelOutput(last_hidden_state=hidden), mask, "mean")
+
+
 def log_p_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[token], in fp32 at least: (... x T x V), (... x T) -> (... x T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -115,6 +130,27 @@ def last_logits(model: Any, count: int) -> dict[str, int]:
 def _takes(model: Any, name: str) -> bool:
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(plain.forward).parameters
+
+
+def start_token(config: Any, name: str) -> int | None:
+    """The token with which the answers of an encoder-decoder model start; None for a decoder.
+
+    Raises:
+        ModelError: its configuration does not say.
+    """
+    if not config.is_encoder_decoder:
+        return None
+    start = getattr(config, "decoder_start_token_id", None)
+    start = config.get_text_config(decoder=True).bos_token_id if start is None else start
+    if start is None:
+        raise ModelError(f"`{name}` does not say how its answers start: set decoder_start_token_id")
+    return start
+
+
+def stop_tokens(model: Any, *own: int) -> tuple[int, ...]:
+    """Tokens with which a generated answer may end: these, and those that the model's generation settings name."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(dict.fromkeys([*own, *([named] if isinstance(named, int) else named or [])]))
 
 
 def generate(

@@ -17,12 +17,11 @@ from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..streams.task import Modality
 from .classifier import Classifier
+from .pooling import Pooling, pool
 from .tokenizer_check import check_ids, embedding_rows, spare_token
 
-Pooling = Literal["mean", "cls", "last", "pooler"]
 Reads = Literal["features", "answers", "pairs"]
 Examples = list[dict[str, Any]]
-Features = Callable[..., Tensor]  # see `Backbone.features`
 
 
 class Backbone(nn.Module):
@@ -87,7 +86,7 @@ class Backbone(nn.Module):
                 raise ModelError(
                     f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}"
                 )
-            inputs = self._tokens(*(list(rows[c]) for c in columns))
+            inputs = self._tokenised(*(list(rows[c]) for c in columns))
         else:
             if "image" not in rows.column_names:
                 raise ModelError(
@@ -96,7 +95,7 @@ class Backbone(nn.Module):
             inputs = [{"pixel_values": pixels} for pixels in self._pixels(rows["image"])]
         return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"], rows["id"], strict=True)]
 
-    def _tokens(self, *texts: list[str]) -> Examples:
+    def _tokenised(self, *texts: list[str]) -> Examples:
         """Texts, or pairs of texts, as token ids with what else the model reads of them.
 
         Raises:
@@ -221,12 +220,31 @@ class Backbone(nn.Module):
         """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features."""
         return self.features(examples, batch_size, advance)
 
-    def about(self, classes: Sequence[int]) -> Features:
-        """`features`, as far as a choice among these classes needs them: here always all."""
-        return self.features
+    def outputs(
+        self,
+        examples: Examples,
+        batch_size: int,
+        advance: Callable[[int], None] = lambda n: None,
+        classes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What heads read of all examples in their order (N x width, fp32, CPU): here their features.
+
+        Args:
+            classes: among which a choice is to be made, where it depends on them.
+        """
+        return self.features(examples, batch_size, advance)
+
+    def responses(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """Of a language model: log p(response | prompt) of the examples' own responses and the numbers of their tokens
+        (N x 2, fp32, CPU)."""
+        raise ModelError(f"`{self.name}` answers no prompts")
+
+    def answers(self, examples: Examples, batch_size: int) -> list[str]:
+        """Of a language model: greedily generated answers."""
+        raise ModelError(f"`{self.name}` answers no prompts")
 
     def holds(self, features: Tensor, classes: Sequence[int]) -> bool:
-        """Whether features say what a choice among these classes needs."""
+        """Whether outputs tell what a choice among these classes needs."""
         return True
 
     def change(self, new: Tensor, old: Tensor) -> float:
@@ -259,25 +277,6 @@ class Backbone(nn.Module):
     def save_processors(self, folder: str) -> None:
         """Write the tokenizer or image processor beside an exported model."""
         self.processor.save_pretrained(folder)
-
-
-def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """(N x tokens x width) to (N x width)."""
-    if pooling == "pooler":
-        if getattr(output, "pooler_output", None) is None:
-            raise ModelError("this model has no pooler: choose pooling mean, cls or last")
-        return output.pooler_output
-    hidden = output.last_hidden_state
-    if pooling == "cls":
-        return hidden[:, 0]
-    if attention_mask is None:
-        return hidden.mean(1) if pooling == "mean" else hidden[:, -1]
-    if pooling == "mean":
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (attention_mask * positions).argmax(1)  # right with padding on either side
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 def fingerprint(model: nn.Module) -> str:

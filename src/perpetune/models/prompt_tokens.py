@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..core.errors import ModelError
 from ..streams.passage import BEGIN, mark, unmark
 
@@ -143,6 +146,17 @@ class PromptTokenizer:
             self._answers[key] = tuple(token for token, (_, to) in pairs if to > len(before))
         return (*self._answers[key], self.turn_end if turn else self.end)
 
+    def halves(self, texts: Sequence[str], room: int, longest: int) -> list[dict[str, Any]]:
+        """Of each text the first half of its words as the prompt, and up to `longest` tokens of the rest as the answer,
+        without an end."""
+        words = [text.split(" ") for text in texts]
+        prompts = self.prompts([" ".join(w[: len(w) // 2]) for w in words], room)
+        rest = [self.answer(" ".join(w[len(w) // 2 :]))[:-1] for w in words]
+        return [
+            {"input_ids": prompt, "answer": tokens[:longest], "label": 0}
+            for (prompt, _), tokens in zip(prompts, rest, strict=True)
+        ]
+
 
 def _middle(passage: list[int], count: int) -> set[int] | None:
     """`count` positions from the middle of the passage; None if it has not so many."""
@@ -152,3 +166,10 @@ def _middle(passage: list[int], count: int) -> set[int] | None:
         return None
     first = (len(passage) - count) // 2
     return set(passage[first : first + count])
+
+
+def pad_rows(sequences: list[list[int]], value: int, left: bool) -> Tensor:
+    """Sequences of any lengths as rows (N x longest)."""
+    longest = max(map(len, sequences))
+    blanks = [[value] * (longest - len(s)) for s in sequences]
+    return torch.tensor([[*b, *s] if left else [*s, *b] for s, b in zip(sequences, blanks, strict=True)])

@@ -33,7 +33,7 @@ def longest_text(model: Any, config: Any) -> int | None:
 def _padded_positions(model: nn.Module) -> list[tuple[int, int]]:
     """(rows, padding_idx) of position embeddings that start behind a padding index."""
     return [
-        (len(module.weight), int(module.padding_idx))  # type: ignore[arg-type]
+        (len(module.weight), int(module.padding_idx))
         for name, module in model.named_modules()
         if "position" in name.rpartition(".")[2]
         and getattr(module, "padding_idx", None) is not None

@@ -1,26 +1,20 @@
 """A finished task on disk."""
 
 from __future__ import annotations
-import contextlib
-import errno
+
 import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import datasets
-import yaml
-from safetensors import SafetensorError
+import numpy as np
 from torch import Tensor
+
 from ..core.errors import ConfigError, RunError, nearest
 from ..core.files import file_digest
-
 
 MANIFEST = "commit.json"
 
@@ -63,6 +57,12 @@ class Commit:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
+
+        return load_file(self._checked(name))
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The tensors of a file, which must be of kinds that numpy knows."""
+        from safetensors.numpy import load_file
 
         return load_file(self._checked(name))
 

@@ -1,28 +1,25 @@
 """The run directory: one configuration, one journal, and a commit for every finished task."""
 
 from __future__ import annotations
+
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-import datasets
+
 import yaml
-from safetensors import SafetensorError
-from torch import Tensor
-from ..core.errors import ConfigError, RunError, nearest
-from ..core.files import writing, write_text, write_file, sync, plain, file_digest
+from filelock import FileLock, Timeout
+
+from ..core.errors import RunError
+from ..core.files import file_digest, plain, sync, write_file, write_text, writing
 from .commit import MANIFEST, Commit, mend
 from .config_check import check_same
-
 
 CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 
@@ -30,7 +27,7 @@ CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 class Run:
     """One run directory, written by one process at a time."""
 
-    def __init__(self, path: Path, lock: Any) -> None:
+    def __init__(self, path: Path, lock: FileLock | None) -> None:
         self.path = path
         self._lock = lock
         folders = (path / COMMITS).iterdir() if (path / COMMITS).is_dir() else ()
@@ -133,7 +130,7 @@ class Run:
 
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
 
 def _learned(path: Path) -> bool:
@@ -197,17 +194,21 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def _lock(path: Path) -> Any:
-    lock = open(path / ".lock", "w")  # noqa: SIM115  held as long as the run
+def _lock(path: Path) -> FileLock:
+    """The lock of a run, held until it is released or its process ends, however it ends.
+
+    Raises:
+        RunError: another process holds it, or the file system has no locks.
+    """
+    lock = FileLock(path / ".lock", blocking=False, thread_local=False)  # whichever thread closes the run releases it
     try:
-        import fcntl
-    except ImportError:
-        return lock  # no advisory locks on this platform
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
+        lock.acquire()
+    except Timeout as error:
         raise RunError(
             f"{path} is in use by another process: wait for it, or give another directory (--out)"
         ) from error
+    except OSError as error:
+        if error.errno == errno.ENOLCK:
+            raise RunError(f"{path} lies on a disk that cannot lock files: give another directory (--out)") from error
+        raise
     return lock

@@ -33,6 +33,8 @@ class Task:
             for every task keeps one for both.
         captions: whether the label texts are captions, each of an image or few.
         training: settings of `transformers.TrainingArguments` that are its own, over those of the run.
+        metric: of free texts, how a generated answer is scored beside the response of its row (see `metrics.text`);
+            such a task has no classes, its rows have `response` (str) and the label -1. None: responses are classes.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Task:
     reopens: str | None = None
     captions: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
+    metric: str | None = None
 
     @property
     def candidates(self) -> tuple[int, ...]:
