@@ -41,6 +41,13 @@ class Tuner:
     trains: bool = True
     wraps_model: bool = True  # False: what is kept lives on the backbone itself
 
+    def check(self, model: nn.Module) -> None:
+        """Before anything is learned or written: whether `attach` will find on the model what it needs.
+
+        Raises:
+            ModelError: it will not.
+        """
+
     def own_backbone(self, modality: Modality) -> Backbone | None:
         """What takes the place of a pre-trained model; None where there is one to tune."""
         return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import ModelError, first_line
 from ..core.measurement import Measurement
 from .base import Additive, Change, Multiplicative, Tuner
+from .shared_weights import refuse_shared
 from .targets import KEY_VALUE_FFN, ends_with, feed_forward_outputs, resolve_targets
 
 BESIDE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # values of init_lora_weights, beside true and false
@@ -33,14 +34,16 @@ class PeftTuner(Tuner):
         self.config = config
         self._adds: dict[type, bool] = {}  # by kind of layer
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def check(self, model: nn.Module) -> None:
         """
         Raises:
             ModelError: the model has no module of the targeted name; the message names those that it has. Or a part of
-                it is called as the adapter would be.
+                it is called as the adapter would be, or what is targeted shares its weight with what is not.
         """
-        import peft
+        self._resolved(model)
 
+    def _resolved(self, model: nn.Module) -> Any:
+        """The configuration with the names of this model."""
         from .peft_plugin import check_adapter_name
 
         check_adapter_name(model, "default")
@@ -49,6 +52,17 @@ class PeftTuner(Tuner):
             config.target_modules = resolve_targets(model, config.target_modules)
         if getattr(config, "feedforward_modules", None) == KEY_VALUE_FFN:
             config.feedforward_modules = feed_forward_outputs(model)
+        refuse_shared(model, config)
+        return config
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """
+        Raises:
+            ModelError: see `check`; or peft refuses the configuration.
+        """
+        import peft
+
+        config = self._resolved(model)
         model.requires_grad_(False)
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is about to change
             warnings.simplefilter("ignore", FutureWarning)
