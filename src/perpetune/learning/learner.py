@@ -163,10 +163,13 @@ class Learner:
     def heads(self) -> tuple[Head, ...]:
         return self.recipe.heads
 
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-        return self.setup.path
+    path = property(lambda self: self.setup.path, doc="The run directory.")
+    model_name = property(lambda self: self.setup.model, doc="Hub id or folder of the base model.")
+    training = property(lambda self: self.setup.training, doc="Complete training settings.")
+    seed = property(lambda self: self.setup.seed, doc="Decides everything random.")
+    device = property(lambda self: self.setup.device, doc="Where the model is trained and predicts.")
+    progress = property(lambda self: self.setup.progress, doc="The display.")
+    evaluate_every = property(lambda self: self.setup.evaluate_every, doc="See the constructor.")
 
     # ---- learning ----
 
