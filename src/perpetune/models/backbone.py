@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.errors import ModelError
 from ..core.tensors import relative_change
+from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 from .classifier import Classifier
 from .pooling import Pooling, pool
@@ -130,8 +131,8 @@ class Backbone(nn.Module):
 
     def _pixels(self, images: Sequence[Any]) -> Tensor:
         channels = getattr(self.model.config, "num_channels", 3)
-        mode = {1: "L", 3: "RGB"}[channels]
-        pictures = [image.convert(mode) for image in images]
+        mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
+        pictures: list[Any] = [eight_bits(image, mode) for image in images]
         if channels == 1:  # processors expect a channel axis that PIL's mode L does not have
             import numpy as np
 
