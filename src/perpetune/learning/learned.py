@@ -98,7 +98,7 @@ class Learned:
     def open(cls: type[Opened], run: str | Path, **options: Any) -> Opened:
         """The learner of a finished run, ready to predict and export.
 
-        A run with pieces of one's own: import their module first, or give `recipe` (docs/own_pieces.md).
+        A run with pieces of one's own: import their module first, or give `recipe` (docs/how-to/own-rule.md).
 
         Raises:
             RunError: no run is there, it is damaged, or its base model is another one now.
