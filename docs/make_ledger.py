@@ -115,7 +115,11 @@ def ledger() -> str:
     for title in ("metrics", "models"):
         lines += [f"## {title.capitalize()}", "", "| what | tests |", "| --- | --- |"]
         lines += [f"| {name} | {tests(names)} |" for name, names in data[title].items()] + [""]
-    lines += ["## Published configurations", "", "None of them was run at its published size. Tests read every one, build"]
+    lines += [
+        "## Published configurations",
+        "",
+        "None of them was run at its published size. Tests read every one, build",
+    ]
     lines += [f"its stream, and run those of text on tiny models: {tests(data['configurations'])}.", ""]
     lines += [*configurations(), "", "## Tables", "", "| table | command |", "| --- | --- |"]
     made = sorted({entry for found in tables().values() for entry in found})

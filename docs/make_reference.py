@@ -42,7 +42,6 @@ API = {
     "errors": ("Errors and measurements", "What a user can mend, and what was measured of a promise.", ("core",)),
 }
 PIECES = ("rules", "tuners", "consolidations", "routers", "heads", "streams", "benchmarks")
-LAID, SITE = ROOT / "build" / "docs", ROOT / "site"
 SHIM = "https://unpkg.com/iframe-worker/shim"
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
@@ -229,22 +228,23 @@ def pages() -> dict[str, str]:
     return made
 
 
-def lay() -> None:
+def lay(folder: Path) -> None:
     """All pages, written by hand and made here, into the folder that the site is built from."""
-    shutil.rmtree(LAID, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", LAID, ignore=shutil.ignore_patterns("*.py", "*.json", "__pycache__"))
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(
+        ROOT / "docs", folder, ignore=shutil.ignore_patterns("*.py", "*.json", "ledger.yaml", "__pycache__")
+    )
     for path, text in pages().items():
-        (LAID / path).parent.mkdir(exist_ok=True)
-        (LAID / path).write_text(text, encoding="utf-8")
+        (folder / path).write_text(text, encoding="utf-8")
 
 
-def sew() -> None:
+def sew(site: Path) -> None:
     """Every page of the site takes the shim of its search from the site itself, not from a host outside."""
-    for page in SITE.rglob("*.html"):
-        up = "../" * (len(page.relative_to(SITE).parts) - 1)
+    for page in site.rglob("*.html"):
+        up = "../" * (len(page.relative_to(site).parts) - 1)
         text = page.read_text(encoding="utf-8")
         page.write_text(text.replace(SHIM, f"{up or './'}vendor/iframe-worker.js"), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sew() if "--sew" in sys.argv else lay()
+    sew(ROOT / "site") if "--sew" in sys.argv else lay(ROOT / "build" / "docs")

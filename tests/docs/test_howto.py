@@ -57,7 +57,9 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with every stream that a page names."""
     texts(tmp_path / "my_tasks")
-    shops = [{"text": f"{c} {i}", "label": c, "shop": "ab"[i % 2]} for c in ("red", "blue", "old", "new") for i in range(8)]
+    shops = [
+        {"text": f"{c} {i}", "label": c, "shop": "ab"[i % 2]} for c in ("red", "blue", "old", "new") for i in range(8)
+    ]
     rows(tmp_path / "tickets.jsonl", shops)
     for i in "ab":
         pairs = [{"prompt": f"{i}: capital number {n}", "response": "ab"[n % 2]} for n in range(4)]
@@ -66,7 +68,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for label in (f"stop {i}", f"go {i}"):
                 pictures(tmp_path / "signs" / i / split / label, 3)
             pictures(tmp_path / "questions" / i / "images", 4)
-            asked = [{"image": f"images/{n}.png", "question": "which sign?", "answer": f"{i} {n % 2}"} for n in range(4)]
+            asked = [
+                {"image": f"images/{n}.png", "question": "which sign?", "answer": f"{i} {n % 2}"} for n in range(4)
+            ]
             rows(tmp_path / "questions" / i / f"{split}.jsonl", asked)
     monkeypatch.chdir(tmp_path)
     return tmp_path
