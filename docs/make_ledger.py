@@ -27,10 +27,10 @@ KEYS = ("promise", "held_by", "equation", "compared")
 FOR_ALL = "learning/test_learner.py::test_every_recipe_learns_predicts_and_opens_again"
 START = f"""# Ledger
 
-What stands behind each recipe: the tests that hold it to its promise, the tests that hold it to its equation, the code that it was
-compared with, and the tables in which it stands. `python docs/make_ledger.py` makes this page from `docs/ledger.yaml`, checks that
-every test exists, and reads the tables. One more test runs every recipe but `pixels_ridge` and `frozen_label_text`, opens the run
-again and compares the predictions: `tests/{FOR_ALL}`.
+What stands behind each recipe: the tests that hold it to its promise, the tests that hold it to its equation, the code
+that it was compared with, and the tables in which it stands. `python docs/make_ledger.py` makes this page from
+`docs/ledger.yaml`, checks that every test exists, and reads the tables. One more test runs every recipe but
+`pixels_ridge` and `frozen_label_text`, opens the run again and compares the predictions: `tests/{FOR_ALL}`.
 """
 
 

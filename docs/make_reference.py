@@ -53,7 +53,7 @@ TITLES = {
     "2103.09762": "Gradient Projection Memory for Continual Learning (GPM)",
     "2106.09685": "LoRA: Low-Rank Adaptation of Large Language Models",
     "2106.10199": "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
-    "2109.05687": "Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning (Child-Tuning)",
+    "2109.05687": "Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning",
     "2110.04366": "Towards a Unified View of Parameter-Efficient Transfer Learning",
     "2203.05482": "Model soups: averaging weights of multiple fine-tuned models",
     "2203.12119": "Visual Prompt Tuning (VPT)",
@@ -127,20 +127,33 @@ def settings_page() -> str:
     return "\n".join(lines)
 
 
+def _slots(recipe: Any) -> tuple[str, str, str, str]:
+    tuner, consolidation = getattr(recipe.tuner, "config", recipe.tuner), recipe.consolidation
+    router = f" with `{type(consolidation.router).__name__}`" if hasattr(consolidation, "router") else ""
+    return (
+        f"`{type(tuner).__name__}`",
+        ", ".join(f"`{type(rule).__name__}`" for rule in recipe.rules),
+        f"`{type(consolidation).__name__}`{router}",
+        ", ".join(f"`{head.name}`" for head in recipe.heads),
+    )
+
+
 def recipes_page() -> str:
     """Every recipe with its slots, its settings and the whole of its docstring."""
-    lines = ["# Recipes", "", "Made of the table in `perpetune.recipes`; `perpetune list recipes` prints it.", ""]
+    lines = [
+        "# Recipes",
+        "",
+        "Made of the table in `perpetune.recipes`; `perpetune list recipes` prints it. The slots:",
+        "",
+    ]
+    slots = {name: _slots(make()) for name, make in RECIPES.items()}
+    rows = [(f"[`{name}`](#{name})", *parts, ", ".join(papers_of_recipe(name))) for name, parts in slots.items()]
+    lines += map(linked, table(("recipe", "tuner", "rules", "consolidation", "head", "paper"), rows))
     for name, make in RECIPES.items():
         recipe = make()
-        slots = [
-            f"tuner `{type(getattr(recipe.tuner, 'config', recipe.tuner)).__name__}`",
-            "rules " + (", ".join(f"`{type(r).__name__}`" for r in recipe.rules) or "none"),
-            f"consolidation `{type(recipe.consolidation).__name__}`",
-            "head " + ", ".join(f"`{h.name}`" for h in recipe.heads),
-        ]
         doc = linked((inspect.getdoc(make) or "").replace("<", "&lt;"))
         settings = ", ".join(f"`{p.name}={p.default!r}`" for p in inspect.signature(make).parameters.values())
-        lines += [f"## `{name}`", "", doc, "", f"*Slots:* {'; '.join(slots)}.", ""]
+        lines += [f"## `{name}`", "", doc, ""]
         lines += [f"*Settings:* {settings or 'none'}.", ""]
         lines += [f"*Training:* `{recipe.training}`.", ""] if recipe.training else []
     return "\n".join(lines)

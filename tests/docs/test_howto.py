@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from pages import Block, Reader, blocks, call, commands
+from PIL import Image
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = sorted([*(DOCS / "how-to").glob("*.md"), DOCS / "tutorial.md", DOCS / "index.md"])

@@ -1,4 +1,4 @@
-"""Pages say what is true: figures stand in the tables that they name, links lead somewhere, the index knows every paper."""
+"""Pages say what is true: figures stand in the tables that they name, links lead somewhere, no paper is left out."""
 
 from __future__ import annotations
 

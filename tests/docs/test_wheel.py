@@ -1,4 +1,4 @@
-"""The wheel, installed alone in an environment of its own: the command is there, and the data that the package reads."""
+"""The wheel, installed alone in an environment of its own: its command runs, and the data that it reads is there."""
 
 from __future__ import annotations
 
