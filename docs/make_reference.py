@@ -140,12 +140,7 @@ def _slots(recipe: Any) -> tuple[str, str, str, str]:
 
 def recipes_page() -> str:
     """Every recipe with its slots, its settings and the whole of its docstring."""
-    lines = [
-        "# Recipes",
-        "",
-        "Made of the table in `perpetune.recipes`; `perpetune list recipes` prints it. The slots:",
-        "",
-    ]
+    lines = ["# Recipes", "", "Made of the table in `perpetune.recipes`; `perpetune list recipes` prints it.", ""]
     slots = {name: _slots(make()) for name, make in RECIPES.items()}
     rows = [(f"[`{name}`](#{name})", *parts, ", ".join(papers_of_recipe(name))) for name, parts in slots.items()]
     lines += map(linked, table(("recipe", "tuner", "rules", "consolidation", "head", "paper"), rows))
