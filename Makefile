@@ -47,7 +47,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py
-	$(BIN)/zensical build --strict
+	$(BIN)/zensical build --strict --clean
 	$(BIN)/python docs/make_reference.py --sew
 
 clean:

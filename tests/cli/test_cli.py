@@ -9,13 +9,12 @@ import sys
 
 import pytest
 
-from perpetune.cli.app import app as cli
+from perpetune.cli.app import main
 from perpetune.core.errors import ConfigError
 from perpetune.learning.config import CompareConfig, RunConfig, load_config
 from perpetune.metrics.conventions import CONVENTIONS
 from perpetune.metrics.records import read_records
 from perpetune.operations.compare import found_records, head_groups, threads_each, with_controls
-from perpetune.operations.plan import readings
 
 SMALL = ["--epochs", "1", "--batch-size", "8"]
 
@@ -24,7 +23,7 @@ def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["perpetune", *map(str, arguments)])
     code = 0
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         code = int(stop.code or 0)
     out, err = capsys.readouterr()
@@ -137,13 +136,6 @@ def test_plan_says_what_a_run_will_take_and_keeps_nothing(perpetune, tiny_bert, 
     code, printed, _ = perpetune("run", *options, "--plan")
     assert code == 0 and not out.exists()
     assert all(word in printed for word in ("trainable parameters", "memory", "disk", "time", "18 steps"))
-
-
-def test_a_plan_counts_what_is_read_after_a_task():
-    """Of a model that changes with every task: its own, and all where that is due, at the end in any case."""
-    assert readings(4, 1) == [4, 3, 2, 1]
-    assert readings(4, 0) == [2, 2, 2, 1]
-    assert readings(5, 2) == [4, 3, 3, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -14,21 +14,21 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import call
-from test_export import digests
-from test_learner import commits
 
 import perpetune as pt
 from perpetune.consolidation.delta_merge import stored_delta
 from perpetune.consolidation.per_task import PerTask
 from perpetune.deltas.combine import merge
-from perpetune.learning.composition import stale
+from perpetune.learning.export import stale
 from perpetune.operations.diff import difference
 from perpetune.operations.gate import judge
 from perpetune.runs import directory
 from perpetune.runs.commit import active
 from perpetune.runs.directory import Run
 from perpetune.streams import load_again
+from tests.cli.test_cli import call
+from tests.learning.test_export import digests
+from tests.learning.test_learner import commits
 
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
 LORA = peft.LoraConfig(r=2, target_modules=["query", "value"])

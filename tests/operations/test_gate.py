@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from test_cli import call
 
 from perpetune import ConfigError, Result, RunError
 from perpetune.operations.gate import judge
 from perpetune.runs.directory import Run
+from tests.cli.test_cli import call
 
 LABELS = ["a0", "a1", "b0", "b1", "c0", "c1"]
 TASKS = {"old": [0] * 50 + [1] * 50, "mid": [2] * 5 + [3] * 5, "new": [4] * 10 + [5] * 10}

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from perpetune import Learner, Result, load_stream
-from perpetune.operations.gate import judge
 from perpetune.metrics.accuracy import FORMULAS
-from perpetune.runs.result import BEFORE, JOINED
+from perpetune.operations.gate import judge
 from perpetune.runs.directory import Run
+from perpetune.runs.result import BEFORE, JOINED
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 

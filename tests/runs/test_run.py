@@ -13,8 +13,8 @@ import datasets
 import pytest
 import torch
 
-from perpetune.runs import directory
 from perpetune.core.errors import RunError
+from perpetune.runs import directory
 from perpetune.runs.directory import Run, read_config, read_journal
 
 CONFIG = {

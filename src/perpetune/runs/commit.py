@@ -1,26 +1,19 @@
 """A finished task on disk."""
 
 from __future__ import annotations
-import contextlib
-import errno
+
 import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import datasets
-import yaml
-from safetensors import SafetensorError
 from torch import Tensor
+
 from ..core.errors import ConfigError, RunError, nearest
 from ..core.files import file_digest
-
 
 MANIFEST = "commit.json"
 

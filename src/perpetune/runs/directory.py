@@ -1,28 +1,23 @@
 """The run directory: one configuration, one journal, and a commit for every finished task."""
 
 from __future__ import annotations
+
 import contextlib
-import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-import datasets
+
 import yaml
-from safetensors import SafetensorError
-from torch import Tensor
-from ..core.errors import ConfigError, RunError, nearest
-from ..core.files import writing, write_text, write_file, sync, plain, file_digest
+
+from ..core.errors import RunError
+from ..core.files import file_digest, plain, sync, write_file, write_text, writing
 from .commit import MANIFEST, Commit, mend
 from .config_check import check_same
-
 
 CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 

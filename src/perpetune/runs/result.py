@@ -13,8 +13,8 @@ from ..core.errors import ConfigError
 from ..metrics.accuracy import AccuracyMatrix, flips, flips_share, summary
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
-from .directory import Run, read_config, read_journal
 from .commit import Commit, active, reverted
+from .directory import Run, read_config, read_journal
 
 # what was said of the tasks of a commit before they were learned: by the model before, and, of tasks that joined the
 # stream after the first commit, by the untouched one
