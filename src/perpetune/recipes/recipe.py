@@ -21,8 +21,8 @@ from .user_pieces import RESERVED, below, check_fields, check_head, imported, na
 class Recipe:
     """Where the change lives, how steps are shaped, what a finished task leaves behind, how a prediction is read off.
 
-    Every slot takes a piece of your own, too (docs/how-to/own-rule.md). A run that was made with one is opened again where
-    its module is imported already, or with the recipe itself: `Learner.open(run, recipe=recipe)`.
+    Every slot takes a piece of your own, too (docs/how-to/own-rule.md). A run that was made with one is opened again
+    where its module is imported already, or with the recipe itself: `Learner.open(run, recipe=recipe)`.
 
     Args:
         tuner: a `peft.PeftConfig` or one of `perpetune.tuners`.
