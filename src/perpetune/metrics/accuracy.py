@@ -223,7 +223,7 @@ class Flips(NamedTuple):
 def flips(predictions: Predictions, targets: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Flips]:
     """Per task, the examples right at some point since it was learned (any stored one) and wrong at the last.
 
-    What was said of a task before it was learned does not count: right by chance is nothing to be lost.
+    Predictions on a task before it was learned do not count: an example that was right by chance cannot be forgotten.
 
     Args:
         predictions: as for `AccuracyMatrix.from_predictions`; the last entry is the end.
