@@ -195,10 +195,10 @@ def test_options_have_the_likelihood_of_whole_sequences(tiny_lm, kind, prompted)
         model.eval()
     examples = model.prepare(rows(PROMPTS))
     expected = naive(model, examples, range(14))
-    found = model.features(examples, batch_size=2, classes=range(14))
+    found = model.outputs(examples, batch_size=2, classes=range(14))
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(found.argsort(1), expected.argsort(1))
-    some = model.features(examples, batch_size=5, classes=[3, 11])
+    some = model.outputs(examples, batch_size=5, classes=[3, 11])
     assert torch.allclose(some[:, [3, 11]], expected[:, [3, 11]], rtol=1e-5, atol=1e-4)
     assert (some == -torch.inf).sum() == 12 * 5  # what is not asked for is not read
     assert model.holds(some, [3]) and not model.holds(some, [3, 4])
@@ -216,7 +216,7 @@ def test_an_encoder_and_a_decoder_of_two_makes(tiny_bert, tmp_path):
     model = loaded(tmp_path, labels=DBPEDIA)
     assert model.max_length == 64 and model.tokens.end == tokenizer.sep_token_id
     examples = model.prepare(rows(PROMPTS))
-    found = model.features(examples, batch_size=2, classes=range(14))
+    found = model.outputs(examples, batch_size=2, classes=range(14))
     assert torch.allclose(found, naive(model, examples, range(14)), rtol=1e-5, atol=1e-4)
 
 
@@ -226,7 +226,7 @@ def test_options_of_a_model_that_keeps_no_state(tiny_lm, monkeypatch):
     model = loaded(tiny_lm("llama"), labels=DBPEDIA)
     examples = model.prepare(rows(PROMPTS))
     monkeypatch.setattr(PromptsRead, "continues", False)
-    found = model.features(examples, batch_size=5, classes=range(14))
+    found = model.outputs(examples, batch_size=5, classes=range(14))
     assert torch.allclose(found, naive(model, examples, range(14)), rtol=1e-5, atol=1e-5)
 
 
@@ -245,7 +245,7 @@ def test_fourteen_options_are_scored_three_times_faster_than_naively(tiny_lm, ki
             seconds.append(time.perf_counter() - started)
         return min(seconds), result
 
-    fast, found = seconds(lambda: model.features(examples, batch_size=16, classes=range(14)), 6)
+    fast, found = seconds(lambda: model.outputs(examples, batch_size=16, classes=range(14)), 6)
     slow, expected = seconds(lambda: naive(model, examples, range(14)), 2)
     assert torch.equal(found.argmax(1), expected.argmax(1))
     assert slow > 3 * fast, (slow, fast)
@@ -296,7 +296,7 @@ def test_settings_of_the_models_own_do_not_change_an_answer(tiny_lm):
 def test_a_generated_answer_names_the_class_that_it_equals(tiny_lm, monkeypatch):
     model = loaded(tiny_lm("llama"), labels=["Very bad!", "good", "?"], reads=("options", "generate"))
     monkeypatch.setattr(model, "_answers", lambda examples: [" very  BAD", "good.", "goods", ""])
-    found = model.features(model.prepare(rows(["a"] * 4)), 4, classes=[0, 1, 2])
+    found = model.outputs(model.prepare(rows(["a"] * 4)), 4, classes=[0, 1, 2])
     assert found.shape == (4, 4) and found[:, -1].tolist() == [0, 1, -1, -1]
 
 

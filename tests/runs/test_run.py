@@ -190,7 +190,10 @@ def test_other_versions_and_a_longer_stream_are_welcome(tmp_path):
 
 def test_two_processes_cannot_share_a_run(tmp_path):
     run = Run.open(tmp_path / "r", CONFIG)
-    code = "import sys; from perpetune.runs.directory import Run\ntry: Run.open(sys.argv[1], {})\nexcept Exception as e: print(e)"
+    code = (
+        "import sys; from perpetune.runs.directory import Run\n"
+        "try: Run.open(sys.argv[1], {})\nexcept Exception as e: print(e)"
+    )
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], capture_output=True, text=True)
     run.close()
     assert "in use by another process" in found.stdout

@@ -1,6 +1,7 @@
 """What a finished task leaves behind."""
 
-from .base import Consolidation, Step
+from .base import Consolidation, Session
+from .concatenate import Concatenate
 from .continue_ import Continue
 from .delta_merge import SparseSum
 from .joint import Joint
@@ -8,18 +9,21 @@ from .merge import Merge
 from .per_task import PerTask
 from .replay import Replay
 from .stack import Stack
+from .states import PerTaskStates
 
-CONSOLIDATIONS = {c.__name__: c for c in (Continue, Merge, Stack, SparseSum, PerTask, Replay, Joint)}
+CONSOLIDATIONS = {c.__name__: c for c in (Continue, Merge, Stack, SparseSum, PerTask, Concatenate, Replay, Joint)}
 
 __all__ = [
     "CONSOLIDATIONS",
+    "Concatenate",
     "Consolidation",
     "Continue",
     "Joint",
     "Merge",
     "PerTask",
+    "PerTaskStates",
     "Replay",
     "SparseSum",
     "Stack",
-    "Step",
+    "Session",
 ]

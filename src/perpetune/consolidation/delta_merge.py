@@ -19,7 +19,7 @@ from ..deltas.overlap import overlap
 from ..deltas.seeded_mask import SeededMask, tensor_id
 from ..models.backbone import Backbone
 from ..tuners import AllWeights, Tuner
-from .base import Consolidation, Files, Step, StoredFiles
+from .base import Consolidation, Files, Session, StoredFiles
 
 VALUES, SETTINGS = "delta.safetensors", "delta.json"
 
@@ -87,14 +87,14 @@ class SparseSum(Consolidation):
         self._base = _copy(self._state())
         self._deltas = []
 
-    def begin_task(self, step: Step) -> None:
+    def begin_task(self, session: Session) -> None:
         if not self.sequential:
             self._load({})
         self._start = _copy(self._state()) if self.sequential else self._base
         self.backbone.model = self.tuner.attach(self.backbone.model)
 
-    def end_task(self, step: Step) -> None:
-        task = step.tasks[0].name
+    def end_task(self, session: Session) -> None:
+        task = session.tasks[0].name
         tuned = self._tuned()
         dense = [n for n, t in tuned.items() if t.ndim <= 1] if self.vectors == "dense" else []
         taken = {delta.mask.slot for delta in self._deltas}

@@ -12,7 +12,7 @@ from ..core.errors import ConfigError
 from ..core.measurement import Measurement
 from ..models.backbone import Backbone
 from ..tuners import Tuner
-from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
+from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
 
 
 @dataclass
@@ -44,20 +44,20 @@ class Merge(Consolidation):
             )
         super().open(backbone, tuner, labels)
 
-    def begin_task(self, step: Step) -> None:
+    def begin_task(self, session: Session) -> None:
         self.backbone.model = self.tuner.attach(self.backbone.model)
 
-    def end_task(self, step: Step) -> None:
+    def end_task(self, session: Session) -> None:
         self._files = self.tuner.files(self.backbone.model)
         self._kept = self.tuner.guarantee(self.backbone.model, self._base)
-        probe = self._probe(step)
-        unmerged = self.backbone.features(probe, len(probe))
+        probe = self._probe(session)
+        unmerged = self.backbone.outputs(probe, len(probe))
         self._absorb()
-        merged = self.backbone.features(probe, len(probe))
+        merged = self.backbone.outputs(probe, len(probe))
         self._merge_error = self.backbone.change(merged, unmerged)
 
-    def _probe(self, step: Step) -> list:
-        return self.backbone.prepare(step.tasks[0].test.select(range(min(16, len(step.tasks[0].test)))))
+    def _probe(self, session: Session) -> list:
+        return self.backbone.prepare(session.tasks[0].test.select(range(min(16, len(session.tasks[0].test)))))
 
     @torch.no_grad()
     def _absorb(self, scale: float = 1.0) -> None:

@@ -15,6 +15,7 @@ from .linear import LinearHead
 from .prototype import PrototypeHead
 from .ridge import RidgeHead
 from .stateful import OpenedHead
+from .subspaces import SubspaceHead
 from .trained import Classes
 
 
@@ -57,6 +58,7 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
     "ncm_refresh": ncm_refresh,
     "ridge": RidgeHead,
     "ridge_refresh": ridge_refresh,
+    "ease": SubspaceHead,
 }
 
 
@@ -91,5 +93,6 @@ __all__ = [
     "LinearHead",
     "PrototypeHead",
     "RidgeHead",
+    "SubspaceHead",
     "make_head",
 ]

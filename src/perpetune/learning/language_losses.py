@@ -37,7 +37,7 @@ def cross_entropy(responses: Tensor) -> float:
 
 def measured_language(state: LearnerState) -> bool:
     """Whether this is a language model that is one for all tasks."""
-    return "answers" in state.backbone.offers and not state.consolidation.routed
+    return "answers" in state.backbone.offers and state.consolidation.states is None
 
 
 def general_loss(backbone: LanguageBackbone, batch_size: int) -> float | None:

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import torch
 from torch import Tensor
 
+from ..consolidation.states import Reading, only
 from ..core.errors import ConfigError, nearest
 from ..heads import Head
 from ..models.backbone import Examples
 from ..streams.predict_inputs import table
 from .evaluator import best_class
-from .routed_scores import routed_scores
 from .state import LearnerState
 
 
@@ -62,29 +61,31 @@ def scores(state: LearnerState, head: Head, examples: Examples, task: str | None
         task: whose state predicts, where each task has its own; None routes each input.
         allowed: the classes to choose among.
     """
-    backbone, consolidation, size = state.backbone, state.consolidation, state.setup.batch_size
-    if not consolidation.routed:
+    backbone, states, size = state.backbone, state.consolidation.states, state.setup.batch_size
+    if states is None:
         if task is not None:
             raise ConfigError("the model is the same for all tasks: give `classes` to choose among those of one")
-        return head.scores(backbone.about(allowed)(examples, size))
+        return head.scores(backbone.outputs(examples, size, classes=allowed))
 
     @functools.cache
     def routing() -> Tensor:
-        with consolidation.view(None):
+        with states.view(None):
             return backbone.pooled(examples, size)
 
-    def features(view: int | None, rows: Tensor) -> Tensor:
+    def read(view: int | None, rows: Tensor) -> Tensor:
         if view is None:
             return routing()[rows]
-        with consolidation.view(view):
-            return backbone.about(consolidation.task_classes(view))([examples[i] for i in rows.tolist()], size)
+        with states.view(view):
+            chosen = [examples[i] for i in rows.tolist()]
+            return backbone.outputs(chosen, size, classes=states.task_classes(view))
 
+    reading = Reading(len(examples), read)
     if task is None:
-        weights = consolidation.candidates_of(routing())
+        weights = states.weights(reading)
     else:
         learned = list(state.known.tasks)
         if task not in learned:
             raise ConfigError(f"this run has learned no task `{task}`: {nearest(task, learned)}")
-        weights = torch.full((len(examples), len(learned)), -torch.inf)
-        weights[:, consolidation.reads(learned.index(task), len(learned) - 1)] = 0
-    return routed_scores(head, len(state.known.labels), weights, consolidation, features)
+        own = state.consolidation.reads(learned.index(task), len(learned) - 1)
+        weights = only(own, reading.count, len(learned))
+    return states.scores(head, len(state.known.labels), reading, weights)

@@ -18,7 +18,6 @@ from ..streams.task import Modality
 Pooling = Literal["mean", "cls", "last", "pooler"]
 Reads = Literal["features", "answers", "pairs"]
 Examples = list[dict[str, Any]]
-Features = Callable[..., Tensor]  # see `Backbone.features`
 
 
 class Backbone(nn.Module):
@@ -163,12 +162,22 @@ class Backbone(nn.Module):
         """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features."""
         return self.features(examples, batch_size, advance)
 
-    def about(self, classes: Sequence[int]) -> Features:
-        """`features`, as far as a choice among these classes needs them: here always all."""
-        return self.features
+    def outputs(
+        self,
+        examples: Examples,
+        batch_size: int,
+        advance: Callable[[int], None] = lambda n: None,
+        classes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What heads read of all examples in their order (N x width, fp32, CPU): here their features.
+
+        Args:
+            classes: among which a choice is to be made, where it depends on them.
+        """
+        return self.features(examples, batch_size, advance)
 
     def holds(self, features: Tensor, classes: Sequence[int]) -> bool:
-        """Whether features say what a choice among these classes needs."""
+        """Whether outputs tell what a choice among these classes needs."""
         return True
 
     def change(self, new: Tensor, old: Tensor) -> float:

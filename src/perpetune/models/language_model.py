@@ -15,7 +15,7 @@ from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..metrics.text import normalised, rouge_l
 from .answer_scoring import LONGEST, PromptsRead, Read, generate, last_logits, log_p_of, positions
-from .backbone import Backbone, Examples, Features, fingerprint, pool
+from .backbone import Backbone, Examples, fingerprint, pool
 from .prompt_tokens import PromptTokenizer
 
 IGNORED = -100
@@ -24,10 +24,10 @@ IGNORED = -100
 class LanguageBackbone(Backbone):
     """A transformers language model (`model`), decoder or encoder and decoder, and its tokenizer.
 
-    The features of an example are what the model says of answers, read by a `LanguageHead`:
+    The outputs of an example are what the model predicts of answers, read by a `LanguageHead`:
 
     in training    `forward(**inputs)`: log p(response | prompt) and the number of its tokens, (N x 2);
-    when asked     `features`: log p(answer | prompt) of every class, -inf where it was not asked for ("options");
+    when asked     `outputs`: log p(answer | prompt) of every class, -inf where it was not asked for ("options");
                    ROUGE-L of the generated answer to the example's own, where that is measured; and the class that the
                    greedily generated answer names, -1 for none ("generate"): (N x width).
 
@@ -171,11 +171,8 @@ class LanguageBackbone(Backbone):
         log_p = log_p_of(logits, answers.clamp(min=0)) * known
         return torch.stack([log_p.sum(1), known.sum(1).to(log_p)], 1)
 
-    def about(self, classes: Sequence[int]) -> Features:
-        return partial(self.features, classes=classes)
-
     @torch.inference_mode()
-    def features(
+    def outputs(
         self,
         examples: Examples,
         batch_size: int,
@@ -191,7 +188,7 @@ class LanguageBackbone(Backbone):
         return self._read_all(examples, batch_size, advance, partial(self.read, classes=asked))
 
     def read(self, examples: Examples, classes: Sequence[int] = ()) -> Tensor:
-        """See `features`; of one batch, on the CPU."""
+        """See `outputs`; of one batch, on the CPU."""
         out = torch.full((len(examples), self.width), -torch.inf)
         if "options" in self.reads:
             out[:, list(classes)] = self._likelihoods(examples, classes).float().cpu()

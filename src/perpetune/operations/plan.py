@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from scipy.optimize import nnls
 
-from ..consolidation import Step
+from ..consolidation import Session
 from ..core.environment import peak_memory
 from ..learning.learner import Learner
 from ..learning.opening import open_run
@@ -110,7 +110,7 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         fixed = _fixed_bytes(first)
         memory = peak_memory(setup.device)
     sessions = learner.setup.recipe.consolidation.schedule(stream)
-    moves = state.recipe.tuner.trains and not state.consolidation.routed
+    moves = state.recipe.tuner.trains and state.consolidation.states is None
     counts = reads(sessions, learner.setup.evaluate_every, moves)
     steps = sum(step_budget(s, learner.setup.training) for s in sessions) if trainable else 0
     tested, shown = (sum(len(t.test) for t in s) for s in (stream, short))
@@ -131,7 +131,7 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
 # ---- the trial ----
 
 
-def _trial(loop: TaskLoop, session: Step) -> _Trial:
+def _trial(loop: TaskLoop, session: Session) -> _Trial:
     loop.phases = {}
     commit = loop.learn(session)
     stored = commit.tensors("predictions.safetensors")
@@ -191,7 +191,7 @@ def _blocks(rows: datasets.Dataset, batch: int) -> datasets.Dataset:
 # ---- time ----
 
 
-def reads(sessions: Sequence[Step], every: int, moves: bool) -> list[int]:
+def reads(sessions: Sequence[Session], every: int, moves: bool) -> list[int]:
     """Test examples that are read after each session: those of all tasks so far where the model has changed for them
     and all are due, else its own."""
     seen, found = 0, []
@@ -203,7 +203,7 @@ def reads(sessions: Sequence[Step], every: int, moves: bool) -> list[int]:
 
 
 def _seconds(
-    trials: Sequence[_Trial], sessions: Sequence[Step], counts: Sequence[int], learner: Learner, trains: bool
+    trials: Sequence[_Trial], sessions: Sequence[Session], counts: Sequence[int], learner: Learner, trains: bool
 ) -> float:
     warm = trials[1:] if len(trials) > 2 else trials
     index = range(len(trials) - len(warm), len(trials))
@@ -232,7 +232,9 @@ def _fixed_bytes(first: Commit) -> tuple[int, int]:
     return first.size - payload, len(stored) // max(1, len(tasks))
 
 
-def _bytes(trials: Sequence[_Trial], sessions: Sequence[Step], fixed: tuple[int, int], every: int, tested: int) -> int:
+def _bytes(
+    trials: Sequence[_Trial], sessions: Sequence[Session], fixed: tuple[int, int], every: int, tested: int
+) -> int:
     total = fixed[0] + 4 * fixed[1] * tested
     classes: set[int] = set()
     facts = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import ConfigError, nearest
 from ..core.validation import call_checked
-from . import controls, deltas, lora_family, masks, projection, rotations, routing
+from . import controls, deltas, ensembles, lora_family, masks, projection, rotations, routing
 from .recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -54,6 +54,8 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         routing.color_adapted,
         routing.color_oracle,
         routing.routed,
+        ensembles.ease,
+        ensembles.ease_released,
         controls.replay,
         controls.joint,
         controls.frozen_ncm,

@@ -74,7 +74,7 @@ class Recipe:
                     f"{way[given]}: set branch to `{given}`, or use another consolidation"
                 )
         anew = [h.name for h in heads if h.refresh]
-        if anew and self.consolidation.routed:
+        if anew and self.consolidation.states is not None:
             name = anew[0].removesuffix("_refresh")
             raise ConfigError(f"features under a task's own adapter do not grow stale: read `{name}`, not `{anew[0]}`")
         titles = [h.name for h in heads]

@@ -14,10 +14,10 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
-from data import make_runs
 from safetensors.torch import load_file
 
 import perpetune as pt
+from tests.data import make_runs
 
 HERE = make_runs.HERE
 TASKS = make_runs.TASKS
