@@ -19,11 +19,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # a checkout that is not installed has its own pages
 
-import pydantic  # noqa: E402
+from pydantic_core import PydanticUndefined  # noqa: E402
 
 import perpetune  # noqa: E402
 from perpetune.cli.catalogue import catalogue  # noqa: E402
-from perpetune.learning.config import CompareConfig, DriftConfig, RunConfig, StreamConfig  # noqa: E402
+from perpetune.learning.config import settings_reference  # noqa: E402
 from perpetune.recipes import RECIPES  # noqa: E402
 
 # page of the reference -> (title, what it holds, the rooms whose public names stand on it)
@@ -43,7 +43,6 @@ API = {
 }
 PIECES = ("rules", "tuners", "consolidations", "routers", "heads", "streams", "benchmarks")
 SHIM = "https://unpkg.com/iframe-worker/shim"
-LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
 # every paper that a docstring of a recipe or a piece names; a test fails where one is missing
 TITLES = {
@@ -90,40 +89,25 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return lines + [f"| {' | '.join(map(cell, row))} |" for row in rows] + [""]
 
 
-def readable(annotation: Any) -> str:
-    if inspect.isclass(annotation) and annotation.__module__ != "builtins":
-        return annotation.__name__
-    text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
-    text = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda m: m[1].replace(", ", " or "), text)
-    text = re.sub(r"\b(?:typing|perpetune[\w.]*)\.", "", text).replace(" | None", "")
-    return text.removeprefix("Optional[").removesuffix("]") if text.startswith("Optional[") else text
-
-
-def _settings(kind: type[pydantic.BaseModel], skip: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
-    rows = []
-    for name, field in kind.model_fields.items():
-        if name in skip:
-            continue
-        default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
-        limits = [f"{sign} {getattr(m, at)}" for m in field.metadata for at, sign in LIMITS.items() if hasattr(m, at)]
-        note = " ".join(part for part in (field.description or "", f"({', '.join(limits)})" if limits else "") if part)
-        rows.append((f"`{name}`", readable(field.annotation), default, note))
-    return table(("setting", "type", "default", ""), rows)
-
-
 def settings_page() -> str:
-    """Every setting of a configuration file, from the models that check it."""
-    lines = ["# Settings", "", "What a YAML file for `perpetune run` and `perpetune compare` may hold. Options on the"]
-    lines += ["command line have the same meaning and win over the file; `perpetune run --help` lists them.", ""]
-    for title, kind, skip in (
-        ("A run", RunConfig, set()),
-        ("A comparison: the same, and", CompareConfig, set(RunConfig.model_fields)),
-        ("`stream:`", StreamConfig, set()),
-        ("`stream: {drift: …}`", DriftConfig, set()),
-    ):
-        lines += [f"## {title}", "", inspect.getdoc(kind) or "", "", *_settings(kind, skip)]
-    lines += ["`training:` takes the names of `transformers.TrainingArguments` and `head_learning_rate`. `stream:` may"]
-    lines += ["also be one word, the source.", ""]
+    """Every setting, from the models that check it; the options of the command line are made from the same."""
+        default = "" if s.default in (None, PydanticUndefined) else f"`{s.default!r}`"
+        "# Settings",
+        "",
+        "What a YAML file for `perpetune run` and `perpetune compare` may hold. A dot is a level:",
+    ]
+    lines += ["`stream.source` is `source:` under `stream:`. The option on the command line wins over the file.", ""]
+    panels: dict[str, list[tuple[str, ...]]] = {}
+    for s in settings_reference():
+        option = f"`{s.option}`" if s.option else ""
+        only = f" (`{s.commands[0]}` alone)" if len(s.commands) == 1 else ""
+        default = "" if s.default is None or s.default is PydanticUndefined else f"`{s.default!r}`"
+        about = s.description + (f" Example: `{s.example}`." if s.example else "")
+        panels.setdefault(s.panel, []).append((f"`{s.name}`", option + only, s.type, default, about))
+    for panel, rows in panels.items():
+        lines += [f"## {panel}", "", *table(("setting", "option", "type", "default", ""), rows)]
+    lines += ["`stream:` may also be one word, the source. `training:` takes the names of"]
+    lines += ["`transformers.TrainingArguments`, and `head_learning_rate`.", ""]
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from docs import make_reference
+from perpetune.learning.config import settings_reference
 from perpetune.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,8 +63,9 @@ def test_the_index_by_paper_has_a_title_for_every_paper():
 
 def test_the_reference_is_that_of_the_code():
     settings = make_reference.settings_page()
-    assert re.search(r"\| `validation_share` \| float \| `0.0` \| .*\(≥ 0, &lt; 1\) \|", settings)
-    assert "| `source` | str | required |" in settings and "`evaluate_every`" in settings
+    assert "| `stream.validation_share` | `--validation` | number | `0.0` |" in settings
+    assert "| `evaluate_every` | `--evaluate-every` | whole number | `1` |" in settings
+    assert all(f"| `{setting.name}` |" in settings for setting in settings_reference())
     recipes = make_reference.recipes_page()
     assert all(f"## `{name}`\n" in recipes for name in RECIPES)
     assert "[2410.10179](https://arxiv.org/abs/2410.10179)" in recipes and "`strength=0.0001`" in recipes

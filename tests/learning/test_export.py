@@ -24,7 +24,7 @@ from perpetune.deltas.combine import merge
 from perpetune.learning.export import choose, ties
 from perpetune.operations.diff import difference
 from perpetune.runs.directory import Run
-from tests.cli.test_cli import call
+from tests.calling import call
 
 TASKS = ["films", "mood", "news", "games"]
 LEFT = "mood"  # in the middle: two tasks come after it

@@ -26,7 +26,7 @@ from perpetune.runs import directory
 from perpetune.runs.commit import active
 from perpetune.runs.directory import Run
 from perpetune.streams import load_again
-from tests.cli.test_cli import call
+from tests.calling import call
 from tests.learning.test_export import digests
 from tests.learning.test_learner import commits
 
@@ -308,7 +308,7 @@ def test_the_command(ten, four, model, weeks, tmp_path, monkeypatch, capsys):
     code, out, _ = perpetune("report", path)
     assert code == 0 and "taken out: week-01" in out
     page = (path / "report" / "index.html").read_text()
-    assert "Learned and taken out again: <code>week-01</code>" in page
+    assert "Reverted tasks: <code>week-01</code>" in page
     moved = Path(shutil.copytree(weeks, tmp_path / "moved"))
     shutil.rmtree(moved / WEEKS[2])
     old = copied(ten, tmp_path / "b")

@@ -10,7 +10,7 @@ import torch
 from perpetune import ConfigError, Result, RunError
 from perpetune.operations.gate import MAJORITY, NOT_EVALUATED, judge
 from perpetune.runs.directory import Run
-from tests.cli.test_cli import call
+from tests.calling import call
 
 LABELS = ["a0", "a1", "b0", "b1", "c0", "c1"]
 TASKS = {"old": [0] * 50 + [1] * 50, "mid": [2] * 5 + [3] * 5, "new": [4] * 10 + [5] * 10}

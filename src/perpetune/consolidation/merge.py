@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement
+from ..core.tensors import relative_change
 from ..models.backbone import Backbone
 from ..tuners import Tuner
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
@@ -51,10 +52,12 @@ class Merge(Consolidation):
         self._files = self.tuner.files(self.backbone.model)
         self._kept = self.tuner.guarantee(self.backbone.model, self._base)
         probe = self._probe(session)
-        unmerged = self.backbone.outputs(probe, len(probe))
+        free = session.tasks[0].metric is not None
+        read = self.backbone.responses if free else self.backbone.outputs
+        change = relative_change if free else self.backbone.change
+        unmerged = read(probe, len(probe))
         self._absorb()
-        merged = self.backbone.outputs(probe, len(probe))
-        self._merge_error = self.backbone.change(merged, unmerged)
+        self._merge_error = change(read(probe, len(probe)), unmerged)
 
     def _probe(self, session: Session) -> list:
         return self.backbone.prepare(session.tasks[0].test.select(range(min(16, len(session.tasks[0].test)))))

@@ -22,6 +22,7 @@ from .base import Session, StoredFiles
 from .states import Reading
 
 ROUTER = "router.safetensors"
+FREE_TEXT = "\0free text"  # what routers take all free texts of a task for: one class
 BATCH = 64
 Features = Literal["frozen", "first_adapted"]
 
@@ -69,7 +70,7 @@ class PerTask(AdapterPerTask):
 
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         super().open(backbone, tuner, labels)
-        self.router.open(backbone.pooled_width, labels, seed=0)
+        self.router.open(backbone.pooled_width, (*labels, FREE_TEXT), seed=0)
 
     # ---- learning ----
 
@@ -78,7 +79,8 @@ class PerTask(AdapterPerTask):
             rows = session.tasks[0].train
             with self.view(None):
                 seen = self.backbone.pooled(self.backbone.prepare(rows), BATCH)
-            self.router.observe(session.index, seen, torch.tensor(rows["label"]), rows["id"])
+            kinds = torch.tensor(rows["label"])
+            self.router.observe(session.index, seen, kinds.where(kinds >= 0, len(self._labels)), rows["id"])
         if session.index in self.router.known:
             self._files[ROUTER] = self.router.task_state(session.index)
 

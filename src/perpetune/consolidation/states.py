@@ -83,3 +83,18 @@ def only(task: int, count: int, tasks: int) -> Tensor:
     weights = torch.full((count, tasks), -torch.inf)
     weights[:, task] = 0
     return weights
+
+
+def by_likeliest_state(states: PerTaskStates, weights: Tensor, read: Callable[[list[int]], list[str]]) -> list[str]:
+    """Texts for N inputs, each read under the likeliest of the states that it is shown to.
+
+    Args:
+        weights: (N x T); read: texts for some of the inputs, by their indices.
+    """
+    found, route = [""] * len(weights), weights.argmax(1)
+    for t in route.unique().tolist():
+        rows = (route == t).nonzero().flatten().tolist()
+        with states.view(t):
+            for i, text in zip(rows, read(rows), strict=True):
+                found[i] = text
+    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
+from ..core.plugins import with_installed
 from ..core.validation import call_checked
 from .base import Head
 from .contrastive import ContrastiveHead
@@ -74,10 +76,12 @@ def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
     if not isinstance(head, str):
         settings = {**{k: v for k, v in head.items() if k != "type"}, **settings}
     name = head if isinstance(head, str) else str(head.get("type"))
-    makers = {**{type(make()).__name__: make for make in reversed(HEADS.values())}, **HEADS}
+    ours = {**{type(make()).__name__: make for make in reversed(HEADS.values())}, **HEADS}
+    makers = with_installed(ours, name, Head)
     if name not in makers:
         raise ConfigError(f"no head is called `{name}`: {nearest(name, HEADS)}")
-    known = makers[name]().config()
+    parameters = inspect.signature(makers[name]).parameters.values()
+    known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # of torch's Module
     for setting in settings:
         if setting not in known:
             raise ConfigError(f"head `{name}` has no setting `{setting}`: {nearest(setting, known)}")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from ..consolidation import Consolidation, Session
-from ..consolidation.states import PerTaskStates, Reading, only
+from ..consolidation.states import PerTaskStates, Reading, by_likeliest_state, only
 from ..core.progress import Progress
 from ..heads import Head
+from ..metrics.text import graded
 from ..models.backbone import Backbone, Examples
+from ..runs.result import SCORE
 from ..streams import Stream, Task
 
 PROBE = 64  # test examples on which it is seen that the features of an earlier task have not changed
@@ -125,6 +128,17 @@ class Evaluator:
         now = self._read(states, task, self.prepared(task, "test"), own, some)
         self.drift[task.name] = self.backbone.change(now, then)
 
+    def _answers(self, task: Task, states: PerTaskStates | None, weights: Tensor | None) -> list[str]:
+        """Generated answers to the test prompts of a task, each under the likeliest of the states it is shown to."""
+        examples = self.prepared(task, "test")
+        if states is None or weights is None:
+            return self.backbone.answers(examples, self.batch_size)
+
+        def read(rows: list[int]) -> list[str]:
+            return self.backbone.answers([examples[i] for i in rows], self.batch_size)
+
+        return by_likeliest_state(states, weights, read)
+
     def predictions(
         self,
         stream: Stream,
@@ -133,16 +147,17 @@ class Evaluator:
         consolidation: Consolidation,
         tasks: Sequence[Task] | None = None,
     ) -> dict[str, Tensor]:
-        """Predicted classes of every head on tasks of the stream; on those not learned yet, if it can name them.
+        """Predicted classes, or scores of free texts, of every head on tasks of the stream; on those not learned yet,
+        if it can name their classes.
 
         Args:
             session: the session just learned; None for the untouched model.
             tasks: those that are read; None takes all learned so far, or all, for the untouched model.
 
         Returns:
-            `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32, -1 where a head names no class. Where the model
-            has a state for every task: `route/TASK`, the likeliest task of each example, and `asked/TASK`, how many
-            tasks it is shown to.
+            `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32, -1 where a head names no class; of free texts
+            `score/HEAD/SCENARIO/TASK`, (n_j,) fp32. Where the model has a state for every task: `route/TASK`, the
+            likeliest task of each example, and `asked/TASK`, how many tasks it is shown to.
         """
         learned = session.learned if session is not None else 0
         seen = {c for task in stream.tasks[:learned] for c in task.candidates}
@@ -166,9 +181,10 @@ class Evaluator:
                 continue
             when = learned_in[task.name]
             own = consolidation.reads(when, session.index) if session is not None and known else None
+            weights, reading = None, None
             if states and session is not None:
                 reading = self.reading(states, task)
-                if own is not None:
+                if own is not None and task.metric is None:
                     self._note_drift(states, task, own, consolidation.reads(when, max(when, session.index - 1)))
                 weights = states.weights(reading, own)
                 if states.routes:
@@ -176,6 +192,14 @@ class Evaluator:
                     # a state that was reopened by a later task is still the task's own
                     out[f"route/{task.name}"] = route if own is None else route.masked_fill(route == own, when)
                     out[f"asked/{task.name}"] = (weights > -torch.inf).sum(1).to(torch.int32)
+            if task.metric is not None:
+                scored = torch.tensor(
+                    graded(task.metric, self._answers(task, states, weights), task.test["response"][:])
+                )
+                for head, scenario in product(able, readings(stream)):
+                    out[f"{SCORE}{head.name}/{scenario}/{task.name}"] = scored
+                continue
+            if states and reading is not None and weights is not None:
                 scores = partial(_state_scores, states, reading, weights, len(stream.labels))
             else:
                 scores = partial(_scores, self.features(task, "test", choices(stream, task, before)))

@@ -117,9 +117,10 @@ class TaskLoop:
         """What an undisturbed run would still hold of the model before this session: features and label texts."""
         state, learned = self.state, self.stream.tasks[: session.first]
         seen = {c for task in learned for c in task.classes}
-        for task in learned if self.setup.evaluate_every == 1 and state.consolidation.states is None else ():
+        classified = [task for task in learned if task.metric is None]
+        for task in classified if self.setup.evaluate_every == 1 and state.consolidation.states is None else ():
             state.evaluator.features(task, "test", choices(self.stream, task, seen))
-        state.evaluator.embed(state.heads, self.stream.labels, [task.candidates for task in learned])
+        state.evaluator.embed(state.heads, self.stream.labels, [task.candidates for task in classified])
 
     def _predict_before(self, session: Session) -> dict[str, Tensor]:
         """Predictions on the session's own tasks before they are learned: a(j - 1, j) of the model as it is now, and
@@ -153,7 +154,8 @@ class TaskLoop:
         if self.setup.evaluate_every != 1:  # how far since when would depend on where a run was stopped
             return []
         tuner = self.state.recipe.tuner
-        drifts = [self.state.evaluator.drift[task.name] for task in self.stream.tasks[: session.first]]
+        drift = self.state.evaluator.drift
+        drifts = [drift[task.name] for task in self.stream.tasks[: session.first] if task.name in drift]
         if not drifts or not tuner.trains:
             return []
         note = "the task that moved most; test inputs were never shown to any rule"

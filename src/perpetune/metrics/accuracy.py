@@ -154,7 +154,7 @@ def _means(found: Mapping[str, np.ndarray], sizes: Mapping[str, int], tasks: Seq
             raise RunError(f"predictions {when} name an unknown task `{task}`: {nearest(task, tasks)}")
         if scores.shape != (sizes[task],):
             raise RunError(f"scores {when} of `{task}` have shape {scores.shape}, it has {sizes[task]} test examples")
-        row[place[task]] = scores.mean()
+        row[place[task]] = scores.sum() / len(scores)
     return row
 
 
@@ -277,8 +277,8 @@ def flips(predictions: Predictions, targets: Mapping[str, np.ndarray], tasks: Se
 def score_flips(scores: Sequence[Mapping[str, np.ndarray]], tasks: Sequence[str]) -> dict[str, Flips]:
     """Per task, the examples right at some point since it was learned (any stored one) and wrong at the last.
 
-    An example is right where its score is at least `RIGHT`. Predictions before a task was learned do not count: right
-    by chance is nothing to be lost.
+    An example is right where its score is at least `RIGHT`. Predictions from before a task was learned do not
+    count: what is right by chance cannot be forgotten.
 
     Args:
         scores: as for `AccuracyMatrix.from_scores`; the last entry is the end.

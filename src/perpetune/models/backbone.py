@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ModelError
 from ..core.tensors import relative_change
+from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 
 Pooling = Literal["mean", "cls", "last", "pooler"]
@@ -85,8 +86,8 @@ class Backbone(nn.Module):
 
     def _pixels(self, images: Sequence[Any]) -> Tensor:
         channels = getattr(self.model.config, "num_channels", 3)
-        mode = {1: "L", 3: "RGB"}[channels]
-        pictures = [image.convert(mode) for image in images]
+        mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
+        pictures: list[Any] = [eight_bits(image, mode) for image in images]
         if channels == 1:  # processors expect a channel axis that PIL's mode L does not have
             import numpy as np
 
@@ -175,6 +176,15 @@ class Backbone(nn.Module):
             classes: among which a choice is to be made, where it depends on them.
         """
         return self.features(examples, batch_size, advance)
+
+    def responses(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """Of a language model: log p(response | prompt) of the examples' own responses and the numbers of their tokens
+        (N x 2, fp32, CPU)."""
+        raise ModelError(f"`{self.name}` answers no prompts")
+
+    def answers(self, examples: Examples, batch_size: int) -> list[str]:
+        """Of a language model: greedily generated answers."""
+        raise ModelError(f"`{self.name}` answers no prompts")
 
     def holds(self, features: Tensor, classes: Sequence[int]) -> bool:
         """Whether outputs tell what a choice among these classes needs."""

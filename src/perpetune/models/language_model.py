@@ -88,7 +88,7 @@ class LanguageBackbone(Backbone):
         self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
         self.room, self.limit, limit = self.max_length, None, self._positions
         if limit is not None:
-            answer = max(len(self.tokens.answer(text)) for text in self.labels)
+            answer = max((len(self.tokens.answer(text)) for text in self.labels), default=0)
             self.limit = limit - max(answer, longest * ("generate" in self.reads))
             self.room = min(self.max_length, self.limit)
             if self.room < 1:
@@ -119,13 +119,32 @@ class LanguageBackbone(Backbone):
         return [
             {
                 "input_ids": prompt,
-                "answer": self.tokens.answer(self.labels[y], blank),
+                "answer": self._fitted(self.tokens.answer(text, blank), prompt),
                 "blank": blank,
                 "label": y,
                 "id": i,
             }
-            for (prompt, blank), y, i in zip(prompts, rows["label"], rows["id"], strict=True)
+            for (prompt, blank), text, y, i in zip(
+                prompts, self.responses_of(rows), rows["label"], rows["id"], strict=True
+            )
         ]
+
+    def responses_of(self, rows: datasets.Dataset) -> list[str]:
+        """The expected response of each row: its own text, or the label text of its class."""
+        return rows["response"][:] if "response" in rows.column_names else [self.labels[y] for y in rows["label"]]
+
+    def _fitted(self, answer: tuple[int, ...], prompt: list[int]) -> tuple[int, ...]:
+        """
+        Raises:
+            ModelError: prompt and response are longer than the model reads.
+        """
+        limit = self._positions
+        if limit is not None and len(prompt) + len(answer) > limit:
+            raise ModelError(
+                f"a response of {len(answer)} tokens behind a prompt of {len(prompt)} is longer than the {limit} that "
+                f"`{self.name}` reads: set max_length to at most {max(1, limit - len(answer))}, or shorten the response"
+            )
+        return answer
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A training batch: model inputs, the tokens that carry loss as `answers` (N x A, others -100), and `labels`.

@@ -195,7 +195,7 @@ def choose_pooling(source: str, model: nn.Module, modality: str) -> Pooling:
     }
     saved = cached_file(source, "config.json", subfolder="1_Pooling", **missing)  # as sentence-transformers writes it
     if saved is not None:
-        modes = json.loads(Path(saved).read_text())
+        modes = json.loads(Path(saved).read_text(encoding="utf-8"))
         chosen: dict[str, Pooling] = {"cls_token": "cls", "lasttoken": "last", "mean_tokens": "mean"}
         for mode, pooling in chosen.items():
             if modes.get(f"pooling_mode_{mode}"):

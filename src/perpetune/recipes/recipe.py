@@ -9,6 +9,7 @@ from typing import Any
 
 from ..consolidation import CONSOLIDATIONS, Consolidation, Continue
 from ..core.errors import ConfigError, nearest
+from ..core.plugins import with_installed
 from ..core.validation import call_checked, number
 from ..heads import Head, LinearHead, make_head
 from ..routers import Router
@@ -155,10 +156,11 @@ def _make_tuner(data: Any) -> Any:
 
     from .. import tuners
 
-    config = None if _own(data) else getattr(tuners if kind in OWN_CONFIGS else peft, kind, None)
-    if not (inspect.isclass(config) and issubclass(config, peft.PeftConfig)):
-        registered: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING.values()
-        config = imported([*below(Tuner), *registered], kind, data.get("module"))
+    found = getattr(tuners if kind in OWN_CONFIGS else peft, kind, None)
+    known = {kind: found} if inspect.isclass(found) and issubclass(found, peft.PeftConfig) else {}
+    config = None if _own(data) else with_installed(known, kind, Tuner, peft.PeftConfig).get(kind)
+    if config is None:
+        config = imported(lambda: [*below(Tuner), *below(peft.PeftConfig)], kind, data.get("module"))
     if config is None:
         configs = [n for n in dir(peft) if n.endswith("Config")]
         raise ConfigError(f"no tuner is called `{kind}`: {nearest(kind, [*TUNERS, *OWN_CONFIGS, *configs])}")
@@ -189,7 +191,8 @@ def _make(data: Any, known: dict[str, Any], base: type, slot: str) -> Any:
     if isinstance(data, str):
         data = {"type": data}
     kind = _kind(data, slot)
-    target = imported(below(base), kind, data["module"]) if _own(data) else known.get(kind)
+    own = _own(data)
+    target = imported(lambda: below(base), kind, data["module"]) if own else with_installed(known, kind, base).get(kind)
     if target is None:
         raise ConfigError(f"no {slot} is called `{kind}`: {nearest(kind, known)}")
     settings = {k: _make(v, {}, Router, "router") if _own(v) else v for k, v in _settings(data).items()}

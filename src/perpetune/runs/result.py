@@ -42,26 +42,39 @@ class Result:
 
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
+        self._matrices: dict[tuple[str, str], AccuracyMatrix] = {}
 
     @cached_property
-    def _predictions(self) -> dict[Path, dict[str, np.ndarray]]:
-        """Of the commits that count: the untouched model, tasks that were not taken out, the two newest."""
-        counting = [*self.commits[:1], *self.active, *self.commits[-2:]]
-        return {c.path: {k: v.numpy() for k, v in c.tensors("predictions.safetensors").items()} for c in counting}
+    def _predictions(self) -> dict[Path, dict[str, dict[str, np.ndarray]]]:
+        """By commit, prefix and task, of the commits that count: the untouched model, tasks that were not taken out,
+        the two newest."""
+        found: dict[Path, dict[str, dict[str, np.ndarray]]] = {}
+        for commit in (*self.commits[:1], *self.active, *self.commits[-2:]):
+            if commit.path not in found:
+                of = found[commit.path] = {}
+                for key, stored in commit.arrays("predictions.safetensors").items():
+                    prefix, slash, task = key.rpartition("/")
+                    of.setdefault(prefix + slash, {})[task] = stored
+        return found
 
-    @property
+    @cached_property
     def tasks(self) -> tuple[str, ...]:
         """Tasks learned so far and not taken out, in order."""
         return tuple(self.commits[-1].manifest["learned"]) if self.commits else ()
 
-    @property
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        """Positions in `tasks`, by name."""
+        return {task: i for i, task in enumerate(self.tasks)}
+
+    @cached_property
     def readings(self) -> list[tuple[str, str]]:
         """(head, scenario) pairs that this run was evaluated in."""
         if not self.tasks:
             return []
         stored = [self._predictions[commit.path] for commit in (*self.active, self.commits[-1])]
-        names = [k.removeprefix(SCORE).split("/") for found in stored for k in found if not k.startswith(NO_READING)]
-        keys = {(name[0], name[1]) for name in names}
+        prefixes = {prefix for found in stored for prefix in found if not prefix.startswith(NO_READING)}
+        keys = {(name[0], name[1]) for name in (prefix.removeprefix(SCORE).split("/") for prefix in prefixes)}
         order = self.commits[-1].manifest.get("heads", [])
         return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
 
@@ -95,12 +108,12 @@ class Result:
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         targets: dict[str, np.ndarray] = {}
         for commit in self.active:
-            row = max(self.tasks.index(task) for task in commit.manifest["learned"] if task in self.tasks)
+            row = max(self._place[task] for task in commit.manifest["learned"] if task in self._place)
             rows[row] |= self.found(commit, f"{head}/{scenario}/")
             targets |= self.found(commit, "target/")
             for task, before in self.found(commit, f"{BEFORE}{head}/{scenario}/").items():
-                if self.tasks.index(task):  # not the first, now that others were taken out
-                    rows[self.tasks.index(task) - 1][task] = before
+                if self._place[task]:  # not the first, now that others were taken out
+                    rows[self._place[task] - 1][task] = before
         if rows:
             rows[-1] = self.found(self.commits[-1], f"{head}/{scenario}/")
         return rows, targets
@@ -111,8 +124,8 @@ class Result:
         Args:
             commit: that of an active task, the first, or one of the two newest.
         """
-        stored = {k[len(prefix) :]: v for k, v in self._predictions[commit.path].items() if k.startswith(prefix)}
-        return {task: v for task, v in stored.items() if task in self.tasks}
+        stored = self._predictions[commit.path].get(prefix, {})
+        return {task: v for task, v in stored.items() if task in self._place}
 
     def baseline(self, head: str, scenario: str) -> dict[str, np.ndarray]:
         """Predictions of the untouched model on each task that it could be evaluated on, when the run began or when the
@@ -124,19 +137,22 @@ class Result:
 
     def matrix(self, head: str, scenario: str) -> AccuracyMatrix:
         """a(i, j): accuracy on task j after learning task i."""
-        scores, baseline = self.scores(head, scenario), self.baseline_scores(head, scenario)
-        sizes = {task: len(found) for row in [baseline, *scores] for task, found in row.items()}
-        return AccuracyMatrix.from_scores(scores, sizes, self.tasks, baseline)
+        if (head, scenario) not in self._matrices:
+            scores, baseline = self.scores(head, scenario), self.baseline_scores(head, scenario)
+            sizes = {task: len(found) for row in [baseline, *scores] for task, found in row.items()}
+            self._matrices[head, scenario] = AccuracyMatrix.from_scores(scores, sizes, self.tasks, baseline)
+        return self._matrices[head, scenario]
 
     def routing(self) -> Routing | None:
         """Where the router sends the test examples of each task; None where the model has no state for every task."""
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         for commit in (*self.active, *self.commits[-1:]):
             named = commit.manifest["learned"]  # what routes count by
-            place = np.array([self.tasks.index(t) if t in self.tasks else -1 for t in named], dtype=int)
-            row = max((self.tasks.index(t) for t in named if t in self.tasks), default=None)
+            known = set(named)
+            place = np.array([self._place.get(t, -1) for t in named], dtype=int)
+            row = max((self._place[t] for t in named if t in self._place), default=None)
             if row is not None:
-                rows[row] = {t: place[v] for t, v in self.found(commit, "route/").items() if t in named}
+                rows[row] = {t: place[v] for t, v in self.found(commit, "route/").items() if t in known}
         if not rows or set(rows[-1]) != set(self.tasks):
             return None
         return Routing.from_routes(rows, self.found(self.commits[-1], "asked/"), self.tasks)

@@ -1,4 +1,4 @@
-"""Commands on a finished run: export, diff, gate read it, revert takes a task out of it."""
+"""Commands that make something of a finished run: export, revert, tune-scale."""
 
 from __future__ import annotations
 
@@ -7,15 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-Run = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
-Model = Annotated[str | None, typer.Option(help="The base model, if it is not where it was when the run was made.")]
-Import = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--import", metavar="MODULE", help="Your module with pieces of the recipe; in this folder, or installed."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+from .options import AsJson, Import, Model, Run, imports
+from .output import show
 
 
 def export(
@@ -44,7 +37,7 @@ def export(
     """
     from ..learning.learner import Learner
 
-    _import(import_)
+    imports(import_)
     learner = Learner.open(run, model=model)
     names = None if only is None else [part.strip() for part in only.split(",") if part.strip()]
     factors = dict(_factor(text) for text in scale or ())
@@ -108,7 +101,7 @@ def revert(
     from ..runs.result import Result
     from ..streams import load_again
 
-    _import(import_)
+    imports(import_)
     before = Result(run)
     commit_of(before.commits, task)
     learner = Learner.described(run, model=model, progress=RichProgress())
@@ -156,109 +149,13 @@ def tune_scale(
         scales = SCALES if values is None else [float(part) for part in values.split(",")]
     except ValueError:
         raise ConfigError(f"--values takes numbers with commas between them, not `{values}`") from None
-    _import(import_)
+    imports(import_)
     result = Result(run)
     data = load_again(result.config["stream"], result.tasks, stream)
     found = accuracy_by_scale(run, data, scales, head=head, model=model, progress=RichProgress())
     best = max(found, key=lambda s: found[s])
     if json:
-        _show({"head": head or usual_head(data), "best": best, "accuracy": {f"{s:g}": a for s, a in found.items()}})
+        show({"head": head or usual_head(data), "best": best, "accuracy": {f"{s:g}": a for s, a in found.items()}})
         return
     for s, accuracy in found.items():
         typer.echo(f"scale {s:<5g} {100 * accuracy:5.1f} %{'   <- best' if s == best else ''}")
-
-
-def diff(
-    run: Run,
-    before: Annotated[str | None, typer.Argument(metavar="[A]", help="A task, its number, or untouched.")] = None,
-    after: Annotated[str | None, typer.Argument(metavar="[B]", help="The same; default the newest task.")] = None,
-    model: Model = None,
-    import_: Import = None,
-    all_: Annotated[bool, typer.Option("--all", help="All weights that changed, not the first 20.")] = False,
-    geometry: Annotated[
-        bool, typer.Option("--geometry", help="Also lengths of rows and hyperspherical energy, what rotations keep.")
-    ] = False,
-    json: AsJson = False,
-) -> None:
-    """What changed in the weights between two points of a run; by default, what the newest task changed.
-
-    `perpetune diff runs/sotu untouched news`
-
-    For every weight W the change ||W_b - W_a|| / ||W_a|| (Frobenius), the largest first, and the share of entries that
-    changed; where tasks leave masked deltas, how many entries the masks share. The points are the base (`untouched`,
-    or 0), each task when it was learned (by name) or taken out (`revert-NAME`), or their numbers (1, 2, ...).
-    """
-    from ..operations.diff import difference
-
-    _import(import_)
-    found = difference(run, before, after, model=model, geometry=geometry)
-    _show(found.to_dict() if json else found.table(None if all_ else 20))
-
-
-def gate(
-    run: Run,
-    max_forgetting: Annotated[float, typer.Option(help="What any earlier task may lose: 0.02 is two points.")] = 0.02,
-    min_gain: Annotated[float, typer.Option(help="What the newest task must gain: 0.01 is one point.")] = 0.01,
-    max_flips: Annotated[
-        int | None, typer.Option(help="Examples of earlier tasks that may be wrong now and were right before.")
-    ] = None,
-    max_loss_increase: Annotated[
-        float | None,
-        typer.Option(
-            metavar="NATS", help="By how much a language model's loss on any earlier task's responses may have risen."
-        ),
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="Which head; default the first.")] = None,
-    scenario: Annotated[str | None, typer.Option(help="class, task or domain; default that of the stream.")] = None,
-    json: AsJson = False,
-) -> None:
-    """Judge the newest task of a run, for a weekly job: exit code 0 if it may stay, 1 if not, 2 for an error.
-
-    `perpetune run week.yaml && perpetune gate runs/weekly --max-forgetting 0.02 --min-gain 0.01`
-
-    No earlier task may lose more than --max-forgetting. The newest must gain --min-gain over the model before it; over
-    the untouched model, or else chance, where the head could not name the classes before. A broken promise of the
-    newest task closes the gate too. Reads the predictions stored in the run; no model is loaded.
-
-    Where responses are free text that nobody repeats word for word, --min-gain 0 --max-loss-increase 0.1: the loss on
-    the test responses of an earlier task, in nats a token, may be so much higher than when the task was learned.
-
-    After `perpetune revert`: no other task may have lost more than --max-forgetting by it.
-    """
-    from ..operations.gate import judge
-    from ..runs.result import Result
-
-    verdict = judge(
-        Result(run),
-        max_forgetting=max_forgetting,
-        min_gain=min_gain,
-        max_flips=max_flips,
-        max_loss_increase=max_loss_increase,
-        head=head,
-        scenario=scenario,
-    )
-    _show(verdict.to_dict() if json else verdict.table())
-    raise typer.Exit(0 if verdict.passed else 1)
-
-
-def _import(modules: list[str] | None) -> None:
-    from ..recipes.user_pieces import import_modules
-
-    import_modules(modules or ())
-
-
-def _show(found: Any) -> None:
-    import json
-
-    from rich.console import Console
-
-    if isinstance(found, dict):
-        typer.echo(json.dumps(found, indent=1, allow_nan=False))
-    else:
-        console = Console(soft_wrap=True, highlight=False)
-        if not console.is_terminal:
-            console.width = 200  # a log has no edge: names stay whole
-        console.print(found)
-
-
-COMMANDS = (export, revert, tune_scale, diff, gate)
