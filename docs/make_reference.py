@@ -91,7 +91,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 def settings_page() -> str:
     """Every setting, from the models that check it; the options of the command line are made from the same."""
-        default = "" if s.default in (None, PydanticUndefined) else f"`{s.default!r}`"
+    lines = [
         "# Settings",
         "",
         "What a YAML file for `perpetune run` and `perpetune compare` may hold. A dot is a level:",
@@ -101,7 +101,7 @@ def settings_page() -> str:
     for s in settings_reference():
         option = f"`{s.option}`" if s.option else ""
         only = f" (`{s.commands[0]}` alone)" if len(s.commands) == 1 else ""
-        default = "" if s.default is None or s.default is PydanticUndefined else f"`{s.default!r}`"
+        default = "" if s.default in (None, PydanticUndefined) else f"`{s.default!r}`"
         about = s.description + (f" Example: `{s.example}`." if s.example else "")
         panels.setdefault(s.panel, []).append((f"`{s.name}`", option + only, s.type, default, about))
     for panel, rows in panels.items():
