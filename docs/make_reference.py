@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined  # noqa: E402
 
 import perpetune  # noqa: E402
 from perpetune.cli.catalogue import catalogue  # noqa: E402
+from perpetune.cli.kinds import KINDS  # noqa: E402
 from perpetune.learning.config import settings_reference  # noqa: E402
 from perpetune.recipes import RECIPES  # noqa: E402
 
@@ -41,7 +42,6 @@ API = {
     "heads": ("Heads", "How a prediction is read off the model.", ("heads",)),
     "errors": ("Errors and measurements", "What a user can mend, and what was measured of a promise.", ("core",)),
 }
-PIECES = ("rules", "tuners", "consolidations", "routers", "heads", "streams", "benchmarks")
 SHIM = "https://unpkg.com/iframe-worker/shim"
 ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
 # every paper that a docstring of a recipe or a piece names; a test fails where one is missing
@@ -141,9 +141,19 @@ def recipes_page() -> str:
 def pieces_page() -> str:
     lines = ["# Pieces", "", "What stands in the slots of a recipe, by the names that a configuration gives them;"]
     lines += ["`perpetune list KIND` prints the same.", ""]
-    for kind in PIECES:
-        rows = [(f"`{n}`", about, f"`{options}`" if options else "") for n, about, options in catalogue(kind)]
-        lines += [f"## {kind.capitalize()}", "", *table(("name", "what it is", "settings"), rows)]
+    for kind in (name for name in KINDS if name != "recipes"):
+        found = catalogue(kind)
+        rows = [(f"`{row.name}`", row.about, f"`{row.settings}`" if row.settings else "") for row in found]
+        what = f"{KINDS[kind].about[0].upper()}{KINDS[kind].about[1:]}"
+        lines += [
+            f"## {kind.capitalize()}",
+            "",
+            what,
+            "",
+            cell(KINDS[kind].use),
+            "",
+            *table(("name", "what it is", "settings"), rows),
+        ]
     return linked("\n".join(lines))
 
 
