@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..core.environment import versions
 from ..core.errors import RunError, StreamError
+from ..heads import OwnClassifierHead
 from ..runs.commit import active, reverted
 from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream, fingerprint
 from .setup import Setup, task_settings
 from .state import LearnerState
+from .training_settings import check_training
 
 
 class Opened(NamedTuple):
@@ -46,8 +48,14 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         raise StreamError(f"stream `{stream.name}` has no task")
     backbone = setup.load_backbone(stream.modality)
     setup.fit_heads(backbone, stream.captions)
+    setup.recipe.tuner.check(backbone.model)
+    if backbone.left_out and not any(isinstance(head, OwnClassifierHead) for head in setup.recipe.heads):
+        setup.progress.say(
+            f"`{backbone.name}` was fine-tuned as a classifier of {', '.join(backbone.left_out[:5])}: this head is "
+            "left out, and the recipe's is trained; to go on from its rows, choose heads: [own_classifier]"
+        )
     for each in stream:  # before anything is written
-        task_settings(setup.training, each)
+        check_training(task_settings(setup.training, each), backbone)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
         written = read_config(setup.path)["stream"]

@@ -14,7 +14,8 @@ from ..models.backbone import Examples
 from ..streams import Task
 from .setup import task_settings
 from .state import LearnerState
-from .trainer import TaskModel, TrainingLog, count_steps, train_task
+from .trainer import TaskModel, TrainingLog, train_task
+from .training_settings import count_steps
 
 
 class Training:
@@ -63,6 +64,7 @@ class Training:
                 seed=task_seed(setup.seed, session.name),
                 steps=steps,
                 advance=advance,
+                logs=setup.path / "logs" / session.name,
             )
 
     def close_heads(self) -> None:

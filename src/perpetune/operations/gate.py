@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import ConfigError, RunError, nearest
-from ..core.measurement import finite
+from ..core.measurement import broken_promise, finite
 from ..learning.language_losses import LOSS
 from ..metrics.accuracy import RIGHT
 from ..runs.result import BEFORE, Result
@@ -69,7 +69,7 @@ class Verdict:
         reference, against: what the newest must beat, and what that is.
         tasks: every other task, the one that lost most first. classes: the worst, as far as they lost.
         losses: of every other task, where they were measured, the one that rose most first.
-        broken: promises of the newest commit that were not kept. failures: why the gate is closed; none opens it.
+        broken: promises of the run that were not kept. failures: why the gate is closed; none opens it.
     """
 
     task: str
@@ -211,7 +211,7 @@ def judge(
             f"{result.path} did not measure the loss on the responses of every earlier task, both when it was learned "
             "and now, as runs of a language model do that is one for all tasks: leave out --max-loss-increase"
         )
-    broken = [g for g in newest["guarantees"] if g["holds"] is False]
+    broken = [g for g in result.guarantees if g["holds"] is False]  # what broke once is not mended by another task
     verdict = Verdict(
         task,
         head,
@@ -222,7 +222,7 @@ def judge(
         tuple(tasks),
         tuple(c for c in classes[:MOST_CLASSES] if c.drop > 0),
         losses,
-        tuple(f"{g['source']}, {g['name']}: {_figure(g['value'])}, promised {_figure(g['bound'])}" for g in broken),
+        tuple(broken_promise(g, newest["task"]) for g in broken),
         (),
     )
     return replace(verdict, failures=_failures(verdict, max_forgetting, min_gain, max_flips, max_loss_increase))
@@ -281,10 +281,6 @@ def _losses(result: Result, tasks: list[str]) -> tuple[Loss, ...]:
 
 def _nats(value: float | None) -> str:
     return "not a number" if value is None else f"{value:.3f}"
-
-
-def _figure(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.2g}"
 
 
 def _reading(result: Result, head: str | None, scenario: str | None) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from ..core.errors import RunError
 from ..core.files import file_digest, plain, sync, write_file, write_text, writing
 from .commit import MANIFEST, Commit, mend
 from .config_check import check_same
+from .earlier import in_todays_words
 
 CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 
@@ -70,10 +71,9 @@ class Run:
                     raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
                 _write_config(path, config)
             journal = path / JOURNAL
+            # a crash cut the last line short: the next event starts a new one
             if journal.exists() and not journal.read_bytes().endswith(b"\n"):
-                with open(
-                    journal, "a", encoding="utf-8"
-                ) as file:  # a crash cut the last line short: the next event starts a new one
+                with open(journal, "a", encoding="utf-8") as file:
                     file.write("\n")
         return cls(path, lock)
 
@@ -159,7 +159,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise RunError(f"{Path(path) / CONFIG} is empty or damaged: restore it from a copy")
-    return config
+    return in_todays_words(config)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -67,6 +67,7 @@ def build_task(
         validation=finished.get("validation"),
         instruction=draft.instruction,
         training=draft.training,
+        metric=draft.metric,
         captions=train.captions,
         gone=draft.gone,
     )

@@ -106,7 +106,7 @@ def _draft(folder: Path, name: str, card: Card, columns: Mapping[str, str] | Non
     labels = card.labels
     if labels is not None and not any(rows.free_texts for rows in splits.values()):
         labels = tuple(dict.fromkeys(map(label_text, labels)))
-    return Draft(name, splits, labels, card.instruction, card.training, tuple(gone))
+    return Draft(name, splits, labels, card.instruction, card.training, tuple(gone), card.metric)
 
 
 def choose(tasks: Sequence[str] | None, names: Sequence[str], aliases: Sequence[set[str]], stream: str) -> list[int]:

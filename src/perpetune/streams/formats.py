@@ -41,6 +41,7 @@ class Card:
     labels: tuple[str, ...] | None = None
     instruction: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = None
 
 
 def read_card(folder: Path) -> Card:
@@ -57,7 +58,7 @@ def read_card(folder: Path) -> Card:
     except (ValueError, OSError) as error:
         raise StreamError(f"cannot read {path}: {error}") from error
     if not isinstance(card, dict):
-        raise StreamError(f"{path} must hold one JSON object with name, labels, instruction and training")
+        raise StreamError(f"{path} must hold one JSON object with name, labels, instruction, training and metric")
     labels = card.get("labels")
     if labels is not None:
         if not isinstance(labels, list) or not labels:
@@ -66,13 +67,13 @@ def read_card(folder: Path) -> Card:
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise StreamError(f"`labels` in {path} lists `{twice[0]}` twice")
-    for key in ("name", "instruction"):
+    for key in ("name", "instruction", "metric"):
         if not isinstance(card.get(key) or "", str):
             raise StreamError(f"`{key}` in {path} must be a text, or left out")
     training = card.get("training") or {}
     if not isinstance(training, dict):
         raise StreamError(f'`training` in {path} must hold settings, {{"num_train_epochs": 5}}, or be left out')
-    return Card(card.get("name") or None, labels, card.get("instruction") or None, training)
+    return Card(card.get("name") or None, labels, card.get("instruction") or None, training, card.get("metric") or None)
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:

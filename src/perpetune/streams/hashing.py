@@ -66,12 +66,14 @@ def _image_bytes(value: dict | None, origin: Origin, row: int) -> bytes:
 
 
 def fingerprint(task: Task) -> str:
-    """sha256 over the ordered ids and labels of each split: the same if and only if a run would see the same data."""
+    """sha256 over the ordered ids and labels of each split (of free texts, the responses): the same if and only if a
+    run would see the same data."""
     digest = hashlib.sha256()
     for split in ("train", "test", "validation"):
         data = getattr(task, split)
         if data is not None:
-            rows = "".join(f"{i} {label}\n" for i, label in zip(data["id"][:], data["label"][:], strict=True))
+            kinds = data["response"][:] if "response" in data.column_names else data["label"][:]
+            rows = "".join(f"{i} {kind}\n" for i, kind in zip(data["id"][:], kinds, strict=True))
             digest.update(f"{split} {len(data)}\n{rows}".encode())
     return digest.hexdigest()
 

@@ -17,6 +17,7 @@ from .build import build_task, choose_scenario, same_inputs
 from .builtin import BUILTINS
 from .folder import choose, read_folder, task_folders
 from .formats import FORMATS, read_hub, read_split, split_files
+from .free_texts import as_free_texts, metrics_of
 from .origin import Origin
 from .prompting import Template
 from .prompting import pose as posed
@@ -45,6 +46,7 @@ def load_stream(
     relabel: Mapping[str, str | None] | None = None,
     pose: Template | None = None,
     training: Mapping[str, Mapping[str, Any]] | None = None,
+    metric: str | Mapping[str, str] | None = None,
     learned: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> Stream:
@@ -84,6 +86,8 @@ def load_stream(
             share their classes; rows of a label that becomes None are left out.
         training: settings of single tasks, {"news": {"num_train_epochs": 5}}: over those of their task.json, and over
             those of the run.
+        metric: of tasks whose responses are free texts, how generated answers are scored (see `metrics.text`): one for
+            all, or {"faq": "rouge_l"}; over that of their task.json. Such tasks have no classes.
         learned: tasks of a folder that a run has learned, whose data may have been deleted since: what is missing is
             empty, and named in `Task.gone`.
         trust_remote_code: must be False: data sets that come with code are not supported.
@@ -160,7 +164,10 @@ def load_stream(
     unknown = sorted(set(training or {}) - {task.name for task in made})
     if unknown and tasks is None:
         raise StreamError(f"training: no task `{unknown[0]}`: {nearest(unknown[0], [task.name for task in made])}")
-    scenario = choose_scenario(scenario, made, list(labels))
+    texts: tuple[str, ...] = tuple(labels)
+    if metrics := metrics_of(made, metric):
+        made, texts = as_free_texts(made, texts, metrics)
+    scenario = choose_scenario(scenario, made, texts)
     given.update(source=str(path.resolve()) if local else text, scenario=scenario, tasks=[task.name for task in made])
     if split_by != "class":  # the order stands in `tasks` now
         given.pop("order_seed", None)
@@ -169,10 +176,12 @@ def load_stream(
     for option, mapping in (("columns", columns), ("relabel", relabel), ("training", training)):
         if mapping:
             given[option] = dict(mapping)
+    if isinstance(metric, Mapping):
+        given["metric"] = dict(metric)
     if name is None:
         name = slug((path.resolve().stem if path.is_file() else path.resolve().name) if local else text)
     ordered = not (local and split_by is None and tasks is None and order_seed is None)
-    stream = Stream(name, made, tuple(labels), scenario, inputs, given, ordered)
+    stream = Stream(name, made, texts, scenario, inputs, given, ordered)
     return stream if pose is None else posed(stream, pose)
 
 

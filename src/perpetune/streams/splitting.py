@@ -26,7 +26,7 @@ class Draft:
         name: as in `Task`.
         splits: "train", "test" and perhaps "validation".
         labels: the label texts that the source allows, in its order; None where it does not say.
-        instruction, training, gone: as in `Task`.
+        instruction, training, gone, metric: as in `Task`.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Draft:
     instruction: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
+    metric: str | None = None
 
 
 def slug(text: str) -> str:

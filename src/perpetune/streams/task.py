@@ -35,10 +35,10 @@ class Task:
             for every task keeps one for both.
         captions: whether the label texts are captions, each of an image or few.
         training: settings of `transformers.TrainingArguments` that are its own, over those of the run.
-        metric: of free texts, how a generated answer is scored beside the response of its row (see `metrics.text`);
-            such a task has no classes, its rows have `response` (str) and the label -1. None: responses are classes.
         gone: splits whose data was deleted since a run learned the task (see `load_stream(learned=)`); they are empty,
             and without training data `classes` are those of the data that is left.
+        metric: of free texts, how a generated answer is scored beside the response of its row (see `metrics.text`);
+            such a task has no classes, its rows have `response` (str) and the label -1. None: responses are classes.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Task:
     reopens: str | None = None
     captions: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
-    metric: str | None = None
     gone: tuple[str, ...] = ()
+    metric: str | None = None
 
     @property
     def candidates(self) -> tuple[int, ...]:
