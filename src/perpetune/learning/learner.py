@@ -123,7 +123,7 @@ class Learner:
     def open(cls, run: str | Path, **options: Any) -> Learner:
         """The learner of a finished run, ready to predict and export.
 
-        A run with pieces of one's own: import their module first, or give `recipe` (docs/own_pieces.md).
+        A run with pieces of one's own: import their module first, or give `recipe` (docs/how-to/own-rule.md).
 
         Raises:
             RunError: no run is there, it is damaged, or its base model is another one now.
