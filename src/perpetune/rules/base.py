@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import RuleError
 from ..core.measurement import Measurement
+from .running_statistics import in_eval_mode
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -45,6 +48,10 @@ class Rule:
     the values that the parameters listed by `watches()` had before the step.
     """
 
+    # number of the task that has begun and not ended, and whether a step was made in it
+    _open: int | None = field(init=False, repr=False, compare=False, default=None)
+    _stepped: bool = field(init=False, repr=False, compare=False, default=False)
+
     @property
     def needs_branch(self) -> Literal["kept", "fresh"] | None:
         """What is taken for granted: that tasks share one tuner ("kept"), that each starts with a new one which is
@@ -57,6 +64,35 @@ class Rule:
         Raises:
             RuleError: there is nothing to act on; the message says why and what to do.
         """
+
+    def _opened(self, task: TaskContext) -> None:
+        """Note that a task begins; called by the `begin_task` of rules that remember.
+
+        Raises:
+            RuleError: the task before was trained and never ended, so that nothing of it would be remembered.
+        """
+        if self._open is not None and self._stepped:
+            name = type(self).__name__
+            raise RuleError(
+                f"{name}: task index {self._open} was trained and not ended, so nothing of it is remembered: call "
+                f"end_task(pt.TaskContext(model, {self._open})) of the rule after each task; to go on with the same "
+                "task, attach with begin=False"
+            )
+        self._open, self._stepped = task.index, False
+
+    def _closed(self) -> None:
+        """Note that the task ends.
+
+        Raises:
+            RuleError: none has begun.
+        """
+        if self._open is None:
+            raise RuleError(f"{type(self).__name__}: end_task without a begin_task before it")
+        self._open, self._stepped = None, False
+
+    def held_modules(self) -> Sequence[nn.Module]:
+        """Modules that stay in eval mode while the rule acts, since training mode changes their buffers."""
+        return ()
 
     def on_gradient(self) -> None:
         """Edit gradients in place, before the step."""
@@ -131,9 +167,12 @@ def attach(
         >>> attached.remove()
     """
     if begin:
-        context = TaskContext(model, index, batches, losses)
+        said: list[str] = []
+        context = TaskContext(model, index, batches, losses, said.append)
         for rule in rules:
             rule.begin_task(context)
+        for text in said:
+            warnings.warn(text, stacklevel=2)
     inner = getattr(optimizer, "optimizer", optimizer)
     updating = [rule for rule in rules if type(rule).on_update is not Rule.on_update]
     watched: list[tuple[Rule, list[Tensor]]] = [(rule, list(rule.watches())) for rule in updating]
@@ -141,7 +180,9 @@ def attach(
 
     @torch.no_grad()
     def shape_gradient() -> None:
+        _unscale(inner)
         for rule in rules:
+            rule._stepped = True
             rule.on_gradient()
 
     @torch.no_grad()
@@ -171,6 +212,22 @@ def attach(
             rule.on_update(copies)
 
     handles = [inner.register_step_pre_hook(pre_step)]
+    handles += in_eval_mode(module for rule in rules for module in rule.held_modules())
     if watched:
         handles.append(inner.register_step_post_hook(post_step))
     return Attached(rules, handles)
+
+
+def _unscale(optimizer: Any) -> None:
+    """Divide gradients by the loss scale where the step itself would: what rules add must not be divided.
+
+    A fused optimizer gets the scale of `torch.amp.GradScaler` as its attribute `grad_scale`, None after `unscale_`.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.mul_(scale.double().reciprocal().to(p.grad.device, torch.float32))
+    optimizer.grad_scale = None

@@ -111,3 +111,10 @@ def measurements(
             f"1: nothing more can be learned. {full} of {len(used)} inputs are full.",
         ),
     ]  # fmt: skip
+
+
+def unseen_changes(buffers: Sequence[str], promises: bool) -> Measurement:
+    """Buffers of the model that are not what they were when the task began: no projection sees them."""
+    note = f"The first: `{buffers[0]}`." if buffers else "Running statistics and their like, compared bit by bit."
+    bound = 0 if promises else None
+    return Measurement("buffers that training changed", len(buffers), bound, "", SOURCE, note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,12 +64,15 @@ class LayerMemory:
             )
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, sites: Sequence[LinearMap], batches: Batches) -> None:
+    def observe(
+        self, model: nn.Module, sites: Sequence[LinearMap], batches: Batches, unread: Collection[str] = ()
+    ) -> None:
         """Add one task's inputs, as the model computes them now, and make every M anew.
 
         Args:
             model: the tuner must be attached; sites: its trained linear maps.
             batches: yields keyword arguments of `model`; called twice.
+            unread: names of sites whose inputs count as 0, as they will be once what makes them is projected.
 
         Raises:
             RuleError: no batches, a layer that is not called, or layers that shared an input and no longer do.
@@ -81,9 +84,11 @@ class LayerMemory:
             if reads != self.reads:
                 raise RuleError("layers that shared an input in earlier tasks do not now: their memory cannot be split")
         moments = [self._new(group[0], group[0].weight.device) for group in shared]
-        counts = [0] * len(shared)
+        counts, silent = [0] * len(shared), set(unread)
 
         def see(site: LinearMap, X: Tensor, mask: Tensor | None) -> None:
+            if {s.name for s in shared[reads[site.name]]} <= silent:
+                X = torch.zeros_like(X)
             counts[reads[site.name]] += moments[reads[site.name]].add(X, mask)
 
         see_inputs(model, [group[0] for group in shared], batches(), see)

@@ -98,6 +98,7 @@ class OrthogonalToPast(LoraPenalty):
         self._groups = []
         if self.strength == 0:
             return
+        self._opened(task)
         if task.index == 0:
             if self._past:
                 raise RuleError(
@@ -197,8 +198,7 @@ class OrthogonalToPast(LoraPenalty):
     def end_task(self, task: TaskContext) -> None:
         if self.strength == 0:
             return
-        if not self._pairs:
-            raise RuleError("OrthogonalToPast: end_task without a begin_task before it")
+        self._closed()
         for pair in self._pairs:
             A = work(pair.A)
             past = self._past.get(pair.name, Past(A.new_empty(0, A.shape[1])))
@@ -228,4 +228,4 @@ class OrthogonalToPast(LoraPenalty):
             if kind == "gram" and self.form == "absolute":
                 raise RuleError(f"`{key}`: the absolute form needs all past rows, this state is of the squared form")
             past[name] = Past(K.detach().clone(), gram=kind == "gram")
-        self._past, self._pairs, self._groups = past, [], []
+        self._past, self._pairs, self._groups, self._open = past, [], [], None

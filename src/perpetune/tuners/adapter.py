@@ -93,6 +93,14 @@ class AdapterLinear(OwnLayer):
             h = h + W_u(self.perpetune_adapter_act[name](W_d(read.to(W_d.weight.dtype))))
         return h.to(f.dtype)
 
+    def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(W_d, W_u) of every active adapter, W_u reading act(W_d x) with act(0) = 0."""
+        if self.disable_adapters:
+            return []
+        down: Any = self.perpetune_adapter_down
+        up: Any = self.perpetune_adapter_up
+        return [(down[name].weight, up[name].weight) for name in self.active_adapters if name in down]
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ModelError(NOT_MERGEABLE)
 
