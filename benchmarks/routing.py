@@ -67,10 +67,10 @@ def make_stream(words: Sequence[str], tasks: int) -> Stream:
 def make_run(model: str, folder: Path, tasks: int) -> Stream:
     """The directory of a run as training would have left it, but for predictions."""
     learner = pt.Learner(model, RECIPE, folder, max_length=MAX_LENGTH)
-    learner.backbone = backbone = load_backbone(model, "text", max_length=MAX_LENGTH)
+    backbone = load_backbone(model, "text", max_length=MAX_LENGTH)
     words = sorted(word for word in backbone.processor.get_vocab() if word.isalpha() and len(word) > 2)
     stream = make_stream(words, tasks)
-    run = Run.open(folder, learner.config(stream))
+    run = Run.open(folder, learner.setup.config(stream, backbone))
     run.commit("untouched", {}, {"learned": [], "classes": [], "guarantees": []})
     consolidation, (head,) = learner.recipe.consolidation, learner.heads
     consolidation.open(backbone, learner.recipe.tuner, stream.labels)

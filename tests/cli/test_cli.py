@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from perpetune.cli.app import app as cli
+from perpetune.cli.app import main
 from perpetune.core.errors import ConfigError
 from perpetune.learning.config import CompareConfig, RunConfig, load_config
 from perpetune.metrics.conventions import CONVENTIONS
@@ -24,7 +24,7 @@ def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["perpetune", *map(str, arguments)])
     code = 0
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         code = int(stop.code or 0)
     out, err = capsys.readouterr()

@@ -13,6 +13,7 @@ import torch
 import perpetune as pt
 from perpetune.consolidation import PerTask
 from perpetune.consolidation.base import stored_adapter
+from perpetune.learning.prediction import scores
 from perpetune.models.loading import load_backbone
 from perpetune.operations.diff import difference
 from perpetune.recipes.recipe import Recipe
@@ -60,7 +61,7 @@ def mixed_texts(stream, shortest=1):
 def scores_of(learner, texts):
     rows = datasets.Dataset.from_dict({"text": texts, "label": [0] * len(texts), "id": texts})
     labels = learner.recipe.consolidation._labels
-    return learner._scores(learner.heads[0], learner.backbone.prepare(rows), len(labels), None, range(len(labels)))
+    return scores(learner.state, learner.heads[0], learner.backbone.prepare(rows), None, range(len(labels)))
 
 
 def furthest(one, other):

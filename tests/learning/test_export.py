@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_cli import call
+from tests.cli.test_cli import call
 
 import perpetune as pt
 from perpetune.consolidation.delta_merge import stored_delta
 from perpetune.deltas.combine import merge
-from perpetune.learning.composition import choose, ties
+from perpetune.learning.export import choose, ties
 from perpetune.operations.diff import difference
 from perpetune.runs.directory import Run
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from perpetune import ConfigError, Learner, RunError, StreamError, TrainingError, drift, load_stream
-from perpetune.learning.bout import task_seed
+from perpetune.learning.session import task_seed
 from perpetune.operations.gate import judge
 from perpetune.recipes import RECIPES
 from perpetune.runs.directory import Run
@@ -273,7 +273,7 @@ def test_a_truncated_adapter_is_named(stream, model, tmp_path):
 def test_frozen_features_are_computed_once(stream, model, tmp_path):
     learner = Learner(model, "frozen_ridge", tmp_path / "r")
     result = learner.learn(stream)
-    assert all(v == 0 for v, _ in learner._evaluator._features.values())
+    assert all(v == 0 for v, _ in learner.state.evaluator._features.values())
     assert [g["value"] for g in result.guarantees if g["source"] == "Frozen"] == [0.0] * 3
     with torch.no_grad():
         next(learner.backbone.model.parameters()).add_(1e-3)

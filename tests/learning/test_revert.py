@@ -14,15 +14,15 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import call
-from test_export import digests
-from test_learner import commits
+from tests.cli.test_cli import call
+from tests.learning.test_export import digests
+from tests.learning.test_learner import commits
 
 import perpetune as pt
 from perpetune.consolidation.delta_merge import stored_delta
 from perpetune.consolidation.per_task import PerTask
 from perpetune.deltas.combine import merge
-from perpetune.learning.composition import stale
+from perpetune.learning.export import stale
 from perpetune.operations.diff import difference
 from perpetune.operations.gate import judge
 from perpetune.runs import directory

@@ -303,7 +303,7 @@ def test_other_heads_read_the_image_embeddings(heads, classes, tiny_clip, tmp_pa
 def test_the_contrastive_head_takes_the_place_of_a_lone_linear_one(classes, tiny_clip, tmp_path):
     def read(recipe, heads=None):
         learner = Learner(tiny_clip(), recipe, tmp_path / "none", heads=heads)
-        learner._check_heads(learner._load_backbone("image"))
+        learner.setup.fit_heads(learner.setup.load_backbone("image"))
         return [head.name for head in learner.heads]
 
     assert read("lora") == read("replay") == ["contrastive"]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_cli import call
+from tests.cli.test_cli import call
 
 from perpetune import ConfigError, Result, RunError
 from perpetune.operations.gate import judge

@@ -42,10 +42,10 @@ def export(
     The deltas of SparseSum are made from the base, each without the others, unless `sequential` is set. Adapters that
     Merge merged later were trained on top of earlier ones: leaving an earlier one out is not forgetting with proof.
     """
-    from ..learning.learned import Learned
+    from ..learning.learner import Learner
 
     _import(import_)
-    learner = Learned.open(run, model=model)
+    learner = Learner.open(run, model=model)
     names = None if only is None else [part.strip() for part in only.split(",") if part.strip()]
     factors = dict(_factor(text) for text in scale or ())
     choice: dict[str, Any] = {"only": names, "without": without or (), "scales": factors}
@@ -65,7 +65,7 @@ def _factor(text: str) -> tuple[str, float]:
 
 def _composed(learner: Any, choice: dict[str, Any]) -> str:
     """What an exported model is made of, and what can be said of the tasks that were left out."""
-    from ..learning.composition import choose, ties
+    from ..learning.export import choose, ties
     from ..runs.result import Result
 
     result = Result(learner.path)
@@ -102,7 +102,7 @@ def revert(
     its name. To look before, `perpetune export --without`; to judge after, `perpetune gate`.
     """
     from ..core.progress import RichProgress
-    from ..learning.composition import stale, ties
+    from ..learning.export import stale, ties
     from ..learning.learner import Learner
     from ..runs.commit import commit_of
     from ..runs.result import Result

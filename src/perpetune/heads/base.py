@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.measurement import Measurement
+from ..models.backbone import Reads
 
 
 class Head(nn.Module):
@@ -23,6 +24,10 @@ class Head(nn.Module):
     then any number of `scores`. A finished task is saved with `state()`; a resumed run calls `open` and `load_state`.
     A task is taken out again with `forget`. What is saved names only classes that were seen and not forgotten, so that
     the others may leave the stream.
+
+    Attributes:
+        reads: what of a model it reads, see `Backbone.offers`: pooled "features", a language model's "answers", or
+            "pairs" of an image and a text.
     """
 
     name: str = ""
@@ -30,6 +35,12 @@ class Head(nn.Module):
     needs_label_embeddings: bool = False
     follows_texts: bool = False  # reads label texts under the model as it is now, see `embed`
     refresh: bool = False  # statistics are gathered anew from all tasks, after every task
+    reads: Reads = "features"
+
+    @property
+    def observes(self) -> bool:
+        """Whether it gathers statistics of training samples."""
+        return type(self).observe is not Head.observe
 
     def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
         """Start from nothing: features have `width` columns, `labels` are the label texts of all classes, C of them.

@@ -34,6 +34,7 @@ class ContrastiveHead(TrainedHead):
 
     name = "contrastive"
     follows_texts = True
+    reads = "pairs"
     embeddings: Tensor  # s g, (C, D), NaN for texts that were not given
 
     def __init__(self, template: str = "{}") -> None:

@@ -44,6 +44,7 @@ class LanguageHead(TrainedHead):
     """
 
     name = "language"
+    reads = "answers"
     needs_label_embeddings = True
     contrasts = False
     lengths: Tensor  # of the answers in tokens, (C,)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from ..core.errors import ConfigError
 from ..heads import ContrastiveHead, LanguageHead, LinearHead
 from ..models.backbone import Backbone
-from ..models.dual_encoder import DualBackbone
-from ..models.language_model import LanguageBackbone
 from ..recipes.recipe import Recipe
 
 
@@ -23,9 +21,9 @@ def suited(recipe: Recipe, backbone: Backbone, given: bool, captions: bool = Fal
     Raises:
         ConfigError: heads that were asked for read something else, or what the model is tuned with does.
     """
-    speaks, dual = isinstance(backbone, LanguageBackbone), isinstance(backbone, DualBackbone)
+    speaks, dual = "answers" in backbone.offers, "pairs" in backbone.offers
     routed, keeper = recipe.consolidation.routed, type(recipe.consolidation).__name__
-    strange = [head for head in recipe.heads if isinstance(head, LanguageHead) != speaks]
+    strange = [head for head in recipe.heads if (head.reads == "answers") != speaks]
     if strange and not speaks:
         raise ConfigError(
             f"head `{strange[0].name}` reads the answers of a language model: use a stream of prompts (or "
@@ -38,7 +36,7 @@ def suited(recipe: Recipe, backbone: Backbone, given: bool, captions: bool = Fal
         )
     if strange:
         return recipe.with_heads([LanguageHead()])
-    follows = any(isinstance(head, ContrastiveHead) for head in recipe.heads)
+    follows = any(head.reads == "pairs" for head in recipe.heads)
     if follows and not dual:
         raise ConfigError(
             f"head `contrastive` trains a text tower beside an image tower, and `{backbone.name}` is no dual encoder: "

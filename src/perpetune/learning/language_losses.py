@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..streams import Task
 if TYPE_CHECKING:
     from ..models.language_model import LanguageBackbone
     from .evaluator import Evaluator
+    from .state import LearnerState
 
 SOURCE = "language model"
 LOSS = "loss on the responses"
@@ -34,6 +35,11 @@ def cross_entropy(responses: Tensor) -> float:
     return -log_p / tokens
 
 
+def measured_language(state: LearnerState) -> bool:
+    """Whether this is a language model that is one for all tasks."""
+    return "answers" in state.backbone.offers and not state.consolidation.routed
+
+
 def general_loss(backbone: LanguageBackbone, batch_size: int) -> float | None:
     """Cross-entropy of the second halves of the passages after their first halves, in nats a token; None for a model
     that has no room for them."""
@@ -41,16 +47,17 @@ def general_loss(backbone: LanguageBackbone, batch_size: int) -> float | None:
     return cross_entropy(backbone.responses(examples, batch_size)) if examples else None
 
 
-def spoken(
-    evaluator: Evaluator, backbone: LanguageBackbone, tasks: Sequence[Task], untouched: float | None
-) -> list[Measurement]:
-    """The model as it is now: its loss on the test responses of tasks that were just evaluated, and how much of its
-    general ability is lost.
+def language_losses(state: LearnerState, tasks: Sequence[Task], untouched: float | None) -> list[Measurement]:
+    """Of a language model as it is now: its loss on the test responses of tasks that were just evaluated, and how much
+    of its general ability is lost. Nothing where each task has a state of its own, under which old tasks lose nothing.
 
     Args:
         untouched: `general_loss` of the model before its first task; None where it was not measured.
     """
-    found = []
+    evaluator, backbone = state.evaluator, cast("LanguageBackbone", state.backbone)
+    found: list[Measurement] = []
+    if not measured_language(state):
+        return []
     if backbone.rouge_l and tasks:
         alike = {task.name: float(evaluator.features(task, "test")[:, -2].double().mean()) for task in tasks}
         note = "of the mean F1 of generated answers, test examples; 1 is best"

@@ -1,37 +1,39 @@
-"""The loop over tasks. Knows the slots, no method."""
+"""The learner: a recipe on a base model, one task after another."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import datasets
+import torch
 from torch import Tensor
-from transformers.trainer_utils import set_seed
 
-from ..consolidation import Step
-from ..core.environment import peak_memory
+from ..consolidation import Consolidation
+from ..core.environment import default_device
 from ..core.errors import ConfigError
-from ..core.measurement import Measurement, finite
+from ..core.progress import Progress
+from ..heads import Head, make_head
+from ..models.backbone import Backbone, Pooling
+from ..recipes import make_recipe
+from ..recipes.recipe import Recipe
 from ..recipes.user_pieces import import_modules
-from ..rules import TaskContext
-from ..runs.commit import Commit, active, commit_of, reverted
-from ..runs.directory import Run
-from ..runs.result import BEFORE, Result
-from ..streams import Stream, fingerprint
-from .bout import Bout, all_due, task_seed
+from ..runs.directory import Run, read_config
+from ..runs.result import Result
+from ..streams import Stream
+from . import export, prediction
 from .config import RunConfig
-from .evaluator import choices
-from .language_losses import general_loss
-from .learned import Known, head_states
-from .opening import filed, task_of
-from .trainer import TrainingLog
+from .opening import open_run
+from .revert import revert
+from .setup import Setup
+from .state import LearnerState
+from .task_loop import TaskLoop
+from .trainer import resolve_training
 
-UNTOUCHED = "untouched"
 
-
-class Learner(Bout):
+class Learner:
     """Learns one task after another, keeps what it promised to keep, and measures it.
 
     Args:
@@ -58,6 +60,40 @@ class Learner(Bout):
         >>> print(result.summary())
     """
 
+    def __init__(
+        self,
+        model: str | Path | None,
+        recipe: str | dict[str, Any] | Recipe = "lora",
+        run: str | Path | None = None,
+        *,
+        heads: Sequence[str | dict[str, Any] | Head] | None = None,
+        training: dict[str, Any] | None = None,
+        seed: int = 0,
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+        evaluate_every: int = 1,
+        device: str | torch.device | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        made = make_recipe(recipe)
+        if heads:
+            made = made.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
+        self._temporary = tempfile.TemporaryDirectory() if run is None else None
+        self.setup = Setup(
+            model=str(model) if model is not None else None,
+            recipe=made,
+            heads_given=bool(heads),
+            path=Path(self._temporary.name if self._temporary else run),  # type: ignore[arg-type]
+            training=resolve_training(made.training, training or {}),
+            loading={"pooling": pooling, "max_length": max_length, "trust_remote_code": trust_remote_code},
+            evaluate_every=evaluate_every,
+            seed=seed,
+            device=torch.device(device) if device is not None else default_device(),
+            progress=progress or Progress(),
+        )
+        self._state: LearnerState | None = None
+
     @classmethod
     def from_config(cls, config: RunConfig, **instead: Any) -> Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
@@ -68,7 +104,70 @@ class Learner(Bout):
         settings |= {name: getattr(config, name) for name in names}
         return cls(config.model, **{**settings, **instead})
 
-    # ---- the order in which things happen ----
+    @classmethod
+    def described(cls, run: str | Path, **options: Any) -> Learner:
+        """The learner that a run was made with, as run.yaml describes it; nothing is loaded yet.
+
+        Raises:
+            RunError: no run is there.
+        """
+        config = read_config(Path(run))
+        model, settings = config["model"], config["training"]
+        name = options.pop("model", None) or config["model_name"]
+        loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
+        recipe = options.pop("recipe", config["recipe"])
+        return cls(name, recipe, run, training=settings, seed=config["seed"], **loading, **options)
+
+    @classmethod
+    def open(cls, run: str | Path, **options: Any) -> Learner:
+        """The learner of a finished run, ready to predict and export.
+
+        A run with pieces of one's own: import their module first, or give `recipe` (docs/own_pieces.md).
+
+        Raises:
+            RunError: no run is there, it is damaged, or its base model is another one now.
+        """
+        learner = cls.described(run, **options)
+        config = read_config(Path(run))
+        model, stream = config["model"], config["stream"]
+        backbone = learner.setup.load_base(model["modality"], model["fingerprint"])
+        state = LearnerState(learner.setup, backbone, stream["labels"], stream["inputs"])
+        learner._state = state.restore(Run.read(run).commits)
+        return learner
+
+    # ---- what it is ----
+
+    @property
+    def state(self) -> LearnerState:
+        """Base model plus commits.
+
+        Raises:
+            ConfigError: nothing is learned or opened yet.
+        """
+        if self._state is None:
+            raise ConfigError("nothing is learned yet: call learn(stream), or Learner.open(run)")
+        return self._state
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model as it is now."""
+        return self.state.backbone
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe; once something is learned, with the state that its pieces hold."""
+        return self._state.recipe if self._state is not None else self.setup.recipe
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        return self.recipe.heads
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.setup.path
+
+    # ---- learning ----
 
     def learn(self, stream: Stream) -> Result:
         """Learn the tasks that the run has not learned yet.
@@ -76,66 +175,19 @@ class Learner(Bout):
         Raises:
             PerpetuneError: whatever is wrong, with how to mend it; every finished task is safe.
         """
-        run, stream = self._open(stream)
-        recipe, consolidation = self.recipe, self.recipe.consolidation
-        steps = consolidation.schedule(stream)
+        opened = open_run(self.setup, stream)
+        self._state = opened.state
         try:
-            with self.progress:
-                if not run.commits:
-                    self._commit_untouched(run, stream)
-                done = len(active(run.commits))
-                if 0 < done < len(steps):  # as all was before what is learned next
-                    learned = stream.tasks[: steps[done].first]
-                    seen = {c for task in learned for c in task.classes}
-                    for task in learned if self.evaluate_every == 1 and not consolidation.routed else ():
-                        self._evaluator.features(task, "test", choices(stream, task, seen))
-                    self._evaluator.embed(self.heads, stream.labels, [task.candidates for task in learned])
-                for step in steps[done:]:
-                    begun = time.perf_counter()
-                    before = self._before(stream, step, steps[step.index - 1] if step.index else None)
-                    started = time.perf_counter()
-                    set_seed(task_seed(self.seed, step.name))
-                    consolidation.begin_task(step)
-                    self._examples = self._prepare(step)
-                    earlier = consolidation.goes_on_from(step)
-                    for head in self._all_heads():
-                        if earlier is not None:
-                            head.reopen(earlier)
-                        head.begin_task(consolidation.classes(step))
-                    context = TaskContext(
-                        self._need_backbone(), _begun(run), self._batches, self._losses, self.progress.say
-                    )
-                    for rule in recipe.rules:
-                        rule.begin_task(context)
-                    log = self._train(step, len(steps))
-                    measured = [m for rule in recipe.rules for m in rule.guarantee()]
-                    for rule in recipe.rules:
-                        rule.end_task(context)
-                    self._examples = []
-                    for head in self._all_heads():
-                        head.end_task()
-                    consolidation.end_task(step)
-                    trained = time.perf_counter()
-                    self._observe(step, stream)
-                    due = all_due(step.index, len(steps), self.evaluate_every)
-                    asked = stream.tasks[0 if due else step.first : step.learned]
-                    predictions = self._evaluator.predictions(stream, step, self.heads, consolidation, asked) | before
-                    measured += [*consolidation.guarantee(), *(m for head in self.heads for m in head.guarantee())]
-                    measured += [*self._stale(step), *self._moved(step, stream)]
-                    measured += self._spoken(run, asked)
-                    commit = run.commit(step.name, self._files(predictions), self._facts(stream, step, measured))
-                    evaluating = started - begun + time.perf_counter() - trained
-                    self._note(run, commit, step, log, trained - started, evaluating)
+            with self.setup.progress:
+                TaskLoop(opened).learn_all()
         except KeyboardInterrupt:
-            self.progress.say("stopped: every finished task is safe; start again with the same run directory to go on")
+            self.setup.progress.say(
+                "stopped: every finished task is safe; start again with the same run directory to go on"
+            )
             raise
         finally:
-            run.close()
-        classes = sorted({c for s in steps for c in s.classes})
-        self._predicts = Known(stream.labels, classes, stream.inputs, [task.name for task in stream])
-        return Result(self.path, keep=self._temporary)
-
-    # ---- taking a task out ----
+            opened.run.close()
+        return self._result()
 
     def revert(self, stream: Stream, task: str) -> Result:
         """Take a task out of what the run has learned, heads included: a new commit; nothing is deleted.
@@ -151,118 +203,84 @@ class Learner(Bout):
             ConfigError: no such task is learned, or tasks leave nothing that could be taken out.
             RunError: no run is there, or the other tasks are not what they were.
         """
-        own, started = commit_of(Run.read(self.path).commits, task), time.perf_counter()
-        consolidation, tuner = self.recipe.consolidation, self.recipe.tuner
-        if not consolidation.separable(tuner):
-            raise ConfigError(
-                f"{type(consolidation).__name__} with {type(getattr(tuner, 'config', tuner)).__name__} keeps no change "
-                "of each task by itself, so none can be taken out: use a recipe with SparseSum (`sotu`) or Merge "
-                "(`lora`), or learn the other tasks in another run directory (--out)"
-            )
-        run, stream = self._open(stream, without=task)
-        try:
-            with self.progress:
-                learned = [name for name in run.commits[-1].manifest["learned"] if name != task]
-                stream = replace(stream, tasks=stream.tasks[: len(learned)])
-                self._forget(run, own, stream)
-                steps = self.recipe.consolidation.schedule(stream)
-                step = steps[-1] if steps else None
-                predictions = self._evaluator.predictions(stream, step, self.heads, self.recipe.consolidation)
-                name, classes = f"revert-{task}", sorted({c for t in stream for c in t.classes})
-                measured = [m for head in self.heads for m in head.guarantee()]
-                measured += self._spoken(run, stream.tasks)
-                facts = {
-                    "reverts": task,
-                    "reverted": [*reverted(run.commits), task],
-                    "learned": learned,
-                    "classes": classes,
-                    "guarantees": [{**m.to_dict(), "task": name} for m in measured],
-                    "heads": [head.name for head in self.heads],
-                }
-                commit = run.commit(name, self._states(predictions), facts)
-                run.note(
-                    "revert",
-                    task=name,
-                    evaluate_seconds=round(time.perf_counter() - started, 3),
-                    disk_bytes=commit.size,
-                )
-        finally:
-            run.close()
-        self._predicts = Known(stream.labels, classes, stream.inputs, learned)
+        self._state = revert(self.setup, stream, task)
+        return self._result()
+
+    def _result(self) -> Result:
         return Result(self.path, keep=self._temporary)
 
-    def _forget(self, run: Run, own: Commit, stream: Stream) -> None:
-        """Heads without the task of a commit; `stream` has the tasks that remain."""
-        number, position = own.manifest["index"], active(run.commits).index(own)
-        before, after = head_states(run.commits[number - 1]), head_states(own)
-        left = {c for task in stream for c in task.classes}
-        classes = [c for c in run.commits[-1].manifest["classes"] if c not in left]
-        for name, head in self._named_heads():
-            if not head.refresh:
-                head.forget(position, classes, before.get(name, {}), after[name])
-        self._gather(stream.tasks)
+    # ---- using ----
 
-    # ---- before a task ----
+    def predict(
+        self,
+        inputs: Sequence[Any],
+        *,
+        head: str | None = None,
+        classes: Sequence[str] | None = None,
+        task: str | None = None,
+    ) -> list[str]:
+        """Label texts for new inputs: texts, (text, text_pair) tuples, PIL images, prompts, (image, prompt) tuples, or
+        lists of messages. An empty text where a generated answer names no class.
 
-    def _before(self, stream: Stream, step: Step, last: Step | None) -> dict[str, Tensor]:
-        """What is said of the tasks of a step before it is learned: a(j - 1, j), by the model as it is now, after the
-        last step; and b_j, where the first commit lacks it."""
-        own = {task.name for task in step.tasks}
-        found = {k: v for k, v in self._joined.items() if task_of(k) in own}
-        if last is None:
-            return found
-        consolidation = self.recipe.consolidation
-        return found | filed(BEFORE, self._evaluator.predictions(stream, last, self.heads, consolidation, step.tasks))
+        An input is predicted as if it were alone, whatever else is in the list: only the last bits of scores differ
+        (padding to the longest of a batch makes sums round anew, 2e-7 with MiniLM), so a tie alone could be decided
+        otherwise.
 
-    # ---- committing ----
+        Args:
+            head: which head to read; None takes the first.
+            classes: choose among these label texts only (task-incremental use); None chooses among all classes learned.
+            task: whose adapter reads the inputs, where there is one for every task; None lets the router find out.
 
-    def _commit_untouched(self, run: Run, stream: Stream) -> None:
-        predictions = self._evaluator.predictions(stream, None, self.heads, self.recipe.consolidation)
-        facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
-        if self._speaks:
-            facts["general_loss"] = general_loss(self._speaks, self._evaluator.batch_size)
-        run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
+        Raises:
+            ConfigError: nothing is learned yet, inputs of another kind than were learned, an unknown head, class or
+                task, or a task for a model that has but one state.
+        """
+        return prediction.predict(self.state, inputs, head, classes, task)
 
-    def _files(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
-        return {**self.recipe.consolidation.files(), **self._states(predictions)}
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        only: Sequence[str] | None = None,
+        without: Collection[str] = (),
+        scales: Mapping[str, float] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> Path:
+        """Write a plain transformers folder, adapters merged; the run stays as it is.
 
-    def _states(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
-        rules = {f"{i}.{k}": v for i, rule in enumerate(self.recipe.rules) for k, v in rule.state().items()}
-        return {
-            "head.safetensors": {
-                f"{name}.{k}": v for name, head in self._named_heads() for k, v in head.state().items()
-            },
-            **({"rules.safetensors": rules} if rules else {}),
-            "predictions.safetensors": predictions,
-        }
+        Without a choice of tasks this is the model as it is now; with one, the base model and what the chosen tasks
+        left on its weights, added up in fp32: the same bits as if the other deltas had never been.
 
-    def _facts(self, stream: Stream, step: Step, measured: list[Measurement]) -> dict[str, Any]:
-        return {
-            "learned": [task.name for task in stream.tasks[: step.learned]],
-            "classes": sorted({c for task in stream.tasks[: step.learned] for c in task.classes}),
-            "data": {task.name: fingerprint(task) for task in step.tasks},
-            "training": {task.name: dict(task.training) for task in step.tasks if task.training},
-            "guarantees": [{**m.to_dict(), "task": step.name} for m in measured],
-            "heads": [head.name for head in self.heads],
-            "trainable_parameters": self._trainable,
-        }
+        Args:
+            only: tasks to take, None all; without: tasks to leave out.
+            scales: factors of tasks, times the consolidation's own.
+            dtype: what the fp32 weights are rounded to, once.
 
-    def _note(self, run: Run, commit: Commit, step: Step, log: TrainingLog, training: float, rest: float) -> None:
-        run.note(
-            "task",
-            index=step.index,
-            task=step.name,
-            steps=log.steps,
-            first_loss=finite(log.first_loss),
-            last_loss=finite(log.last_loss),
-            train_seconds=round(training, 3),
-            evaluate_seconds=round(rest, 3),
-            peak_memory_bytes=peak_memory(self.device),
-            disk_bytes=commit.size,
-        )
-        self.progress.say(f"{self.recipe.name}: task {step.index + 1} `{step.name}` learned in {training + rest:.1f} s")
+        Raises:
+            ConfigError: nothing is learned yet, there is no network to export, no weights could hold the adapter; an
+                unknown task; tasks that leave nothing to choose from.
+            RunError: the folder is a run directory, or cannot be written; then nothing of it is there.
+        """
+        return export.export(self.setup, self.state, Path(folder), only, without, scales, dtype)
 
+    def fresh(self) -> tuple[Backbone, Consolidation]:
+        """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.
 
-def _begun(run: Run) -> int:
-    """How many tasks rules have seen, those that were taken out again too: they remember them, and draw by number."""
-    return sum("reverts" not in commit.manifest for commit in run.commits[1:])
+        Raises:
+            ConfigError: nothing is learned yet.
+            RunError: the base model is another one now.
+        """
+        return export.fresh(self.setup, self.state)
+
+    def frozen_features(self, rows: datasets.Dataset, modality: Any, labels: Sequence[str] = ()) -> Tensor:
+        """What routers and boundaries read of each input under the base model (N x `Backbone.pooled_width`).
+
+        Args:
+            rows: with the columns of `Task.train`; labels: their label texts.
+        """
+        setup = self.setup
+        backbone = setup.load_backbone(modality)
+        backbone.open_for([], labels)
+        examples = backbone.prepare(rows)
+        with setup.progress, setup.progress.bar("features of the stream", len(examples)) as advance:
+            return backbone.pooled(examples, setup.batch_size, advance)

@@ -2,118 +2,109 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..core.environment import versions
-from ..core.errors import ConfigError, RunError, StreamError
+from ..core.errors import RunError, StreamError
 from ..runs.commit import active, reverted
 from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
-from ..streams import Stream, Task, fingerprint
-from .learned import Learned
-from .trainer import resolve_training
+from ..streams import Stream, fingerprint
+from .setup import Setup, task_settings
+from .state import LearnerState
 
 
-class Opening(Learned):
-    """Opens a run for a stream: a new one, or one that has learned its first tasks already. See `Learner`.
-
+class Opened(NamedTuple):
+    """
     Attributes:
-        _joined: what the untouched model says of tasks that joined the stream after the run's first commit.
+        run: locked; stream: its classes numbered as always in this run, without the tasks that were taken out.
+        state: after the newest commit.
+        joined: predictions of the untouched model on tasks that joined the stream after the run's first commit.
     """
 
-    _joined: dict[str, Tensor]
+    run: Run
+    stream: Stream
+    state: LearnerState
+    joined: dict[str, Tensor]
 
-    def _open(self, stream: Stream, without: str | None = None) -> tuple[Run, Stream]:
-        """The run, and its stream: classes numbered as they have always been in this run, without the tasks that were
-        taken out, or are now (`without`)."""
-        if not len(stream) and without is None:
-            raise StreamError(f"stream `{stream.name}` has no task")
-        self.backbone, self._predicts = self._load_backbone(stream.modality), None
-        self._check_heads(self.backbone, stream.captions)
-        for each in stream:  # before anything is written
-            own_settings(self.training, each)
-        run = Run.open(self.path, self.config(stream))
-        try:
-            whole = stream.numbered(read_config(self.path)["stream"]["labels"])
-            out = [*reverted(run.commits), without]
-            stream = replace(whole, tasks=tuple(task for task in whole if task.name not in out))
-            learned = _check_learned(run, stream, without)
-            done = len(active(run.commits))
-            if done and done >= len(self.recipe.consolidation.schedule(stream)) and len(learned) < len(stream):
-                raise RunError(
-                    f"{self.path} learned all tasks of its stream at once; the stream has grown since: use another run "
-                    "directory (--out)"
+
+def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened:
+    """Create the run of this setup and stream, or continue the one that is there.
+
+    Args:
+        without: a task that is about to be taken out.
+
+    Raises:
+        PerpetuneError: whatever keeps the run from starting; nothing that was learned is touched.
+    """
+    if not len(stream) and without is None:
+        raise StreamError(f"stream `{stream.name}` has no task")
+    backbone = setup.load_backbone(stream.modality)
+    setup.fit_heads(backbone, stream.captions)
+    for each in stream:  # before anything is written
+        task_settings(setup.training, each)
+    run = Run.open(setup.path, setup.config(stream, backbone))
+    try:
+        whole = stream.numbered(read_config(setup.path)["stream"]["labels"])
+        out = [*reverted(run.commits), without]
+        stream = replace(whole, tasks=tuple(task for task in whole if task.name not in out))
+        learned = _check_learned(run, stream, without)
+        sessions = setup.recipe.consolidation.schedule(stream)
+        done = len(active(run.commits))
+        if done and done >= len(sessions) and len(learned) < len(stream):
+            raise RunError(
+                f"{setup.path} learned all tasks of its stream at once; the stream has grown since: use another run "
+                "directory (--out)"
+            )
+
+        def untouched(labels: tuple[str, ...]) -> LearnerState:
+            return LearnerState(setup, backbone, labels, stream.inputs)
+
+        joined = {}
+        if run.commits and without is None:
+            joined = _predict_joined(untouched(stream.labels).restore([]), run, stream)
+        state = untouched(whole.labels).restore(run.commits, without)
+        if without is None:
+            run.grow(setup.config(whole, backbone))
+            _note_start(setup, run)
+            for task in (task.name for task in whole if task.name in out):
+                setup.progress.say(
+                    f"task `{task}` was taken out of {setup.path} and is passed over: to learn it again, give it "
+                    "another name"
                 )
-            self._joined = self._ask_untouched(run, stream) if run.commits and without is None else {}
-            self._restore(run, whole.labels, without)
-            if without is None:
-                run.grow(self.config(whole))
-                self._note_start(run)
-                for task in (task.name for task in whole if task.name in out):
-                    self.progress.say(
-                        f"task `{task}` was taken out of {self.path} and is passed over: to learn it again, give it "
-                        "another name"
-                    )
-        except BaseException:
-            run.close()
-            raise
-        return run, stream
+    except BaseException:
+        run.close()
+        raise
+    return Opened(run, stream, state, joined)
 
-    def config(self, stream: Stream) -> dict[str, Any]:
-        """What decides the result of this run, as it is written to run.yaml."""
-        backbone = self._need_backbone()
-        return {
-            "model_name": self.model_name,
-            "model": {
-                "fingerprint": backbone.fingerprint,
-                "modality": backbone.modality,
-                "pooling": backbone.pooling,
-                "max_length": backbone.max_length,
-                "trust_remote_code": self.loading["trust_remote_code"],
-            },
-            "stream": {
-                "name": stream.name,
-                "scenario": stream.scenario,
-                "inputs": stream.inputs,
-                "tasks": [task.name for task in stream],
-                "labels": stream.labels,
-                "source": stream.source,
-            },
-            "recipe": self.recipe.to_dict(),
-            "training": self.training,
-            "seed": self.seed,
-            "versions": versions(),
-        }
 
-    def _ask_untouched(self, run: Run, stream: Stream) -> dict[str, Tensor]:
-        """b_j of tasks that joined the stream after the first commit, where heads know classes by their names: while
-        the backbone is as it was loaded, as if the run began now."""
-        if not any(head.needs_label_embeddings or head.follows_texts for head in self.heads):
-            return {}  # none could name a class
-        asked = map(task_of, run.commits[0].tensors("predictions.safetensors"))
-        known = {*run.commits[-1].manifest["learned"], *asked}
-        joined = [task for task in stream if task.name not in known]
-        if not joined:
-            return {}
-        start = copy.copy(run)
-        start.commits = []
-        self._restore(start, stream.labels)
-        with self.progress:
-            found = self._evaluator.predictions(stream, None, self.heads, self.recipe.consolidation, joined)
-        return filed(JOINED, found)
+def _predict_joined(untouched: LearnerState, run: Run, stream: Stream) -> dict[str, Tensor]:
+    """Baseline predictions b_j of tasks that joined the stream after the first commit, where a head knows classes by
+    their names: as if the run began now."""
+    heads = untouched.heads
+    if not any(head.needs_label_embeddings or head.follows_texts for head in heads):
+        return {}  # none could name a class
+    evaluated = map(task_of, run.commits[0].tensors("predictions.safetensors"))
+    known = {*run.commits[-1].manifest["learned"], *evaluated}
+    joined = [task for task in stream if task.name not in known]
+    if not joined:
+        return {}
+    with untouched.setup.progress:
+        found = untouched.evaluator.predictions(stream, None, heads, untouched.consolidation, joined)
+    return filed(JOINED, found)
 
-    def _note_start(self, run: Run) -> None:
-        """Journal a start, and warn where a run goes on under other versions: its bits may then differ."""
-        now, then = versions(), read_config(self.path).get("versions", {})
-        run.note("resume" if run.commits else "start", command=sys.argv, versions=now, device=str(self.device))
-        other = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
-        if run.commits and other:
-            self.progress.say(f"{self.path}: goes on with {', '.join(other)}; bits may differ from an undisturbed run")
+
+def _note_start(setup: Setup, run: Run) -> None:
+    """Journal a start, and warn where a run goes on under other versions: its bits may then differ."""
+    now, then = versions(), read_config(setup.path).get("versions", {})
+    run.note("resume" if run.commits else "start", command=sys.argv, versions=now, device=str(setup.device))
+    other = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+    if run.commits and other:
+        setup.progress.say(f"{setup.path}: goes on with {', '.join(other)}; bits may differ from an undisturbed run")
 
 
 def task_of(key: str) -> str:
@@ -151,15 +142,3 @@ def _check_learned(run: Run, stream: Stream, without: str | None = None) -> list
                     "(--out)"
                 )
     return learned
-
-
-def own_settings(training: dict[str, Any], task: Task) -> dict[str, Any]:
-    """Training settings of a task, over those of the run.
-
-    Raises:
-        ConfigError: see `resolve_training`; says of which task.
-    """
-    try:
-        return resolve_training(training, dict(task.training))
-    except ConfigError as error:
-        raise ConfigError(f"training of task `{task.name}`: {error}") from error

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -51,11 +52,13 @@ class TaskModel(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """Optimizer steps taken, and the mean loss over the first and the last tenth of them."""
+    """Optimizer steps taken, the mean loss over the first and the last tenth of them, and the mean seconds of a step
+    (all but the first, which warms up)."""
 
     steps: int
     first_loss: float | None
     last_loss: float | None
+    step_seconds: float = 0.0
 
 
 class _Finite(TrainerCallback):
@@ -90,9 +93,15 @@ class _Finite(TrainerCallback):
 class _Advance(TrainerCallback):
     def __init__(self, advance: Callable[[int], None]) -> None:
         self.advance = advance
+        self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(perf_counter())
         self.advance(1)
+
+    @property
+    def step_seconds(self) -> float:
+        return (self.ends[-1] - self.ends[0]) / max(1, len(self.ends) - 1) if self.ends else 0.0
 
 
 class TaskTrainer(Trainer):
@@ -210,6 +219,7 @@ def train_task(
     with tempfile.TemporaryDirectory() as folder:
         on_cpu = next(backbone.model.parameters()).device.type == "cpu"
         arguments = training_arguments({**settings, "max_steps": steps}, folder, seed, on_cpu)
+        steps_taken = _Advance(advance)
         trainer = TaskTrainer(
             model=TaskModel(backbone, head),
             args=arguments,
@@ -217,7 +227,7 @@ def train_task(
             data_collator=backbone.collate,
             rules=rules,
             head_learning_rate=float(settings["head_learning_rate"]),
-            callbacks=[_Advance(advance)],
+            callbacks=[steps_taken],
         )
         from transformers import PrinterCallback
 
@@ -237,4 +247,5 @@ def train_task(
         trainer.state.global_step,
         sum(losses[:tenth]) / tenth if losses else None,
         sum(losses[-tenth:]) / tenth if losses else None,
+        steps_taken.step_seconds,
     )

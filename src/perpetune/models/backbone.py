@@ -16,6 +16,7 @@ from ..core.tensors import relative_change
 from ..streams.task import Modality
 
 Pooling = Literal["mean", "cls", "last", "pooler"]
+Reads = Literal["features", "answers", "pairs"]
 Examples = list[dict[str, Any]]
 Features = Callable[..., Tensor]  # see `Backbone.features`
 
@@ -24,7 +25,14 @@ class Backbone(nn.Module):
     """A transformers encoder (`model`), its tokenizer or image processor, and how its features are pooled.
 
     `forward(**inputs)` gives features f in R^{N x width}. Tuners replace or wrap `model` in place.
+
+    Attributes:
+        offers: what heads can read of it, see `Head.reads`.
+        network: whether there are weights that could be tuned and exported.
     """
+
+    offers: tuple[Reads, ...] = ("features",)
+    network: bool = True
 
     def __init__(
         self,
@@ -46,6 +54,13 @@ class Backbone(nn.Module):
         self.width: int = model.config.hidden_size
         self.fingerprint = fingerprint(model)
         self.version = 0  # counted up by whoever changes weights, so that features can be cached
+
+    def open_for(self, heads: Sequence[Any], labels: Sequence[str], trained: Any = None) -> None:
+        """Prepare what heads read of it.
+
+        Args:
+            heads: `Head`s; labels: the label texts of all classes (C); trained: the head whose loss is trained with.
+        """
 
     def weights_changed(self) -> bool:
         """Whether any weight or buffer differs from what was loaded."""

@@ -36,6 +36,8 @@ class DualBackbone(Backbone):
     where they are at most `FEW`; where they are more, captions for instance, those that the batch holds.
     """
 
+    offers = ("features", "pairs")
+
     def __init__(self, model: Any, processor: Any, tokenizer: Any, *, max_length: int | None, name: str) -> None:
         """
         Args:
@@ -58,6 +60,11 @@ class DualBackbone(Backbone):
         self.texts: tuple[str, ...] = ()
         self.paired = False
         self.width = self.label_embeddings(["a"]).shape[1]
+
+    def open_for(self, heads: Sequence[Any], labels: Sequence[str], trained: Any = None) -> None:
+        readers = [head for head in heads if head.reads == "pairs"] or list(heads)
+        texts = readers[0].label_prompts(labels) if readers else labels
+        self.open(texts, paired=trained is not None and trained.reads == "pairs")
 
     def open(self, texts: Sequence[str], *, paired: bool) -> None:
         """Say what the text of every class is (C), and whether a `ContrastiveHead` is trained."""

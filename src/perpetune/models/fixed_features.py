@@ -21,6 +21,8 @@ class FixedFeatures(Backbone):
     Pixels: grey values of the picture resized to side x side.
     """
 
+    network = False
+
     def __init__(self, modality: Modality, *, words: int = 2048, side: int = 28) -> None:
         nn.Module.__init__(self)
         self.modality = modality

@@ -34,6 +34,8 @@ class LanguageBackbone(Backbone):
     The label texts of a stream are its answers. `open` says which they are, and how they are read.
     """
 
+    offers = ("answers",)
+
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int, name: str, picture: int | None = None) -> None:
         """
         Args:
@@ -61,6 +63,15 @@ class LanguageBackbone(Backbone):
         self.reads: tuple[Read, ...] = ()
         self.rouge_l, self.longest = False, LONGEST
         self.limit: int | None = None  # of a prompt, in tokens
+
+    def open_for(self, heads: Sequence[Any], labels: Sequence[str], trained: Any = None) -> None:
+        readers = [head for head in heads if head.reads == "answers"]
+        self.open(
+            labels,
+            [head.read for head in readers],
+            rouge_l=any(head.rouge_l for head in readers),
+            longest=max((head.longest for head in readers), default=LONGEST),
+        )
 
     def open(
         self, labels: Sequence[str], reads: Sequence[Read], *, rouge_l: bool = False, longest: int = LONGEST

@@ -12,11 +12,34 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..core.errors import ModelError, first_line
+from ..core.errors import ConfigError, ModelError, first_line
+from ..streams.task import Modality
 from .backbone import Backbone, Pooling
 from .dual_encoder import DualBackbone, is_dual
 from .language_model import LanguageBackbone
 from .vision_language_model import PicturedBackbone, reads_images
+
+
+def load_model(
+    name: str | Path,
+    modality: Modality,
+    *,
+    pooling: Pooling | None = None,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """The model that reads a stream: a language model for prompts, else an encoder. Arguments as `load_backbone`.
+
+    Raises:
+        ConfigError: pooling for a language model.
+        ModelError: it cannot be loaded, or does not read this modality.
+    """
+    if modality != "language":
+        options: Any = {"max_length": max_length, "trust_remote_code": trust_remote_code}
+        return load_backbone(name, modality, pooling=pooling, **options)
+    if pooling is not None:
+        raise ConfigError("a language model answers prompts, and pools nothing: leave pooling out")
+    return load_language_model(name, max_length=max_length, trust_remote_code=trust_remote_code)
 
 
 def load_backbone(

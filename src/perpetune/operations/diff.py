@@ -14,10 +14,9 @@ from torch import Tensor
 from ..consolidation.delta_merge import VALUES, stored_delta
 from ..core.errors import ConfigError, RunError, nearest
 from ..deltas.overlap import overlap
-from ..learning.composition import plain
-from ..learning.learned import Learned
+from ..learning.export import plain
+from ..learning.learner import Learner
 from ..metrics.energy import relative_energy_change, row_norm_change
-from ..models.fixed_features import FixedFeatures
 from ..runs.commit import Commit, active
 from ..runs.directory import Run
 
@@ -156,8 +155,8 @@ def difference(
     names = [commit.manifest["task"] for commit in commits]
     a = len(names) - 2 if before is None else _point(before, names)
     b = len(names) - 1 if after is None else _point(after, names)
-    learner = Learned.open(path, model=model)
-    if isinstance(learner.backbone, FixedFeatures):
+    learner = Learner.open(path, model=model)
+    if not learner.backbone.network:
         raise ConfigError(f"recipe `{learner.recipe.name}` has no network, so no weights to compare")
     if learner.recipe.consolidation.routed:
         raise ConfigError(
@@ -183,10 +182,10 @@ def _point(text: str, names: Sequence[str]) -> int:
     )
 
 
-def _state(learner: Learned, commits: Sequence[Commit], point: int) -> dict[str, Tensor]:
+def _state(learner: Learner, commits: Sequence[Commit], point: int) -> dict[str, Tensor]:
     """All weights at a point; those under several names once."""
     if point == len(commits) - 1:
-        backbone, consolidation = learner._need_backbone(), learner.recipe.consolidation
+        backbone, consolidation = learner.backbone, learner.recipe.consolidation
     else:
         backbone, consolidation = learner.fresh()
         consolidation.restore(active(commits[: point + 1]))

@@ -13,8 +13,7 @@ from ..core.errors import ConfigError
 from ..core.progress import Progress
 from ..heads import make_head
 from ..learning.evaluator import Evaluator
-from ..learning.learned import Learned
-from ..models.language_model import LanguageBackbone
+from ..learning.learner import Learner
 from ..runs.commit import active
 from ..runs.directory import Run
 from ..streams import Stream
@@ -58,23 +57,23 @@ def accuracy_by_scale(
     bad = [s for s in values if not math.isfinite(s)]
     if bad or not values:
         raise ConfigError(f"scales are numbers, not {bad or 'none'}")
-    learned = Learned.open(path, model=model)
-    consolidation = learned.recipe.consolidation
+    learner = Learner.open(path, model=model)
+    consolidation = learner.recipe.consolidation
     if not isinstance(consolidation, SparseSum) or consolidation.sequential:
         raise ConfigError(
-            f"recipe `{learned.recipe.name}` sums no independent deltas: take `sotu` or `task_arithmetic`"
+            f"recipe `{learner.recipe.name}` sums no independent deltas: take `sotu` or `task_arithmetic`"
         )
-    backbone, fresh = learned.fresh()
+    backbone, fresh = learner.fresh()
     assert isinstance(fresh, SparseSum)
-    speaks = isinstance(backbone, LanguageBackbone)
+    speaks = "answers" in backbone.offers
     reader = make_head(head or usual_head(stream))
     if speaks and reader.name != "language":
         raise ConfigError(f"head `{reader.name}` cannot read a language model here: take language")
     if reader.trains and not speaks:
         raise ConfigError(f"head `{reader.name}` would have to be trained again for every scale: take ncm or ridge")
     lengths = None
-    if isinstance(backbone, LanguageBackbone):
-        backbone.open(stream.labels, ["options"])
+    if speaks:
+        backbone.open_for([reader], stream.labels)
         lengths = backbone.label_embeddings(stream.labels)
     seen = sorted({c for task in stream for c in task.classes})
     commits = active(Run.read(path).commits)
@@ -84,8 +83,8 @@ def accuracy_by_scale(
         for s in values:
             fresh.scale = float(s)
             fresh.restore(commits)
-            evaluator = Evaluator(backbone, int(learned.training["per_device_eval_batch_size"]), Progress())
-            reader.open(backbone.width, stream.labels, seed=learned.seed, label_embeddings=lengths)
+            evaluator = Evaluator(backbone, learner.setup.batch_size, Progress())
+            reader.open(backbone.width, stream.labels, seed=learner.setup.seed, label_embeddings=lengths)
             for task in stream if not speaks else ():
                 reader.observe(evaluator.features(task, "train"), torch.tensor(task.train["label"]), task.train["id"])
             right = []

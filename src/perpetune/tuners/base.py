@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
 from ..core.measurement import Measurement
+from ..streams.task import Modality
+
+if TYPE_CHECKING:
+    from ..models.backbone import Backbone
 
 
 class Tuner:
@@ -17,6 +21,10 @@ class Tuner:
 
     trains: bool = True
     wraps_model: bool = True  # False: what is kept lives on the backbone itself
+
+    def own_backbone(self, modality: Modality) -> Backbone | None:
+        """What takes the place of a pre-trained model; None where there is one to tune."""
+        return None
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The model with exactly this tuner's parameters trainable (the same object, or a wrapper around it)."""
@@ -103,6 +111,11 @@ class NoNetwork(Tuner):
     side: int = 28
     trains = False
     wraps_model = False
+
+    def own_backbone(self, modality: Modality) -> Backbone:
+        from ..models.fixed_features import FixedFeatures
+
+        return FixedFeatures(modality, words=self.words, side=self.side)
 
     def attach(self, model: nn.Module) -> nn.Module:
         return model

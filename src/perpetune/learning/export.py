@@ -1,21 +1,77 @@
-"""Which tasks a model is composed of, what that is worth, and plain models without adapters around them."""
+"""A plain model: which tasks it is composed of, what that is worth, and its files without adapters around them."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from ..consolidation import Consolidation
 from ..core.errors import ConfigError, ModelError, nearest
-from ..heads import Head, LinearHead
+from ..heads import LinearHead
+from ..models.backbone import Backbone
+from ..runs.commit import active
+from ..runs.directory import Run, write_folder
+from .setup import Setup
+from .state import LearnerState
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
     from ..runs.result import Result
+
+
+def export(
+    setup: Setup,
+    state: LearnerState,
+    folder: Path,
+    only: Sequence[str] | None = None,
+    without: Collection[str] = (),
+    scales: Mapping[str, float] | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """See `Learner.export`."""
+    backbone = state.backbone
+    if not backbone.network:
+        raise ConfigError(f"recipe `{state.recipe.name}` has no network to export")
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype is float32 or bfloat16, not `{dtype}`")
+    commits = Run.read(setup.path).commits
+    if not commits:
+        raise ConfigError("nothing is learned yet: call learn(stream) first")
+    everything = only is None and not without and not scales
+    if everything and not state.consolidation.routed:
+        model: Any = plain(copy.deepcopy(backbone.model), commits[-1].path)
+    else:
+        chosen = choose(commits[-1].manifest["learned"], only, without, scales)
+        backbone, consolidation = fresh(setup, state)
+        by_task = {c.manifest["task"]: c for c in active(commits)}
+        consolidation.compose(by_task, chosen)
+        model = plain(backbone.model, by_task[list(chosen)[-1]].path if chosen else commits[-1].path)
+    model = model.to(dtype=getattr(torch, dtype))
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(str(aside))
+        backbone.save_processors(str(aside))
+
+    return write_folder(folder, write)
+
+
+def fresh(setup: Setup, state: LearnerState) -> tuple[Backbone, Consolidation]:
+    """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.
+
+    Raises:
+        RunError: the base model is another one now.
+    """
+    recipe = copy.deepcopy(setup.recipe)
+    base = setup.load_base(state.backbone.modality, state.backbone.fingerprint)
+    recipe.consolidation.open(base, recipe.tuner, state.known.labels)
+    return base, recipe.consolidation
 
 
 def choose(
@@ -79,7 +135,7 @@ def stale(recipe: Recipe, result: Result, task: str) -> str | None:
     shaped; None where there are none."""
     if task == result.tasks[-1] or not recipe.tuner.trains or recipe.consolidation.routed:
         return None
-    names = [h.name for h in recipe.heads if type(h).observe is not Head.observe and not h.refresh]
+    names = [h.name for h in recipe.heads if h.observes and not h.refresh]
     if not names:
         return None
     return f"{' and '.join(names)} gathered later tasks with features that it had shaped (refresh gathers anew)"

@@ -1,0 +1,109 @@
+"""One session of training: its rows, its settings, and what heads gather afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..consolidation import Step
+from ..models.backbone import Examples
+from ..streams import Task
+from .setup import task_settings
+from .state import LearnerState
+from .trainer import TaskModel, TrainingLog, count_steps, train_task
+
+
+class Training:
+    """Trains a state on the rows of a session.
+
+    Attributes:
+        examples: the rows as model inputs, while the session lasts; none where nothing reads them.
+        trainable: number of parameters that training changes.
+    """
+
+    def __init__(self, state: LearnerState, session: Step) -> None:
+        self.state, self.session = state, session
+        reads = state.recipe.tuner.trains or state.training_head.trains
+        self.examples: Examples = state.backbone.prepare(state.consolidation.rows(session)) if reads else []
+        self.trainable = 0
+
+    def open_heads(self) -> None:
+        consolidation = self.state.consolidation
+        earlier = consolidation.goes_on_from(self.session)
+        for head in self.state.all_heads():
+            if earlier is not None:
+                head.reopen(earlier)
+            head.begin_task(consolidation.classes(self.session))
+
+    def train(self, of: int, step_limit: int | None = None) -> TrainingLog:
+        """
+        Args:
+            of: number of sessions of the run, for the display.
+        """
+        state, session = self.state, self.session
+        setup, backbone, head = state.setup, state.backbone, state.training_head
+        self.trainable = sum(p.numel() for m in (backbone, head) for p in m.parameters() if p.requires_grad)
+        if not self.trainable:
+            return TrainingLog(0, None, None)
+        steps = step_budget(session, setup.training)
+        steps = steps if step_limit is None else min(steps, step_limit)
+        title = f"{state.recipe.name} · {session.name} ({session.index + 1}/{of}) · train"
+        with setup.progress.bar(title, steps) as advance:
+            return train_task(
+                backbone,
+                head,
+                state.recipe.rules,
+                self.examples,
+                setup.training_of(session.tasks),
+                task=session.name,
+                seed=task_seed(setup.seed, session.name),
+                steps=steps,
+                advance=advance,
+            )
+
+    def close_heads(self) -> None:
+        self.examples = []
+        for head in self.state.all_heads():
+            head.end_task()
+
+    def batches(self) -> Iterable[dict[str, Tensor]]:
+        """The session's rows as model inputs, for rules."""
+        backbone, size = self.state.backbone, self.state.setup.batch_size
+        for start in range(0, len(self.examples), size):
+            yield backbone.batch(self.examples[start : start + size])
+
+    def losses(self, size: int) -> Iterable[Tensor]:
+        """The training loss of batches of `size` rows, with a graph, for rules."""
+        backbone = self.state.backbone
+        model = TaskModel(backbone, self.state.training_head)
+        for start in range(0, len(self.examples), size):
+            batch = backbone.collate(self.examples[start : start + size])
+            yield model(**{k: v.to(self.state.setup.device) for k, v in batch.items()})["loss"]
+
+
+def gather(state: LearnerState, tasks: Sequence[Task], new: Sequence[Task] = ()) -> None:
+    """Show training samples to heads that gather statistics, with the features as they are now: all of these tasks,
+    from nothing, to heads with `refresh`; those that are new to the others."""
+    observing = [head for head in state.heads if head.observes]
+    anew = [head for head in observing if head.refresh]
+    for head in anew:
+        head.clear()
+    for task in tasks if anew else new if observing else ():
+        features = state.evaluator.features(task, "train")
+        labels = torch.tensor(task.train["label"])
+        for head in observing if task in new else anew:
+            head.observe(features, labels, task.train["id"])
+
+
+def step_budget(session: Step, training: dict[str, Any]) -> int:
+    """Optimizer steps of a session: the same in sum, however the tasks are dealt to sessions."""
+    return sum(count_steps(len(task.train), task_settings(training, task)) for task in session.tasks)
+
+
+def task_seed(seed: int, task: str) -> int:
+    """The seed of one task: whatever was learned before, and in whatever order, it draws the same."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{task}".encode()).digest()[:4], "little") >> 1

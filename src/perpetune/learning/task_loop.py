@@ -1,0 +1,210 @@
+"""The order in which things happen to a task, written once. Knows the slots, no method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, cast
+
+from torch import Tensor
+from transformers.trainer_utils import set_seed
+
+from ..consolidation import Step
+from ..core.environment import peak_memory
+from ..core.measurement import Measurement, finite
+from ..models.language_model import LanguageBackbone
+from ..rules import TaskContext
+from ..runs.commit import Commit, active
+from ..runs.directory import Run
+from ..runs.result import BEFORE
+from ..streams import Task, fingerprint
+from .evaluator import choices
+from .language_losses import general_loss, language_losses, measured_language
+from .opening import Opened, filed, task_of
+from .session import Training, gather, task_seed
+from .trainer import TrainingLog
+
+UNTOUCHED = "untouched"
+EVALUATING = ("before", "observe", "evaluate", "commit")  # phases of a session that train nothing
+
+
+class TaskLoop:
+    """Learns the tasks that a run has not learned yet.
+
+    Args:
+        opened: the run, its stream, and the state after its newest commit.
+        step_limit: optimizer steps of a session at most, for a trial; None takes all.
+
+    Attributes:
+        phases: seconds of each phase of the newest session, by name; log: of its training.
+    """
+
+    def __init__(self, opened: Opened, step_limit: int | None = None) -> None:
+        self.run, self.stream, self.state, self.joined = opened
+        self.step_limit = step_limit
+        self.setup = self.state.setup
+        self.sessions = self.state.consolidation.schedule(self.stream)
+        self.phases: dict[str, float] = {}
+        self.log = TrainingLog(0, None, None)
+
+    # ---- the order in which things happen ----
+
+    def learn_all(self) -> None:
+        """Learn one session after another; each is a commit."""
+        done = len(active(self.run.commits))
+        if not self.run.commits:
+            self.commit_untouched()
+        elif 0 < done < len(self.sessions):
+            self._refresh_caches(self.sessions[done])
+        for session in self.sessions[done:]:
+            self.phases = {}
+            self.learn(session)
+
+    def learn(self, session: Step) -> Commit:
+        """Train on a session of tasks, measure, and commit."""
+        state, rules, consolidation = self.state, self.state.recipe.rules, self.state.consolidation
+        with self._phase("before"):
+            before = self._predict_before(session)
+        with self._phase("prepare"):
+            set_seed(task_seed(self.setup.seed, session.name))
+            consolidation.begin_task(session)
+            training = Training(state, session)
+            training.open_heads()
+        with self._phase("rules"):
+            context = TaskContext(
+                state.backbone, _begun(self.run), training.batches, training.losses, self.setup.progress.say
+            )
+            for rule in rules:
+                rule.begin_task(context)
+        with self._phase("train"):
+            self.log = training.train(len(self.sessions), self.step_limit)
+        with self._phase("rules"):
+            measured = [m for rule in rules for m in rule.guarantee()]
+            for rule in rules:
+                rule.end_task(context)
+        with self._phase("consolidate"):
+            training.close_heads()
+            consolidation.end_task(session)
+        with self._phase("observe"):
+            gather(state, self.stream.tasks[: session.learned], session.tasks)
+        with self._phase("evaluate"):
+            evaluated = self._evaluated(session)
+            predictions = state.evaluator.predictions(self.stream, session, state.heads, consolidation, evaluated)
+            measured += consolidation.guarantee()
+            measured += [m for head in state.heads for m in head.guarantee()]
+            measured += [*self._stale_statistics(session), *self._feature_drift(session)]
+            measured += language_losses(state, evaluated, self.run.commits[0].manifest.get("general_loss"))
+        with self._phase("commit"):
+            files = {**consolidation.files(), **state.files(predictions | before)}
+            commit = self.run.commit(session.name, files, self._facts(session, measured, training.trainable))
+        state.learned(commit.manifest["classes"], commit.manifest["learned"])
+        self._note(commit, session)
+        return commit
+
+    # ---- before a session ----
+
+    def commit_untouched(self) -> None:
+        """The first commit: baseline predictions of the model as it was loaded."""
+        state = self.state
+        predictions = state.evaluator.predictions(self.stream, None, state.heads, state.consolidation)
+        facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
+        if measured_language(state):
+            facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), self.setup.batch_size)
+        self.run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
+
+    def _refresh_caches(self, session: Step) -> None:
+        """What an undisturbed run would still hold of the model before this session: features and label texts."""
+        state, learned = self.state, self.stream.tasks[: session.first]
+        seen = {c for task in learned for c in task.classes}
+        for task in learned if self.setup.evaluate_every == 1 and not state.consolidation.routed else ():
+            state.evaluator.features(task, "test", choices(self.stream, task, seen))
+        state.evaluator.embed(state.heads, self.stream.labels, [task.candidates for task in learned])
+
+    def _predict_before(self, session: Step) -> dict[str, Tensor]:
+        """Predictions on the session's own tasks before they are learned: a(j - 1, j) of the model as it is now, and
+        b_j where the first commit lacks it."""
+        own = {task.name for task in session.tasks}
+        found = {k: v for k, v in self.joined.items() if task_of(k) in own}
+        if not session.index:
+            return found
+        state, last = self.state, self.sessions[session.index - 1]
+        now = state.evaluator.predictions(self.stream, last, state.heads, state.consolidation, session.tasks)
+        return found | filed(BEFORE, now)
+
+    # ---- after a session ----
+
+    def _evaluated(self, session: Step) -> Sequence[Task]:
+        """The tasks that are evaluated after a session: all so far where that is due, else its own."""
+        due = all_due(session.index, len(self.sessions), self.setup.evaluate_every)
+        return self.stream.tasks[0 if due else session.first : session.learned]
+
+    def _stale_statistics(self, session: Step) -> list[Measurement]:
+        state = self.state
+        stale = [head for head in state.heads if head.observes and not head.refresh]
+        if not stale or not state.recipe.tuner.trains:
+            return []
+        note = "tasks whose class statistics were gathered with features that have changed since (order-dependent)"
+        name = "tasks with stale statistics"
+        return [Measurement(name, float(session.index), None, "", type(head).__name__, note) for head in stale]
+
+    def _feature_drift(self, session: Step) -> list[Measurement]:
+        """How far the features of earlier tasks' test inputs have moved: what forgetting is made of."""
+        if self.setup.evaluate_every != 1:  # how far since when would depend on where a run was stopped
+            return []
+        tuner = self.state.recipe.tuner
+        drifts = [self.state.evaluator.drift[task.name] for task in self.stream.tasks[: session.first]]
+        if not drifts or not tuner.trains:
+            return []
+        note = "the task that moved most; test inputs were never shown to any rule"
+        name = "change of features on earlier tasks' test inputs"
+        return [Measurement(name, max(drifts), None, "relative", type(tuner).__name__, note)]
+
+    def _facts(self, session: Step, measured: list[Measurement], trainable: int) -> dict[str, Any]:
+        learned = self.stream.tasks[: session.learned]
+        return {
+            "learned": [task.name for task in learned],
+            "classes": sorted({c for task in learned for c in task.classes}),
+            "data": {task.name: fingerprint(task) for task in session.tasks},
+            "training": {task.name: dict(task.training) for task in session.tasks if task.training},
+            "guarantees": [{**m.to_dict(), "task": session.name} for m in measured],
+            "heads": [head.name for head in self.state.heads],
+            "trainable_parameters": trainable,
+        }
+
+    def _note(self, commit: Commit, session: Step) -> None:
+        evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)
+        training = sum(self.phases.values()) - evaluating
+        self.run.note(
+            "task",
+            index=session.index,
+            task=session.name,
+            steps=self.log.steps,
+            first_loss=finite(self.log.first_loss),
+            last_loss=finite(self.log.last_loss),
+            train_seconds=round(training, 3),
+            evaluate_seconds=round(evaluating, 3),
+            peak_memory_bytes=peak_memory(self.setup.device),
+            disk_bytes=commit.size,
+        )
+        seconds = training + evaluating
+        self.setup.progress.say(
+            f"{self.state.recipe.name}: task {session.index + 1} `{session.name}` learned in {seconds:.1f} s"
+        )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begun = perf_counter()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - begun
+
+
+def all_due(index: int, of: int, every: int) -> bool:
+    """Whether all tasks so far are evaluated after a session: its number, of so many, and `evaluate_every`."""
+    return index == of - 1 or (every > 0 and (index + 1) % every == 0)
+
+
+def _begun(run: Run) -> int:
+    """How many sessions rules have seen, those that were taken out again too: they remember them, and draw by
+    number."""
+    return sum("reverts" not in commit.manifest for commit in run.commits[1:])

@@ -1,0 +1,61 @@
+"""Whether a run directory belongs to the configuration that is given."""
+
+from __future__ import annotations
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+import datasets
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+from ..core.errors import ConfigError, RunError, nearest
+from ..core.files import plain
+
+
+def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, wanted in plain(new).items():
+        if key in ("versions", "model_name"):
+            continue
+        if key == "stream":  # a stream may grow: what was there must still be the same
+            found = old.get("stream", {})
+            for name, value in wanted.items():
+                if name not in ("name", "tasks", "labels", "source") and found.get(name) != value:
+                    raise RunError(_different(path, f"stream.{name}", found.get(name), value))
+            continue
+        if old.get(key) != wanted:
+            where, a, b = _first_difference(key, old.get(key), wanted)
+            raise RunError(_different(path, where, a, b))
+
+
+def _first_difference(key: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted({*a, *b}):
+            if a.get(name) != b.get(name):
+                return _first_difference(f"{key}.{name}", a.get(name), b.get(name))
+    return key, a, b
+
+
+def _different(path: Path, where: str, old: Any, new: Any) -> str:
+    def short(value: Any) -> str:
+        text = "none" if value is None else str(value)
+        return text if len(text) < 60 else text[:57] + "..."
+
+    if where == "model.fingerprint":
+        return (
+            f"{path} was made with another base model (weights {short(old)[:12]}, these are {short(new)[:12]}): "
+            "give the model it was made with, or another run directory (--out)"
+        )
+    return (
+        f"{path} was made with another configuration: {where} was {short(old)}, now it is {short(new)}: "
+        "use the old setting, or another run directory (--out)"
+    )

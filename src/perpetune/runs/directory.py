@@ -1,0 +1,213 @@
+"""The run directory: one configuration, one journal, and a commit for every finished task."""
+
+from __future__ import annotations
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+import datasets
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+from ..core.errors import ConfigError, RunError, nearest
+from ..core.files import writing, write_text, write_file, sync, plain, file_digest
+from .commit import MANIFEST, Commit, mend
+from .config_check import check_same
+
+
+CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
+
+
+class Run:
+    """One run directory, written by one process at a time."""
+
+    def __init__(self, path: Path, lock: Any) -> None:
+        self.path = path
+        self._lock = lock
+        folders = (path / COMMITS).iterdir() if (path / COMMITS).is_dir() else ()
+        self.commits = [Commit.read(p) for p in sorted(folders) if not p.name.startswith(".")]
+        for index, commit in enumerate(self.commits):
+            parent = self.commits[index - 1].digest if index else None
+            if commit.manifest["index"] != index or commit.manifest["parent"] != parent:
+                raise RunError(f"{commit.path} does not follow the commit before it: {mend(commit.path)}")
+
+    @classmethod
+    def open(cls, path: str | Path, config: dict[str, Any]) -> Run:
+        """Create a run, or continue the one that is there.
+
+        Args:
+            config: what decides the result; must equal what the directory was made with. The keys "versions" and
+                "model_name" may differ, and the stream may have another name and have grown.
+
+        Raises:
+            RunError: the directory belongs to another configuration or base model, is damaged, is used by another
+                process, or cannot be written.
+        """
+        path = Path(path)
+        with writing(path):
+            (path / COMMITS).mkdir(parents=True, exist_ok=True)
+            lock = _lock(path)
+            for stale in (path / COMMITS).glob(".*"):
+                shutil.rmtree(stale)
+            if (path / CONFIG).exists():
+                old = read_config(path)
+                try:
+                    check_same(path, old, config)
+                except RunError:
+                    if _learned(path):
+                        raise
+                    shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
+                    (path / COMMITS).mkdir()
+                    _write_config(path, config)
+            else:
+                if any(p for p in path.iterdir() if p.name not in (COMMITS, ".lock")):
+                    raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
+                _write_config(path, config)
+            journal = path / JOURNAL
+            if journal.exists() and not journal.read_bytes().endswith(b"\n"):
+                with open(journal, "a") as file:  # a crash cut the last line short: the next event starts a new one
+                    file.write("\n")
+        return cls(path, lock)
+
+    def grow(self, config: dict[str, Any]) -> None:
+        """Write down that the stream has grown, once it is known that what was learned is still the same."""
+        old = read_config(self.path)
+        if old.get("stream") != plain(config).get("stream"):
+            _write_config(self.path, {**old, "stream": config["stream"]})
+
+    @classmethod
+    def read(cls, path: str | Path) -> Run:
+        """A run that is only looked at: nothing is locked or written, so it may lie on a read-only disk.
+
+        Raises:
+            RunError: no run is there, or it is damaged.
+        """
+        read_config(Path(path))
+        return cls(Path(path), None)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Append one line to the journal: what happened when. Clock times live here and nowhere else."""
+        line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}, allow_nan=False)
+        with writing(self.path / JOURNAL), open(self.path / JOURNAL, "a") as journal:
+            journal.write(line + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def commit(self, task: str, files: dict[str, Any], facts: dict[str, Any]) -> Commit:
+        """Write a finished task aside, sync it, rename it into place. `files` as in `Consolidation.files`."""
+        index = len(self.commits)
+        name = f"{index:04d}-{task}"
+        aside, final = self.path / COMMITS / f".{name}", self.path / COMMITS / name
+        with writing(final):
+            if aside.exists():
+                shutil.rmtree(aside)
+            aside.mkdir()
+            try:
+                for file, content in files.items():
+                    write_file(aside / file, content)
+                manifest = {
+                    "index": index,
+                    "task": task,
+                    "parent": self.commits[-1].digest if self.commits else None,
+                    **facts,
+                    "files": {file: file_digest(aside / file) for file in sorted(files)},
+                }
+                write_text(aside / MANIFEST, json.dumps(plain(manifest), indent=1, sort_keys=True, allow_nan=False))
+                sync(aside)
+                os.rename(aside, final)
+                sync(final.parent)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+        self.commits.append(Commit.read(final))
+        return self.commits[-1]
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _learned(path: Path) -> bool:
+    """Whether there is more than the commit of the untouched model."""
+    return len(list((path / COMMITS).iterdir())) > 1
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    write_text(path / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        RunError: there is no run here, or its configuration cannot be read.
+    """
+    try:
+        config = yaml.safe_load((Path(path) / CONFIG).read_text())
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"{Path(path) / CONFIG} cannot be read ({type(error).__name__}): restore it from a copy"
+        ) from error
+    if not isinstance(config, dict):
+        raise RunError(f"{Path(path) / CONFIG} is empty or damaged: restore it from a copy")
+    return config
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All events; a line cut short by a crash is passed over: what it spoke of was not committed, or comes again."""
+    try:
+        lines = (Path(path) / JOURNAL).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
+    """Write a folder aside, then put its files in place: those of an earlier one of this kind are replaced.
+
+    Raises:
+        RunError: there is a run, or the folder cannot be written; then nothing of it is there.
+    """
+    if (path / CONFIG).exists():
+        raise RunError(f"{path} is a run directory: give another folder (--out)")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            write(aside)
+            path.mkdir(exist_ok=True)
+            for file in aside.iterdir():
+                os.replace(file, path / file.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def _lock(path: Path) -> Any:
+    lock = open(path / ".lock", "w")  # noqa: SIM115  held as long as the run
+    try:
+        import fcntl
+    except ImportError:
+        return lock  # no advisory locks on this platform
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise RunError(
+            f"{path} is in use by another process: wait for it, or give another directory (--out)"
+        ) from error
+    return lock
