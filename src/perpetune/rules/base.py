@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import RuleError
 from ..core.measurement import Measurement
+from .before_clipping import BeforeClipping
 from .running_statistics import in_eval_mode
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def attach(
     batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None,
     losses: Callable[[int], Iterable[Tensor]] | None = None,
     begin: bool = True,
+    scaler: Any = None,
 ) -> Attached:
     """Hang rules on an optimizer, in any training loop: plain PyTorch, Trainer, TRL, Accelerate, Lightning.
 
@@ -154,12 +156,13 @@ def attach(
         index: 0-based number of the task.
         batches, losses: see `TaskContext`.
         begin: call each rule's `begin_task` first; False where the caller has done so.
+        scaler: the loop's `torch.amp.GradScaler`, if there is one; needed by rules with `before_clipping`.
 
     Returns:
         A handle whose `remove()` detaches the rules.
 
     Raises:
-        RuleError: a rule finds nothing to act on.
+        RuleError: a rule finds nothing to act on; or (from a step) a `scaler` is missing.
 
     Example:
         >>> attached = pt.attach(model, optimizer, [pt.ProductL1(1e-5)])
@@ -176,11 +179,19 @@ def attach(
     inner = getattr(optimizer, "optimizer", optimizer)
     updating = [rule for rule in rules if type(rule).on_update is not Rule.on_update]
     watched: list[tuple[Rule, list[Tensor]]] = [(rule, list(rule.watches())) for rule in updating]
+    penalties: list[Any] = [rule for rule in rules if getattr(rule, "before_clipping", False)]
+    early = BeforeClipping(penalties, scaler) if penalties else None
     before: list[list[Tensor]] = [[torch.empty_like(p) for p in params] for _, params in watched]
 
     @torch.no_grad()
     def shape_gradient() -> None:
+        if early is not None and early.added and scaler is None and getattr(inner, "grad_scale", None) is not None:
+            raise RuleError(
+                "penalties before clipping must know the loss scale: give attach() the `scaler` of the loop"
+            )
         _unscale(inner)
+        if early is not None:
+            early.rest()
         for rule in rules:
             rule._stepped = True
             rule.on_gradient()
@@ -210,11 +221,14 @@ def attach(
     def post_step(*_: object) -> None:
         for (rule, _params), copies in zip(watched, before, strict=True):
             rule.on_update(copies)
+        if early is not None:
+            early.stepped()
 
     handles = [inner.register_step_pre_hook(pre_step)]
     handles += in_eval_mode(module for rule in rules for module in rule.held_modules())
-    if watched:
+    if watched or early is not None:
         handles.append(inner.register_step_post_hook(post_step))
+    handles += early.handles if early is not None else []
     return Attached(rules, handles)
 
 

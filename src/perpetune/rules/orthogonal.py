@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError, RuleError
 from ..core.measurement import Measurement
 from .base import TaskContext
-from .lora_penalty import LoraPenalty, add_gradients, check_strength, same_shape, stack, work
+from .lora_penalty import LoraPenalty, check_strength, same_shape, stack, work
 
 
 @dataclass
@@ -71,6 +72,7 @@ class OrthogonalToPast(LoraPenalty):
         strength: lambda of the orthogonality term.
         form: "squared" or "absolute".
         norm_strength: see above.
+        before_clipping: see `LoraPenalty`; as released.
 
     Raises:
         ConfigError: a strength is negative or not finite, or the form is unknown.
@@ -143,22 +145,21 @@ class OrthogonalToPast(LoraPenalty):
                 for pair, layer in zip(members, K, strict=True):  # views: the past is held once
                     self._past[pair.name] = Past(layer, gram)
 
-    @torch.no_grad()
-    def on_gradient(self) -> None:
+    def terms(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor], float]]:
         for group in self._groups:
             A = stack(group.params)  # n x r x d_in
             if self.form == "absolute":
                 dA = torch.bmm(torch.bmm(A, group.K.mT).sign_(), group.K)
-                add_gradients(group.params, dA.unbind(), self.strength)
+                yield group.params, dA.unbind(), self.strength
             else:
                 dA = torch.bmm(A if group.gram else torch.bmm(A, group.K.mT), group.K)
-                add_gradients(group.params, dA.unbind(), 2 * self.strength)
+                yield group.params, dA.unbind(), 2 * self.strength
         if self.norm_strength:
             params = [p for pair in self._pairs for p in (pair.A, pair.B)]
             values = [work(p) for p in params]
             norms = torch._foreach_norm(values)
             torch._foreach_clamp_min_(norms, torch.finfo(torch.float32).tiny)  # B begins at 0, where the slope is 0 too
-            add_gradients(params, torch._foreach_div(values, norms), self.norm_strength)
+            yield params, torch._foreach_div(values, norms), self.norm_strength
 
     @torch.no_grad()
     def _overlap(self) -> Tensor:
