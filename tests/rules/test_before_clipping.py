@@ -90,7 +90,7 @@ def test_a_step_is_that_of_the_clipped_sum(name, parts):
 
 @pytest.mark.parametrize("early, wanted", [(True, 9.3 / 16.3), (False, 9.3)])
 def test_how_much_larger_the_penalty_is_than_the_loss_in_a_step(early, wanted):
-    """Gradients of norm 9.3 and 16.3, clipped to 1: 0.57 where they are clipped together, 9.3 where the loss alone is."""
+    """Gradients of norm 9.3 and 16.3, clipped to 1: 0.57 if clipped together, 9.3 if only the loss is."""
     model, rule = model_of(1), with_a_past(RULES["olora"], before_clipping=early)
     rule.begin_task(TaskContext(model, 1))
     params = trained(model)

@@ -9,26 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError, RuleError
+from ..core.errors import RuleError
 from ..core.measurement import Measurement
 from ..tuners.linear_map import LinearMap
 from .base import Rule, TaskContext
-from .bases import check_energy
 from .certificate import SOURCE, certificates, measurements, unseen_changes, worst
 from .layer_memory import LayerMemory
 from .linear_sites import Batches
 from .lora_penalty import work
 from .probes import Probes
-from .protected import Protected, limits, protected, unused_products
+from .protected import Protected, check_settings, limits, protected, unused_products
 from .running_statistics import buffer_digests, changed_buffers
 from .stacked_maps import StackedMaps, stack
 
-CHOICES = {
-    "on": ("update", "gradient", "both"),
-    "branch": ("kept", "fresh"),
-    "prompts": ("per_head", "published"),
-    "unprotected": ("error", "freeze", "allow"),
-}
+UNIT_TOKENS = True  # by the table of benchmarks/token_weights.py
 
 
 @dataclass
@@ -78,6 +72,9 @@ class SubspaceProjection(Rule):
             data of the user, and stored with every commit: 0 unless asked for.
         wide: layers of more inputs d than this keep a sketch (Frequent Directions) in place of C.
         sketch_rows: rows of such a sketch.
+        unit_tokens: whether tokens count alike, C = sum x x^T / |x|^2, or by their squared length, so that a first
+            token a hundred times as long as the others is all that an energy protects; None: as the memory has it that
+            is loaded, else alike (benchmarks/token_weights.py).
 
     Raises:
         ConfigError: a setting is out of range.
@@ -96,6 +93,7 @@ class SubspaceProjection(Rule):
     probes: int = 0
     wide: int = 4096
     sketch_rows: int = 256
+    unit_tokens: bool | None = field(default=None, metadata={"unwritten": None})
     _memory: LayerMemory = field(init=False, repr=False, compare=False)
     _references: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
     _groups: list[StackedMaps] = field(init=False, repr=False, compare=False, default_factory=list)
@@ -106,19 +104,9 @@ class SubspaceProjection(Rule):
     _probes: Probes = field(init=False, repr=False, compare=False, default_factory=Probes)
 
     def __post_init__(self) -> None:
-        check_energy(self.energy, self.cap)
-        if self.cap is not None and self.cap > 1:
-            raise ConfigError(f"SubspaceProjection: cap={self.cap} is a share of a layer's inputs: at most 1")
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(f"SubspaceProjection: strength={self.strength} must be between 0 and 1")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"SubspaceProjection: {name}=`{getattr(self, name)}` must be {', '.join(known)}")
-        if self.sketch_rows < 1:
-            raise ConfigError(f"SubspaceProjection: sketch_rows={self.sketch_rows} must be at least 1")
-        if self.probes < 0:
-            raise ConfigError(f"SubspaceProjection: probes={self.probes} is a number of inputs: 0 keeps none")
-        self._memory = LayerMemory(self.energy, self.cap, self.wide, self.sketch_rows)
+        check_settings(self)
+        unit = UNIT_TOKENS if self.unit_tokens is None else self.unit_tokens
+        self._memory = LayerMemory(self.energy, self.cap, self.wide, self.sketch_rows, unit)
 
     @property
     def needs_branch(self) -> Literal["kept", "fresh"]:
@@ -274,6 +262,11 @@ class SubspaceProjection(Rule):
             own = kind in ("reference", "probe")
             parts[kind if own else "memory"][rest if own else key] = value
         self._memory.load_state(parts["memory"])
+        if self.unit_tokens not in (None, self._memory.unit):
+            raise RuleError(
+                f"the memory of old inputs was made with unit_tokens={self._memory.unit}: leave the setting out, or "
+                "set it so"
+            )
         self._references = {key: value.clone() for key, value in parts["reference"].items()}
         self._probes = Probes.restore(parts["probe"])
         self._open = None

@@ -4,17 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import RuleError
+from ..core.errors import ConfigError, RuleError
 from ..tuners.adapter import AdapterLinear
 from ..tuners.linear_map import LinearMap
 from ..tuners.token_attention import TokenLayer
+from .bases import check_energy
 from .linear_sites import linear_sites
 from .lora_sites import lora_pairs
 from .running_statistics import moving_modules
+
+CHOICES = {
+    "on": ("update", "gradient", "both"),
+    "branch": ("kept", "fresh"),
+    "prompts": ("per_head", "published"),
+    "unprotected": ("error", "freeze", "allow"),
+}
+
+
+def check_settings(rule: Any) -> None:
+    """The settings of a `SubspaceProjection`.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    check_energy(rule.energy, rule.cap)
+    if rule.cap is not None and rule.cap > 1:
+        raise ConfigError(f"SubspaceProjection: cap={rule.cap} is a share of a layer's inputs: at most 1")
+    if not 0 <= rule.strength <= 1:
+        raise ConfigError(f"SubspaceProjection: strength={rule.strength} must be between 0 and 1")
+    for name, known in CHOICES.items():
+        if getattr(rule, name) not in known:
+            raise ConfigError(f"SubspaceProjection: {name}=`{getattr(rule, name)}` must be {', '.join(known)}")
+    if rule.sketch_rows < 1:
+        raise ConfigError(f"SubspaceProjection: sketch_rows={rule.sketch_rows} must be at least 1")
+    if rule.probes < 0:
+        raise ConfigError(f"SubspaceProjection: probes={rule.probes} is a number of inputs: 0 keeps none")
 
 
 @dataclass(frozen=True)
