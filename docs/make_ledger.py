@@ -56,6 +56,7 @@ EQUATIONS = {
         "tests/rules/test_rotation_ball.py::test_it_never_leaves_the_ball_under_adamw",
         "tests/rules/test_rotation_ball.py::test_it_learns_where_the_default_of_peft_does_not",
     ],
+    "FusedLoraConfig": ["tests/recipes/test_published_pegp.py::test_the_lora_is_that_of_a_fused_layer"],
     "GivensConfig": [
         "tests/tuners/test_givens_rotations.py::test_equation",
         "tests/tuners/test_givens_rotations.py::test_orthogonal_after_a_thousand_steps",
