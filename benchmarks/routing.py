@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor
 
 import perpetune as pt
-from perpetune.consolidation import Step
+from perpetune.consolidation import Session
 from perpetune.models.loading import load_backbone
 from perpetune.routers import KMeansRouter, RidgeRouter, Router
 from perpetune.runs.directory import Run
@@ -78,11 +78,11 @@ def make_run(model: str, folder: Path, tasks: int) -> Stream:
     torch.manual_seed(0)
     for t, task in enumerate(stream):
         if not t:
-            consolidation.begin_task(Step(0, task.name, (task,), 0))
+            consolidation.begin_task(Session(0, task.name, (task,), 0))
         for parameter in backbone.model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=SPREAD)
-        consolidation.end_task(Step(t, task.name, (task,), t))
+        consolidation.end_task(Session(t, task.name, (task,), t))
         head.begin_task(task.classes)
         head.end_task()
         files = consolidation.files()

@@ -4,53 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from perpetune.cli.app import main
 from perpetune.core.errors import ConfigError
 from perpetune.learning.config import CompareConfig, RunConfig, load_config
 from perpetune.metrics.conventions import CONVENTIONS
 from perpetune.metrics.records import read_records
 from perpetune.operations.compare import found_records, head_groups, threads_each, with_controls
-from perpetune.operations.plan import readings
+from tests.calling import call
 
 SMALL = ["--epochs", "1", "--batch-size", "8"]
-
-
-def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["perpetune", *map(str, arguments)])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture
 def perpetune(monkeypatch, capsys):
     return lambda *arguments: call(monkeypatch, capsys, *arguments)
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys; sys.argv = ['perpetune', '--help']\nfrom perpetune.cli.app import main\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn', 'pandas'} & set(sys.modules)\n"
-        "print('HEAVY', sorted(heavy))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "HEAVY []" in found.stdout and "perpetune demo" in found.stdout
-
-
-@pytest.mark.parametrize("command", ["demo", "run", "compare", "report", "list", "log"])
-def test_every_command_has_help(perpetune, command):
-    code, out, _ = perpetune(command, "--help")
-    assert code == 0 and "Usage" in out
 
 
 def test_run_log_and_report(perpetune, tiny_bert, word_stream, tmp_path):
@@ -137,13 +106,6 @@ def test_plan_says_what_a_run_will_take_and_keeps_nothing(perpetune, tiny_bert, 
     code, printed, _ = perpetune("run", *options, "--plan")
     assert code == 0 and not out.exists()
     assert all(word in printed for word in ("trainable parameters", "memory", "disk", "time", "18 steps"))
-
-
-def test_a_plan_counts_what_is_read_after_a_task():
-    """Of a model that changes with every task: its own, and all where that is due, at the end in any case."""
-    assert readings(4, 1) == [4, 3, 2, 1]
-    assert readings(4, 0) == [2, 2, 2, 1]
-    assert readings(5, 2) == [4, 3, 3, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 
 import perpetune as pt
 from perpetune.consolidation import PerTask
+from perpetune.consolidation.states import Reading
 from perpetune.core.errors import ConfigError
-from perpetune.learning.routed_scores import routed_scores
 from perpetune.recipes import make_recipe
 from perpetune.recipes.recipe import Recipe
 from perpetune.routers import KMeansRouter, OracleRouter, PooledRouter, RidgeRouter, Router
@@ -53,7 +53,7 @@ def test_the_posterior_is_the_sum_over_tasks_of_route_times_class():
         seen.extend([] if t is None else [(t, rows.tolist())])
         return rows[:, None]
 
-    scores = routed_scores(head, 6, weights, Three(), features)
+    scores = Three().scores(head, 6, Reading(2, features), weights)
     expected = torch.tensor([[0.63, 0.07, 0.06, 0.24, 0, 0], [0, 0, 0, 0, 0.5, 0.5]], dtype=torch.float64)
     torch.testing.assert_close(scores.exp(), expected, atol=1e-7, rtol=0)
     assert seen == [(0, [0]), (1, [0]), (2, [1])]  # a pass for every task present, its inputs alone
@@ -61,13 +61,13 @@ def test_the_posterior_is_the_sum_over_tasks_of_route_times_class():
 
 def test_a_prior_of_the_router_multiplies_what_the_adapter_says_within_a_task():
     class Prior(Three):
-        def prior_of(self, features, task):
+        def _prior(self, features, task):
             log_p = torch.full((1, 6), -torch.inf, dtype=torch.float64)
             log_p[:, 2 * task : 2 * task + 2] = torch.tensor([0.25, 0.75]).log()
             return log_p
 
     head = Says([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
-    scores = routed_scores(head, 6, torch.tensor([[0.7, 0.3, 0.0]]).log(), Prior(), lambda t, rows: rows[:, None])
+    scores = Prior().scores(head, 6, Reading(1, lambda t, rows: rows[:, None]), torch.tensor([[0.7, 0.3, 0.0]]).log())
     p = torch.tensor([0.7 * 3 / 4, 0.7 / 4, 0.3 / 13, 0.3 * 12 / 13, 0, 0], dtype=torch.float64)
     torch.testing.assert_close(scores.exp()[0], p, atol=1e-7, rtol=0)
 
@@ -81,7 +81,7 @@ def test_a_class_of_several_tasks_gathers_from_all():
         def scores(self, features, task):
             return torch.tensor([[0.9, 0.1], [0.2, 0.8]][task]).log().expand(len(features), 2)
 
-    scores = routed_scores(Head(), 2, torch.tensor([[0.5, 0.5]]).log(), Shared(), lambda t, rows: rows[:, None])
+    scores = Shared().scores(Head(), 2, Reading(1, lambda t, rows: rows[:, None]), torch.tensor([[0.5, 0.5]]).log())
     torch.testing.assert_close(scores.exp(), torch.tensor([[0.55, 0.45]], dtype=torch.float64), atol=1e-7, rtol=0)
 
 
@@ -93,7 +93,7 @@ def test_candidates_are_asked_until_they_hold_enough(candidates, mass, asked):
     consolidation._adapters = [{}, {}, {}]
     if candidates == 1:
         consolidation.router.route = lambda features: torch.zeros(len(features), dtype=torch.long)
-    weights = consolidation.candidates_of(torch.zeros(1, 4))
+    weights = consolidation.weights(Reading(1, lambda t, rows: torch.zeros(1, 4)))
     assert [(row > -torch.inf).nonzero().flatten().tolist() for row in weights] == asked
 
 

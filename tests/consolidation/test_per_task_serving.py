@@ -180,7 +180,7 @@ def test_routes_stand_in_the_summary_the_records_and_the_report(routed):
     records = result.records()
     assert {record.routing_accuracy for record in records} == {routing.accuracy}
     page = render(report_data([result], records, "run"))
-    assert '<section id="routes">' in page and f"<b>{share}</b> of 100 go to their own task" in page
+    assert '<section id="routes">' in page and f"<b>{share}</b> of 100 test examples to their own task" in page
 
 
 def test_several_candidates_are_counted(stream, model, tmp_path):

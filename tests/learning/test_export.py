@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tests.cli.test_cli import call
 
 import perpetune as pt
 from perpetune.consolidation.delta_merge import stored_delta
@@ -25,6 +24,7 @@ from perpetune.deltas.combine import merge
 from perpetune.learning.export import choose, ties
 from perpetune.operations.diff import difference
 from perpetune.runs.directory import Run
+from tests.calling import call
 
 TASKS = ["films", "mood", "news", "games"]
 LEFT = "mood"  # in the middle: two tasks come after it

@@ -14,9 +14,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli.test_cli import call
-from tests.learning.test_export import digests
-from tests.learning.test_learner import commits
 
 import perpetune as pt
 from perpetune.consolidation.delta_merge import stored_delta
@@ -29,6 +26,9 @@ from perpetune.runs import directory
 from perpetune.runs.commit import active
 from perpetune.runs.directory import Run
 from perpetune.streams import load_again
+from tests.calling import call
+from tests.learning.test_export import digests
+from tests.learning.test_learner import commits
 
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
 LORA = peft.LoraConfig(r=2, target_modules=["query", "value"])
@@ -308,7 +308,7 @@ def test_the_command(ten, four, model, weeks, tmp_path, monkeypatch, capsys):
     code, out, _ = perpetune("report", path)
     assert code == 0 and "taken out: week-01" in out
     page = (path / "report" / "index.html").read_text()
-    assert "Learned and taken out again: <code>week-01</code>" in page
+    assert "Reverted tasks: <code>week-01</code>" in page
     moved = Path(shutil.copytree(weeks, tmp_path / "moved"))
     shutil.rmtree(moved / WEEKS[2])
     old = copied(ten, tmp_path / "b")
@@ -346,7 +346,7 @@ def test_what_cannot_be_taken_out(model, weeks, tmp_path):
         assert learner.predict(["x0"]) == pt.Learner.open(tmp_path / recipe).predict(["x0"])
     with pytest.raises(pt.RunError, match="is no run"):
         learner_of(model, tmp_path / "none").revert(stream, WEEKS[0])
-    with pytest.raises(pt.ConfigError, match="with branch `kept` does not fit SparseSum"):
+    with pytest.raises(pt.ConfigError, match="with branch `kept` does not fit DeltaMerge"):
         learner_of(model, tmp_path / "none", rules=[pt.SubspaceProjection()])
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from perpetune.core.errors import ConfigError
 from perpetune.metrics.geometry import (
+    GEOMETRY_LABELS,
     Factors,
     average_collision_rate,
     awom,
     collision_rate,
     collision_rate_factors,
+    geometry_lines,
     nuclear_norm,
     pooled_collision_rate,
     sparsity,
@@ -178,3 +180,18 @@ def test_a_dense_low_rank_update_has_no_exact_zeros():
     """Why a collision rate without a tolerance says nothing (sheet, section 4)."""
     f, g = factors(64, 64, 8, 0), factors(64, 64, 8, 1)
     assert sparsity(f).zero_share == 0.0 and collision_rate_factors(f, g, 0.0) == 1.0
+
+
+def test_every_figure_of_a_run_is_printed_with_what_it_is():
+    lines = geometry_lines({**dict.fromkeys(GEOMETRY_LABELS, 0.25), "average_collision_rate": None}, 1e-4)
+    assert [line.split()[0] for line in lines] == list(GEOMETRY_LABELS)
+    rate, overlap, awom, norm, zero, above = lines
+    assert "undefined" in rate and "mean over pairs of tasks, all layers pooled" in rate
+    assert "|dW_i[a, b]| > tolerance" in rate and rate.endswith("tolerance 0.0001]")
+    assert overlap == (
+        "subspace_overlap 0.25: squared overlap of the last task's A with the A of every earlier task, sum over layers "
+        "[OO = sum over i < t of ||A_i A_t^T||_F^2, s not included]"
+    )
+    assert "stacked as A_1" in awom and "mean over tasks and layers" in norm
+    assert "last task's update that are exactly 0, mean over layers" in zero and "relative = 0.01" in above
+    assert not any("tolerance" in line for line in lines[1:])

@@ -159,6 +159,88 @@ def test_conversations_are_written_by_the_chat_template(tiny_lm):
     assert pieces(model, example["answer"]) == ["ve", "r", "y", "▁bad", "</s>"]
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat(tiny_lm, template, *marks, **settings):
+    """A LLaMA whose tokenizer has this chat template and these special tokens, which stand for words of its own."""
+    from transformers import GenerationConfig
+
+    folder = tiny_lm("llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = dict(zip(("good", "bad", "movie"), marks, strict=False))
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    known = json.loads(text)
+    for word, special in names.items():
+        token = known["model"]["vocab"].pop("\u2581" + word)
+        known["model"]["vocab"][special] = token
+        known["model"]["merges"] = [m for m in known["model"]["merges"] if "".join(m) != "\u2581" + word]
+        known["added_tokens"].append({**known["added_tokens"][0], "id": token, "content": special})
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(known), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(**settings).save_pretrained(folder)
+    return folder
+
+
+def test_an_answer_ends_with_what_the_template_writes_after_the_assistants_turn(tiny_lm):
+    model = loaded(chat(tiny_lm, CHATML, "<|im_start|>", "<|im_end|>"), labels=["team", "game"], reads=["generate"])
+    talk = [{"role": "user", "content": "market"}]
+    example = model.prepare(rows([json.dumps(talk)], [1], "messages"))[0]
+    trained = [*example["input_ids"], *example["answer"]]
+    whole = model.processor.apply_chat_template([*talk, {"role": "assistant", "content": "game"}], tokenize=False)
+    written = model.processor(whole, add_special_tokens=False)["input_ids"]
+    assert pieces(model, trained)[-5:] == ["\n", "g", "am", "e", "<|im_end|>"]
+    assert written[: len(trained)] == trained  # the template goes on with a line break
+    plain = model.prepare(rows(["market"], [1]))[0]  # no template wrote it
+    assert pieces(model, plain["answer"]) == ["▁game", "</s>"]
+    assert model.label_embeddings(["game"]).tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML.replace("<|im_end|>", "</s>"), "</s>"),
+        (CHATML.replace("<|im_end|>", ""), "</s>"),  # writes but a line break
+        ("{{ raise_exception('no') }}", "</s>"),
+        (CHATML.replace("<|im_end|>\n", " <|im_end|></s>\n"), "<|im_end|>"),
+    ],
+)
+def test_the_end_of_a_turn_is_a_special_token_or_that_of_a_sequence(tiny_lm, template, expected):
+    model = loaded(chat(tiny_lm, template, "<|im_start|>", "<|im_end|>"))
+    assert pieces(model, [model.tokens.turn_end]) == [expected]
+
+
+def test_generation_stops_at_each_end_that_the_model_knows(tiny_lm, monkeypatch):
+    marks = ("<|im_start|>", "<|im_end|>", "<|call|>")
+    model = loaded(chat(tiny_lm, CHATML, *marks, eos_token_id=[1, 5]), labels=["team"], reads=["generate"])
+    turn, eos = model.tokens.turn_end, model.tokens.end
+    assert set(model.ends) == {turn, eos, 1, 5} and turn != eos
+    examples = model.prepare(rows(["market", "the team"]))
+    says = model.processor("team", add_special_tokens=False)["input_ids"]
+    script = torch.tensor([*says, 0, *says])
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        step = min(forward.steps, len(script) - 1)
+        forward.steps += 1
+        logits = torch.nn.functional.one_hot(script[step].expand(len(input_ids), 1), self.config.vocab_size) * 9.0
+        return CausalLMOutputWithPast(logits=logits)
+
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    for end in model.ends:
+        forward.steps = 0
+        script[len(says)] = end
+        assert model.answers(examples, 2) == ["team", "team"]
+        assert forward.steps == len(says) + 1  # and no step more
+
+
 # ---- the likelihood ----
 
 
@@ -195,10 +277,10 @@ def test_options_have_the_likelihood_of_whole_sequences(tiny_lm, kind, prompted)
         model.eval()
     examples = model.prepare(rows(PROMPTS))
     expected = naive(model, examples, range(14))
-    found = model.features(examples, batch_size=2, classes=range(14))
+    found = model.outputs(examples, batch_size=2, classes=range(14))
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(found.argsort(1), expected.argsort(1))
-    some = model.features(examples, batch_size=5, classes=[3, 11])
+    some = model.outputs(examples, batch_size=5, classes=[3, 11])
     assert torch.allclose(some[:, [3, 11]], expected[:, [3, 11]], rtol=1e-5, atol=1e-4)
     assert (some == -torch.inf).sum() == 12 * 5  # what is not asked for is not read
     assert model.holds(some, [3]) and not model.holds(some, [3, 4])
@@ -216,7 +298,7 @@ def test_an_encoder_and_a_decoder_of_two_makes(tiny_bert, tmp_path):
     model = loaded(tmp_path, labels=DBPEDIA)
     assert model.max_length == 64 and model.tokens.end == tokenizer.sep_token_id
     examples = model.prepare(rows(PROMPTS))
-    found = model.features(examples, batch_size=2, classes=range(14))
+    found = model.outputs(examples, batch_size=2, classes=range(14))
     assert torch.allclose(found, naive(model, examples, range(14)), rtol=1e-5, atol=1e-4)
 
 
@@ -226,7 +308,7 @@ def test_options_of_a_model_that_keeps_no_state(tiny_lm, monkeypatch):
     model = loaded(tiny_lm("llama"), labels=DBPEDIA)
     examples = model.prepare(rows(PROMPTS))
     monkeypatch.setattr(PromptsRead, "continues", False)
-    found = model.features(examples, batch_size=5, classes=range(14))
+    found = model.outputs(examples, batch_size=5, classes=range(14))
     assert torch.allclose(found, naive(model, examples, range(14)), rtol=1e-5, atol=1e-5)
 
 
@@ -245,7 +327,7 @@ def test_fourteen_options_are_scored_three_times_faster_than_naively(tiny_lm, ki
             seconds.append(time.perf_counter() - started)
         return min(seconds), result
 
-    fast, found = seconds(lambda: model.features(examples, batch_size=16, classes=range(14)), 6)
+    fast, found = seconds(lambda: model.outputs(examples, batch_size=16, classes=range(14)), 6)
     slow, expected = seconds(lambda: naive(model, examples, range(14)), 2)
     assert torch.equal(found.argmax(1), expected.argmax(1))
     assert slow > 3 * fast, (slow, fast)
@@ -296,7 +378,7 @@ def test_settings_of_the_models_own_do_not_change_an_answer(tiny_lm):
 def test_a_generated_answer_names_the_class_that_it_equals(tiny_lm, monkeypatch):
     model = loaded(tiny_lm("llama"), labels=["Very bad!", "good", "?"], reads=("options", "generate"))
     monkeypatch.setattr(model, "_answers", lambda examples: [" very  BAD", "good.", "goods", ""])
-    found = model.features(model.prepare(rows(["a"] * 4)), 4, classes=[0, 1, 2])
+    found = model.outputs(model.prepare(rows(["a"] * 4)), 4, classes=[0, 1, 2])
     assert found.shape == (4, 4) and found[:, -1].tolist() == [0, 1, -1, -1]
 
 

@@ -166,7 +166,7 @@ def test_options_rank_as_whole_sequences_do_and_the_image_is_read_once(loaded, k
     seen = []
     tower = model.model.get_encoder("image")
     handle = tower.register_forward_hook(lambda *_: seen.append(1))
-    found = model.features(examples, batch_size=3, classes=range(3))
+    found = model.outputs(examples, batch_size=3, classes=range(3))
     handle.remove()
     assert torch.allclose(found, naive, rtol=1e-5, atol=1e-4)
     assert torch.equal(found.argsort(1), naive.argsort(1))
@@ -178,9 +178,9 @@ def test_another_image_makes_another_answer_likely(loaded, kind):
     model = loaded(kind)
     first, *_, last = model.prepare(rows(["film <image>"] * 5))  # pictures of the same size
     pair = [first, {**first, "picture": last["picture"]}]
-    found = model.features(pair, 2, classes=range(3))
+    found = model.outputs(pair, 2, classes=range(3))
     assert (found[0] - found[1]).abs().max() > 0.05
-    alone = model.features(pair[1:], 1, classes=range(3))
+    alone = model.outputs(pair[1:], 1, classes=range(3))
     assert torch.allclose(found[1], alone[0], rtol=1e-5, atol=1e-4)  # each example reads its own
 
 
@@ -206,7 +206,7 @@ def test_prompts_without_images_are_read_too(loaded):
     examples = model.prepare(plain)
     assert "pixel_values" not in model.collate(examples)
     assert pieces(model, examples[0]["input_ids"]) == ["<s>", "▁good", "▁movie"]
-    assert model.features(examples, 2, classes=range(3)).isfinite().all()
+    assert model.outputs(examples, 2, classes=range(3)).isfinite().all()
     with pytest.raises(ModelError, match=r"1 places for images \(`<image>`\) and 0 images"):
         model.prepare(rows(["<image> a"]).remove_columns("image"))
 

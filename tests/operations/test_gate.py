@@ -6,15 +6,22 @@ import json
 
 import pytest
 import torch
-from tests.cli.test_cli import call
 
 from perpetune import ConfigError, Result, RunError
-from perpetune.operations.gate import judge
+from perpetune.operations.gate import MAJORITY, NOT_EVALUATED, judge
 from perpetune.runs.directory import Run
+from tests.calling import call
 
 LABELS = ["a0", "a1", "b0", "b1", "c0", "c1"]
 TASKS = {"old": [0] * 50 + [1] * 50, "mid": [2] * 5 + [3] * 5, "new": [4] * 10 + [5] * 10}
 AGAIN = {"again": [0] * 5 + [1] * 5}  # a task without a class of its own
+CONFIG = {
+    "model_name": None,
+    "model": {"fingerprint": "f"},
+    "stream": {"name": "s", "scenario": "domain", "labels": LABELS, "tasks": list(TASKS)},
+    "recipe": {"name": "r"},
+    "seed": 0,
+}
 LIMITS = {"max_forgetting": 0.02, "min_gain": 0.01}
 BROKEN = {"name": "drift", "value": 0.5, "bound": 1e-6, "source": "SubspaceProjection", "holds": False}
 
@@ -30,14 +37,7 @@ def write(
 ):
     """rows[i][task]: how many examples are wrong at point i; point 0 is the untouched model; a task may be called
     `before/TASK` or `untouched/TASK`. losses[i][task]: the loss on its responses."""
-    config = {
-        "model_name": None,
-        "model": {"fingerprint": "f"},
-        "stream": {"name": "s", "scenario": scenario, "labels": LABELS, "tasks": list(TASKS)},
-        "recipe": {"name": "r"},
-        "seed": 0,
-    }
-    run = Run.open(path, config)
+    run = Run.open(path, {**CONFIG, "stream": {**CONFIG["stream"], "scenario": scenario}})
     for i, (row, known) in enumerate(zip(rows, [[], *learned], strict=False)):
         predictions = {f"target/{t}": answers(t, 0) for t in row if "/" not in t}
         kinds = ("class", "task") if scenario == "class" else (scenario,)
@@ -64,10 +64,10 @@ def test_limits_are_met_where_they_are_met_exactly(tmp_path):
     verdict = judge(write(tmp_path / "r", GOOD), **LIMITS)
     assert 0.90 - 0.88 > 0.02 and verdict.passed
     assert [(t.name, round(t.drop, 9), t.flips) for t in verdict.tasks] == [("old", 0.02, 2), ("mid", 0, 0)]
-    assert verdict.gain == pytest.approx(0.9 - 1 / 6) and verdict.against == "chance"
+    assert verdict.gain == pytest.approx(0.9 - 1 / 2) and verdict.against == MAJORITY
     assert not judge(Result(tmp_path / "r"), max_forgetting=0.019, min_gain=0.01).passed
     edge = {"max_forgetting": 0.02, "scenario": "task"}
-    assert judge(Result(tmp_path / "r"), min_gain=0.4, **edge).passed  # 0.9 against the chance of two classes
+    assert judge(Result(tmp_path / "r"), min_gain=0.4, **edge).passed  # 0.9 against the larger of two equal classes
     assert not judge(Result(tmp_path / "r"), min_gain=0.41, **edge).passed
 
 
@@ -102,9 +102,36 @@ def test_where_the_model_before_was_never_asked_it_is_said(tmp_path):
     by_name = judge(write(tmp_path / "a", [{"old": 40, "mid": 9}, *GOOD[1:]]), **LIMITS)
     steps = [*GOOD[:2], {"old": 10, "again": 2}]
     known = judge(write(tmp_path / "b", steps, learned=[["old"], ["old", "again"]]), **LIMITS)
-    for verdict, chance in ((by_name, 1 / 6), (known, 1 / 2)):
-        assert verdict.against == "chance (the model before it was never asked)" and verdict.reference == chance
-    assert judge(write(tmp_path / "c", GOOD), **LIMITS).against == "chance"
+    for verdict in (by_name, known):
+        assert verdict.against == NOT_EVALUATED and verdict.reference == 1 / 2
+    assert judge(write(tmp_path / "c", GOOD), **LIMITS).against == MAJORITY
+
+
+def test_an_imbalanced_task_is_not_passed_for_its_largest_class(tmp_path, monkeypatch):
+    """300 of one class and 8 of another: all of the 8 wrong is no gain over predicting the 300 alone."""
+    monkeypatch.setitem(TASKS, "new", [5] * 8 + [4] * 300)
+    verdict = judge(write(tmp_path / "r", [*GOOD[:3], {"old": 10, "mid": 1, "new": 8}]), **LIMITS)
+    assert verdict.accuracy == verdict.reference == 300 / 308 and not verdict.passed
+    assert judge(write(tmp_path / "s", [*GOOD[:3], {"old": 10, "mid": 1, "new": 1}]), **LIMITS).passed
+
+
+def test_free_texts_are_judged_by_their_scores(tmp_path):
+    """Scores of a metric go through the same matrix, forgetting, flips and gate as classes."""
+    rows = [{}, {"old": [0.9, 0.6]}, {"old": [0.7, 0.4], "new": [1.0, 0.5]}]
+    run = Run.open(tmp_path / "r", {**CONFIG, "stream": {**CONFIG["stream"], "labels": [], "tasks": ["old", "new"]}})
+    for row, known in zip(rows, ([], ["old"], ["old", "new"]), strict=True):
+        scores = {f"score/language_generated/domain/{t}": torch.tensor(x) for t, x in row.items()}
+        facts = {"learned": known, "classes": [], "heads": ["language_generated"], "guarantees": []}
+        run.commit(known[-1] if known else "untouched", {"predictions.safetensors": scores}, facts)
+    run.close()
+    result = Result(tmp_path / "r")
+    assert result.readings == [("language_generated", "domain")]
+    matrix = result.matrix("language_generated", "domain")
+    assert matrix.values[-1].tolist() == pytest.approx([0.55, 0.75]) and matrix.values[0, 0] == pytest.approx(0.75)
+    verdict = judge(result, max_forgetting=0.1, min_gain=0.7, scenario="domain")
+    assert [(t.name, round(t.drop, 6), t.flips) for t in verdict.tasks] == [("old", 0.2, 1)]
+    assert verdict.gain == pytest.approx(0.75) and verdict.against == "no answer" and not verdict.passed
+    assert judge(result, max_forgetting=0.21, min_gain=0.7, scenario="domain").passed
 
 
 LOSSES = [{}, {"old": 1.0}, {"old": 0.9, "mid": 2.0}, {"old": 1.25, "mid": 2.0, "new": 3.0}]
@@ -165,6 +192,32 @@ def test_the_first_task_has_nothing_to_forget(tmp_path):
 def test_a_broken_promise_closes_the_gate(tmp_path):
     verdict = judge(write(tmp_path / "r", GOOD, broken=[BROKEN, {**BROKEN, "holds": True}]), **LIMITS)
     assert verdict.failures == ("broken promise: SubspaceProjection, drift: 0.5, promised 1e-06",)
+
+
+def test_a_promise_that_an_earlier_task_broke_keeps_the_gate_closed(tmp_path):
+    """And the run says so in its last line."""
+    measured = {**BROKEN, "task": "old"}
+    config = {
+        "model_name": None,
+        "model": {"fingerprint": "f"},
+        "stream": {"name": "s", "scenario": "class", "labels": LABELS, "tasks": list(TASKS)},
+        "recipe": {"name": "r"},
+        "seed": 0,
+    }
+    run = Run.open(tmp_path / "r", config)
+    for known in ([], ["old"], ["old", "mid"]):
+        predictions = {f"target/{t}": answers(t, 0) for t in known}
+        predictions |= {f"linear/class/{t}": answers(t, 1) for t in known}
+        classes = sorted({c for t in known for c in TASKS[t]})
+        facts = {"learned": known, "classes": classes, "heads": ["linear"]}
+        facts["guarantees"] = [measured] if known == ["old"] else []
+        run.commit(known[-1] if known else "untouched", {"predictions.safetensors": predictions}, facts)
+    run.close()
+    result = Result(tmp_path / "r")
+    assert judge(result, **LIMITS).failures == (
+        "broken promise: SubspaceProjection, drift: 0.5, promised 1e-06, after task `old`",
+    )
+    assert result.summary().splitlines()[-1].startswith("BROKEN PROMISE: drift: do not use or export this model")
 
 
 def test_what_cannot_be_judged(tmp_path):

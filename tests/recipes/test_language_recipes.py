@@ -50,8 +50,8 @@ def test_every_recipe_learns_resumes_and_opens_again(recipe, kind, source, tiny_
     again = Learner.open(tmp_path / "r")
     examples = learner.backbone.prepare(stream.tasks[1].test)
     classes = range(len(stream.labels))
-    expected = learner.backbone.features(examples, 4, classes=classes)
-    assert torch.equal(again.backbone.features(examples, 4, classes=classes), expected)
+    expected = learner.backbone.outputs(examples, 4, classes=classes)
+    assert torch.equal(again.backbone.outputs(examples, 4, classes=classes), expected)
     assert again.predict(asked) == learner.predict(asked)
 
 

@@ -78,12 +78,12 @@ def test_what_later_tasks_leave_of_a_task_is_all_of_it(kind, source, tiny_lm, tm
     def likelihoods():
         consolidation, backbone = learner.recipe.consolidation, learner.backbone
         with consolidation.view(0):
-            return backbone.features(backbone.prepare(source("films").tasks[0].test), 4, classes=[0, 1])[:, :2]
+            return backbone.outputs(backbone.prepare(source("films").tasks[0].test), 4, classes=[0, 1])[:, :2]
 
     learner.learn(source("films"))
     before, untouched = likelihoods(), load_language_model(tiny_lm(kind))
     untouched.open(learner.backbone.labels, ["options"])
-    assert not torch.equal(untouched.features(untouched.prepare(source("films").tasks[0].test), 4), before)
+    assert not torch.equal(untouched.outputs(untouched.prepare(source("films").tasks[0].test), 4), before)
     learner.learn(source("films", "news"))
     assert torch.equal(likelihoods(), before)
 

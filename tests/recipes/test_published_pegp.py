@@ -107,7 +107,7 @@ def test_the_lora_is_that_of_a_fused_layer():
     expected, again = outputs(model, inputs), tuner.attach(tiny())
     tuner.load(again, load(save(tuner.tensors(model))))
     assert torch.equal(outputs(again, inputs), expected)
-    deltas = tuner.deltas(model)
+    deltas = tuner.change(model).deltas()
     plain = tiny()
     with torch.no_grad():
         for name, p in plain.named_parameters():

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import perpetune as pt
-from perpetune.cli.app import app as cli
+from perpetune.cli import app as cli
 from perpetune.heads import Head
 from perpetune.recipes.user_pieces import home
 from perpetune.routers import KMeansRouter

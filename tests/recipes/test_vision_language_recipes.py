@@ -96,8 +96,8 @@ def test_every_recipe_learns_resumes_and_opens_again(recipe, source, tiny_llava,
     assert {r.head for r in result.records()} == {"language"}
     again = Learner.open(tmp_path / "r")
     examples, classes = learner.backbone.prepare(stream.tasks[1].test), range(len(stream.labels))
-    expected = learner.backbone.features(examples, 4, classes=classes)
-    assert torch.equal(again.backbone.features(examples, 4, classes=classes), expected)
+    expected = learner.backbone.outputs(examples, 4, classes=classes)
+    assert torch.equal(again.backbone.outputs(examples, 4, classes=classes), expected)
     asked = [(row["image"], row["prompt"]) for row in stream.tasks[0].test]
     assert again.predict(asked) == learner.predict(asked)
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perpetune.report import Bar, Point, bar_svg, lines_svg, matrix_svg, scatter_svg
-from perpetune.report.charts import _spread, change_svg, heat
+from perpetune.report.charts import _spread, change_svg
+from perpetune.report.heat_maps import heat
 from perpetune.report.svg import DARK, LIGHT, tag
 
 SHARES = st.floats(0, 1)

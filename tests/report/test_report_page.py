@@ -137,14 +137,14 @@ def test_a_promise_of_one_training_is_counted_once_over_its_readings(result, pag
 
 def test_single_task(result, page_of):
     page = Page(render(page_of([result("lora", tasks=("only",))])))
-    assert "After its only task, lora gets 90 of 100 test examples right." in page.text_of()
+    assert "After a single task, lora gets 90 of 100 test examples right." in page.text_of()
     assert "With a single task there is nothing to forget yet." in page.text_of()
     assert "Every task over time" not in page.text
 
 
 def test_joint_only(result, page_of):
     page = Page(render(page_of([result("joint")])))
-    assert "Taught all 3 tasks at once, joint gets 70 of 100" in page.text_of()
+    assert "Trained on all 3 tasks at once, joint gets 70 of 100" in page.text_of()
     assert "Every task over time" not in page.text and "Learned against kept" not in page.text
     assert "all at once" in page.text and "after 1 a" not in page.text
 
@@ -167,7 +167,7 @@ def test_a_run_that_was_stopped_midway(result, page_of):
     record = result("lora")
     record["matrix"][2] = [None, None, None]
     page = Page(render(page_of([{**record, "final_accuracy": None, "forgetting": None}])))
-    assert "The last task has not been reached yet" in page.text_of()
+    assert "The run has not reached the last task yet" in page.text_of()
 
 
 def test_comparison_names_the_control_that_matches_and_the_bound(result, page_of):
@@ -178,19 +178,19 @@ def test_comparison_names_the_control_that_matches_and_the_bound(result, page_of
     assert "sequential gets 36 of 100 test examples right on average and has forgotten 30 points" in said
     assert "; olora gets 58 and has forgotten 30." in said
     assert "But the control frozen_ridge (never trains the network) gets 84: more than every recipe" in said
-    assert "Learning all tasks at once (joint), which nobody can do when tasks arrive one by one, gets 90." in said
+    assert "Training on all tasks at once (joint), which is impossible when tasks arrive one by one, gets 90." in said
     assert "57.7 ± 1.4" in said  # 0.567 and 0.587: standard deviation with n - 1
     assert said.count("control") > 2 and "upper bound" in said
 
 
-def test_readings_are_apart(result, page_of):
+def test_evaluations_are_apart(result, page_of):
     heads = [("class", "ridge", 0.5), ("class", "linear", 0.1), ("task", "ridge", 0.9)]
     records = [
         result(r, scenario=s, head=h, final_accuracy=f) for r in ("sequential", "olora") for s, h, f in heads
     ]  # fmt: skip
     page = Page(render(page_of(records)))
     assert "Shown: class-incremental, ridge head" in page.text_of()
-    assert "2 other readings of the same runs" in page.text_of()
+    assert "2 other evaluations of the same runs" in page.text_of()
     chosen = Page(render(page_of(records, headline=("task", "ridge"))))
     assert "Shown: task-incremental, ridge head" in chosen.text_of()
 

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from perpetune.report import render
-from perpetune.report.charts import confusion_svg
+from perpetune.report.heat_maps import confusion_svg
 from perpetune.report.routes import MOST_TASKS, routes
 
 EVIL = '<script>&"'
@@ -45,9 +45,9 @@ def test_the_picture_holds_what_is_sent_somewhere_and_outlines_the_right_ones():
 def test_a_page_has_the_section_where_there_are_routes(result, page_of):
     assert 'id="routes"' not in render(page_of([result("lora")]))
     page = render(page_of([result("color", routing_accuracy=0.83)], routes=[found()]))
-    assert 'id="routes"' in page and "<b>83.3</b> of 100 go to their own task" in page
-    assert "1 adapter is asked per input" in page and "Of each task (row), where its examples go" in page
-    assert "sent to its own task</abbr>" in page and "sent to its own task</abbr>" not in render(page_of([result()]))
+    assert 'id="routes"' in page and "<b>83.3</b> of 100 test examples to their own task" in page
+    assert "1 adapter runs per input" in page and "the test examples of each task (row)" in page
+    assert "routing accuracy</abbr>" in page and "routing accuracy</abbr>" not in render(page_of([result()]))
 
 
 def test_a_comparison_has_a_line_for_every_recipe_that_routes(result, page_of):
@@ -65,7 +65,7 @@ def test_with_very_many_tasks_the_picture_is_left_out(result, page_of):
         tasks=[f"t{i}" for i in range(size)], confusion=[[int(i == j) for j in range(size)] for i in range(size)]
     )
     page = render(page_of([result()], routes=[many]))
-    assert "where its examples go" not in page and "t30" in page
+    assert "examples of each task (row)" not in page and "t30" in page
 
 
 def test_names_are_escaped(result, page_of):

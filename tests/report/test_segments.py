@@ -39,4 +39,4 @@ def test_a_page_has_the_section_where_boundaries_were_found(result, page_of):
     assert 'id="boundaries"' in page and "2 of 2" in page and "20 examples" in page
     none = drift(told=True, figures=boundary_figures(drift()["parts"][:1], TRUTH[:101] * 0, 64))
     page = render(page_of([result()], drift=none))
-    assert "was told" in page and "–" in page[page.index('id="boundaries"') :]
+    assert "The learner was told" in page and "–" in page[page.index('id="boundaries"') :]

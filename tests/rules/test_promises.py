@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import spectral_norm
 
 from perpetune.core.errors import RuleError
-from perpetune.rules import OrthogonalToPast, ProductL1, SubspaceProjection, TaskContext, attach, lora_pairs
+from perpetune.rules import InfLoRA, OrthogonalToPast, ProductL1, SubspaceProjection, TaskContext, attach, lora_pairs
 from perpetune.tuners import AdapterConfig, PrefixConfig
 from tests.rules.course import Course
 
@@ -89,6 +89,18 @@ def test_outputs_stay_or_the_promise_is_broken_where_buffers_move_in_training(mi
     kept = all(m.holds is not False for m in rule.guarantee())
     assert kept == (moved < 1e-4), (moved, rule.guarantee())
     assert kept or isinstance(middle(), EveryOther)  # what is known is held, what is not is measured
+
+
+@pytest.mark.parametrize("middle", [nn.BatchNorm1d, EveryOther])
+def test_inflora_holds_and_measures_them_too(middle):
+    model, rule = lora_around(middle(16)), InfLoRA(first=1.0)
+    learn(model, rule, 0, OLD[:3])
+    merged = model.merge_and_unload()
+    before = outputs(merged, OLD[:3])
+    model = peft.get_peft_model(merged, peft.LoraConfig(r=4, target_modules="[02]"))
+    learn(model, rule, 1, NEW, end=False)
+    moved = float((outputs(model, OLD[:3]) - before).norm() / before.norm())
+    assert all(m.holds is not False for m in rule.guarantee()) == (moved < 1e-4) == (middle is nn.BatchNorm1d)
 
 
 def test_running_statistics_move_in_the_first_task_and_are_said_to_stay_in_the_second():

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from perpetune import Learner, Result, load_stream
-from perpetune.operations.gate import judge
 from perpetune.metrics.accuracy import FORMULAS
-from perpetune.runs.result import BEFORE, JOINED
+from perpetune.operations.gate import MAJORITY, judge
 from perpetune.runs.directory import Run
+from perpetune.runs.result import BEFORE, JOINED
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
@@ -82,7 +82,7 @@ def test_encoders_that_know_classes_by_their_names(recipe, texts, tiny_bert, tmp
     routed = recipe == "color_oracle"  # no adapter of an earlier task knows the classes
     by_name, linear = (judge(grown, max_forgetting=1, min_gain=-1, head=head) for head in ("label_text", "linear"))
     assert by_name.against == ("the untouched model" if routed else "the model before it")
-    assert linear.against == "chance"
+    assert linear.against == MAJORITY
     assert (grown.records()[-1].forward_transfer is None) == routed
 
 

@@ -7,14 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 
-from perpetune.runs import directory
 from perpetune.core.errors import RunError
+from perpetune.runs import directory
 from perpetune.runs.directory import Run, read_config, read_journal
 
 CONFIG = {
@@ -188,12 +189,43 @@ def test_other_versions_and_a_longer_stream_are_welcome(tmp_path):
     assert read_config(tmp_path / "r")["stream"]["tasks"] == ["a", "b"]
 
 
+OPEN = "import sys; from perpetune.runs.directory import Run; run = Run.open(sys.argv[1], {}); "
+
+
+def child(code: str, path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+
+
 def test_two_processes_cannot_share_a_run(tmp_path):
     run = Run.open(tmp_path / "r", CONFIG)
-    code = "import sys; from perpetune.runs.directory import Run\ntry: Run.open(sys.argv[1], {})\nexcept Exception as e: print(e)"
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], capture_output=True, text=True)
+    refused = child(OPEN, tmp_path / "r")
     run.close()
-    assert "in use by another process" in found.stdout
+    assert "RunError" in refused.stderr and "in use by another process: wait for it" in refused.stderr
+    assert child(OPEN.replace("{}", repr(CONFIG)) + "print('opened')", tmp_path / "r").stdout == "opened\n"
+
+
+def test_one_process_cannot_open_a_run_twice(tmp_path):
+    run = Run.open(tmp_path / "r", CONFIG)
+    with pytest.raises(RunError, match="in use"):
+        Run.open(tmp_path / "r", CONFIG)
+    with ThreadPoolExecutor(1) as another:  # the thread that closes a run need not be the one that opened it
+        another.submit(run.close).result()
+    Run.open(tmp_path / "r", CONFIG).close()
+
+
+def test_the_lock_of_a_killed_process_does_not_block(tmp_path):
+    killed = child(OPEN + "import os, signal; os.kill(os.getpid(), signal.SIGTERM)", tmp_path / "r")
+    assert killed.returncode != 0 and (tmp_path / "r" / ".lock").exists()
+    Run.open(tmp_path / "r", {}).close()
+
+
+def test_a_disk_that_cannot_lock_is_a_clear_error(tmp_path, monkeypatch):
+    def none(self):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(directory.FileLock, "_acquire", none)
+    with pytest.raises(RunError, match="cannot lock files.*--out"):
+        Run.open(tmp_path / "r", CONFIG)
 
 
 def test_the_journal_survives_a_cut_last_line(tmp_path):

@@ -11,7 +11,7 @@ from ..core.progress import Progress
 from ..learning.config import CompareConfig, StreamConfig
 from ..metrics.records import ResultRecord, write_records
 from ..operations.compare import compare
-from .app import _report, print_tables
+from .output import print_tables, write_page
 
 RECIPES: list[str | dict[str, Any]] = [
     {"name": "sequential_lora", "rank": 4, "target": "all-linear"},
@@ -48,7 +48,7 @@ def run_demo(out: Path, *, jobs: int, seeds: list[int], progress: Progress) -> l
     for label, reason in failed:
         typer.echo(f"failed: {label}: {reason}", err=True)
     if records:
-        page = _report([], records, out / "report" / "index.html", "compare")
+        page = write_page([], records, out / "report" / "index.html", "compare")
         typer.echo(f"results: {out / 'results.json'}\nreport:  {page}")
     if failed:
         raise typer.Exit(1)

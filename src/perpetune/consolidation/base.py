@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import datasets
 from torch import Tensor
@@ -16,12 +15,15 @@ from ..models.backbone import Backbone
 from ..streams.task import Stream, Task
 from ..tuners import Tuner
 
+if TYPE_CHECKING:
+    from .states import PerTaskStates
+
 Files = dict[str, Any]  # file name -> dict of tensors (.safetensors), JSON-able (.json) or Dataset (.parquet)
 
 
 @dataclass(frozen=True)
-class Step:
-    """One bout of training: usually one task; all at once for joint training.
+class Session:
+    """One session of training: usually one task; all at once for joint training.
 
     Attributes:
         index: 0-based; tasks: what is learned in it; first: position of its first task in the stream.
@@ -38,7 +40,7 @@ class Step:
 
     @property
     def learned(self) -> int:
-        """How many tasks of the stream are learned once this step is done."""
+        """How many tasks of the stream are learned once this session is done."""
         return self.first + len(self.tasks)
 
 
@@ -73,35 +75,31 @@ class Consolidation:
         """Take over an untouched backbone. `labels` are the label texts of all classes."""
         self.backbone, self.tuner = backbone, tuner
 
-    def schedule(self, stream: Stream) -> list[Step]:
-        return [Step(i, task.name, (task,), i) for i, task in enumerate(stream)]
+    def schedule(self, stream: Stream) -> list[Session]:
+        return [Session(i, task.name, (task,), i) for i, task in enumerate(stream)]
 
-    def rows(self, step: Step) -> datasets.Dataset:
-        """The training rows of a step."""
-        return step.tasks[0].train
+    def rows(self, session: Session) -> datasets.Dataset:
+        """The training rows of a session."""
+        return session.tasks[0].train
 
-    def classes(self, step: Step) -> tuple[int, ...]:
-        """The classes of the training rows of a step."""
-        return step.classes
+    def classes(self, session: Session) -> tuple[int, ...]:
+        """The classes of the training rows of a session."""
+        return session.classes
 
     def reads(self, learned_in: int, now: int) -> int:
-        """Which step's own head reads a task in the task-incremental reading: the one that learned it."""
+        """Which session's own head reads a task in the task-incremental reading: the one that learned it."""
         return learned_in
 
-    def goes_on_from(self, step: Step) -> int | None:
-        """The earlier step whose own adapter and rows of the head this step goes on training; None: no earlier one."""
-        return None
-
-    def begin_task(self, step: Step) -> None:
-        """Make the backbone trainable for this step."""
+    def begin_task(self, session: Session) -> None:
+        """Make the backbone trainable for this session."""
         raise NotImplementedError
 
-    def end_task(self, step: Step) -> None:
+    def end_task(self, session: Session) -> None:
         """Consolidate what was trained; the backbone is now as it predicts."""
         raise NotImplementedError
 
     def files(self) -> Files:
-        """What the commit of the step just ended must hold."""
+        """What the commit of the session just ended must hold."""
         raise NotImplementedError
 
     def restore(self, commits: Sequence[StoredFiles]) -> None:
@@ -121,7 +119,7 @@ class Consolidation:
         """
         raise ConfigError(
             f"{type(self).__name__} keeps no change of each task on the weights, so no task can be chosen, left out or "
-            "scaled: use a recipe with SparseSum (`sotu`) or Merge (`lora`), or export the model as it is"
+            "scaled: use a recipe with DeltaMerge (`sotu`) or Merge (`lora`), or export the model as it is"
         )
 
     def separable(self, tuner: Tuner) -> bool:
@@ -133,31 +131,10 @@ class Consolidation:
         """Whether what a task leaves is made without what earlier tasks left."""
         return False
 
-    routed: ClassVar[bool] = False  # whether the model has a state for every task, among which inputs are divided
-
-    def view(self, task: int | None) -> AbstractContextManager[None]:
-        """Where it is `routed`: the model as it reads inputs of a task; None: as it reads those of which it must find
-        out the task."""
-        raise NotImplementedError
-
     @property
-    def needs_task(self) -> bool:
-        """Where it is `routed`: whether it must be told the task of an input."""
-        return False
-
-    def candidates_of(self, features: Tensor, task: int | None = None) -> Tensor:
-        """Where it is `routed`: log p(task | x), (N x tasks), from the features of `view(None)`; -inf for tasks that
-        are not worth a look. `task` is the true one, if it is known; used only by what `needs_task`."""
-        raise NotImplementedError
-
-    def prior_of(self, features: Callable[[], Tensor], task: int) -> Tensor | None:
-        """Where it is `routed`: log p(c | x, task) as far as the `features` of `view(None)` tell, (N x C), to be
-        multiplied by what the task's own state says; None where they are not asked."""
+    def states(self) -> PerTaskStates | None:
+        """Where the model has a state for every task: how these are read; None where it has one for all."""
         return None
-
-    def task_classes(self, task: int) -> tuple[int, ...]:
-        """Where it is `routed`: the classes of a task."""
-        raise NotImplementedError
 
     def guarantee(self) -> list[Measurement]:
         return []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core.measurement import Measurement
-from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
+from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
 
 
 @dataclass
@@ -17,12 +17,12 @@ class Continue(Consolidation):
 
     _attached: bool = field(default=False, init=False, repr=False, compare=False)
 
-    def begin_task(self, step: Step) -> None:
+    def begin_task(self, session: Session) -> None:
         if not self._attached:
             self.backbone.model = self.tuner.attach(self.backbone.model)
             self._attached = True
 
-    def end_task(self, step: Step) -> None:
+    def end_task(self, session: Session) -> None:
         if self.tuner.trains:
             self.backbone.version += 1
 

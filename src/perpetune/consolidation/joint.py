@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import datasets
 
 from ..streams.task import Stream
-from .base import Step
+from .base import Session
 from .continue_ import Continue
 
 
@@ -15,8 +15,8 @@ from .continue_ import Continue
 class Joint(Continue):
     """All tasks at once, as if nothing had to be kept apart: the upper bound that every comparison needs."""
 
-    def schedule(self, stream: Stream) -> list[Step]:
-        return [Step(0, "joint", stream.tasks, 0)]
+    def schedule(self, stream: Stream) -> list[Session]:
+        return [Session(0, "joint", stream.tasks, 0)]
 
-    def rows(self, step: Step) -> datasets.Dataset:
-        return datasets.concatenate_datasets([task.train for task in step.tasks])
+    def rows(self, session: Session) -> datasets.Dataset:
+        return datasets.concatenate_datasets([task.train for task in session.tasks])

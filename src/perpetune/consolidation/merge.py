@@ -10,9 +10,23 @@ from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement
+from ..core.tensors import relative_change
 from ..models.backbone import Backbone
-from ..tuners import Tuner
-from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
+from ..tuners import Additive, Multiplicative, Tuner, check_base_kept
+from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
+
+
+def change_of(tuner: Tuner, backbone: Backbone) -> Additive | Multiplicative | None:
+    """What kind of change a tuner will make on this model, found out before anything is trained: it is put on and taken
+    off again, and random numbers go on as if it had not been."""
+    if not (tuner.trains and tuner.wraps_model):
+        return None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        backbone.model = tuner.attach(backbone.model)
+        change = tuner.change(backbone.model)
+        if change is not None:
+            backbone.model = tuner.detach(backbone.model)
+    return change
 
 
 @dataclass
@@ -35,34 +49,39 @@ class Merge(Consolidation):
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
         Raises:
-            ConfigError: the tuner's change is neither a sum nor a product.
+            ConfigError: the tuner's change is neither a sum nor a product, or its initialisation changes the base.
         """
-        if not (tuner.additive or tuner.multiplicative):
+        check_base_kept(tuner, "Merge")
+        if change_of(tuner, backbone) is None:
             config = getattr(tuner, "config", tuner)
             raise ConfigError(
-                f"Merge adds changes or multiplies rotations; {type(config).__name__} makes neither: use Continue"
+                f"Merge adds changes or multiplies rotations; {type(config).__name__} so set makes neither:"
+                " use Continue"
             )
         super().open(backbone, tuner, labels)
 
-    def begin_task(self, step: Step) -> None:
+    def begin_task(self, session: Session) -> None:
         self.backbone.model = self.tuner.attach(self.backbone.model)
 
-    def end_task(self, step: Step) -> None:
+    def end_task(self, session: Session) -> None:
         self._files = self.tuner.files(self.backbone.model)
         self._kept = self.tuner.guarantee(self.backbone.model, self._base)
-        probe = self._probe(step)
-        unmerged = self.backbone.features(probe, len(probe))
+        probe = self._probe(session)
+        free = session.tasks[0].metric is not None
+        read = self.backbone.responses if free else self.backbone.outputs
+        change = relative_change if free else self.backbone.change
+        unmerged = read(probe, len(probe))
         self._absorb()
-        merged = self.backbone.features(probe, len(probe))
-        self._merge_error = self.backbone.change(merged, unmerged)
+        self._merge_error = change(read(probe, len(probe)), unmerged)
 
-    def _probe(self, step: Step) -> list:
-        return self.backbone.prepare(step.tasks[0].test.select(range(min(16, len(step.tasks[0].test)))))
+    def _probe(self, session: Session) -> list:
+        return self.backbone.prepare(session.tasks[0].test.select(range(min(16, len(session.tasks[0].test)))))
 
     @torch.no_grad()
     def _absorb(self, scale: float = 1.0) -> None:
-        turned = self.tuner.turn(self.backbone.model, self._product) if self.tuner.multiplicative else {}
-        deltas = {} if turned else self.tuner.deltas(self.backbone.model)
+        change = self.tuner.change(self.backbone.model)
+        turned = change.turn(self._product) if isinstance(change, Multiplicative) else {}
+        deltas = change.deltas() if isinstance(change, Additive) else {}
         self.backbone.model = self.tuner.detach(self.backbone.model)
         parameters = dict(self.backbone.model.named_parameters())
         for name in (*turned, *deltas):
@@ -90,7 +109,7 @@ class Merge(Consolidation):
         Raises:
             ConfigError: rotations, of which none can be taken out of the product.
         """
-        if self.tuner.multiplicative:
+        if self.tuner.rotates:
             raise ConfigError(
                 "rotations follow one another, so no task can be chosen, left out or scaled: export the model as it is"
             )
@@ -99,7 +118,7 @@ class Merge(Consolidation):
                 self._add(commit, scales[task])
 
     def separable(self, tuner: Tuner) -> bool:
-        return tuner.additive
+        return not tuner.rotates
 
     def _add(self, commit: StoredFiles, scale: float) -> None:
         self.backbone.model = self.tuner.attach(self.backbone.model)

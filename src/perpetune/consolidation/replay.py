@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import datasets
 from datasets.table import embed_table_storage
 
-from .base import Files, Step, StoredFiles, positive
+from .base import Files, Session, StoredFiles, positive
 from .continue_ import Continue
 
 MEMORY = "memory.parquet"
@@ -30,18 +30,18 @@ class Replay(Continue):
     def __post_init__(self) -> None:
         positive("per_class", self.per_class)
 
-    def rows(self, step: Step) -> datasets.Dataset:
-        return datasets.concatenate_datasets([super().rows(step), *self._kept])
+    def rows(self, session: Session) -> datasets.Dataset:
+        return datasets.concatenate_datasets([super().rows(session), *self._kept])
 
-    def classes(self, step: Step) -> tuple[int, ...]:
-        return tuple(dict.fromkeys([*step.classes, *(c for kept in self._kept for c in kept["label"])]))
+    def classes(self, session: Session) -> tuple[int, ...]:
+        return tuple(dict.fromkeys([*session.classes, *(c for kept in self._kept for c in kept["label"])]))
 
     def reads(self, learned_in: int, now: int) -> int:
         return now  # kept examples go on training the rows of old classes
 
-    def end_task(self, step: Step) -> None:
-        super().end_task(step)
-        rows = super().rows(step)
+    def end_task(self, session: Session) -> None:
+        super().end_task(session)
+        rows = super().rows(session)
         by_class: dict[int, list[tuple[str, int]]] = {}
         for i, (sample, label) in enumerate(zip(rows["id"], rows["label"], strict=True)):
             by_class.setdefault(label, []).append((hashlib.sha256(sample.encode()).hexdigest(), i))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError
-from ..tuners import PeftTuner
-from .base import Consolidation, Files, Step, StoredFiles, stored_adapter
+from ..models.backbone import Backbone
+from ..tuners import PeftTuner, Tuner, check_base_kept
+from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
 
 PAST = "past"
 
@@ -27,7 +28,15 @@ class Stack(Consolidation):
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _attached: bool = field(default=False, init=False, repr=False, compare=False)
 
-    def begin_task(self, step: Step | None) -> None:
+    def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
+        """
+        Raises:
+            ConfigError: the tuner's initialisation changes the base.
+        """
+        check_base_kept(tuner, "Stack")
+        super().open(backbone, tuner, labels)
+
+    def begin_task(self, session: Session | None) -> None:
         if not isinstance(self.tuner, PeftTuner) or getattr(self.tuner.config, "peft_type", None) != "LORA":
             raise ConfigError("Stack concatenates LoRA adapters: use it with a LoraConfig, or use Merge")
         if self.tuner.config.use_rslora or self.tuner.config.rank_pattern:
@@ -57,7 +66,7 @@ class Stack(Consolidation):
             if f".{PAST}." in name:
                 parameter.requires_grad_(False)
 
-    def end_task(self, step: Step) -> None:
+    def end_task(self, session: Session) -> None:
         self._files = self.tuner.files(self.backbone.model)
         self._past.append({k: v.detach().cpu().clone() for k, v in self._files["adapter_model.safetensors"].items()})
         self.backbone.version += 1

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
+from ..core.plugins import with_installed
 from ..core.validation import call_checked
 from .base import Head
 from .contrastive import ContrastiveHead
 from .label_text import LabelTextHead
 from .language import LONGEST, LanguageHead, Read
 from .linear import LinearHead
+from .own_classifier import OwnClassifierHead
 from .prototype import PrototypeHead
 from .ridge import RidgeHead
 from .stateful import OpenedHead
+from .subspaces import SubspaceHead
 from .trained import Classes
 
 
@@ -49,6 +53,7 @@ def language_generated(
 HEADS: dict[str, Callable[..., OpenedHead]] = {
     "linear": LinearHead,
     "linear_seen": linear_seen,
+    "own_classifier": OwnClassifierHead,
     "label_text": LabelTextHead,
     "contrastive": ContrastiveHead,
     "language": LanguageHead,
@@ -57,6 +62,7 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
     "ncm_refresh": ncm_refresh,
     "ridge": RidgeHead,
     "ridge_refresh": ridge_refresh,
+    "ease": SubspaceHead,
 }
 
 
@@ -72,10 +78,12 @@ def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
     if not isinstance(head, str):
         settings = {**{k: v for k, v in head.items() if k != "type"}, **settings}
     name = head if isinstance(head, str) else str(head.get("type"))
-    makers = {**{type(make()).__name__: make for make in reversed(HEADS.values())}, **HEADS}
+    ours = {**{type(make()).__name__: make for make in reversed(HEADS.values())}, **HEADS}
+    makers = with_installed(ours, name, Head)
     if name not in makers:
         raise ConfigError(f"no head is called `{name}`: {nearest(name, HEADS)}")
-    known = makers[name]().config()
+    parameters = inspect.signature(makers[name]).parameters.values()
+    known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # of torch's Module
     for setting in settings:
         if setting not in known:
             raise ConfigError(f"head `{name}` has no setting `{setting}`: {nearest(setting, known)}")
@@ -89,7 +97,9 @@ __all__ = [
     "LabelTextHead",
     "LanguageHead",
     "LinearHead",
+    "OwnClassifierHead",
     "PrototypeHead",
     "RidgeHead",
+    "SubspaceHead",
     "make_head",
 ]

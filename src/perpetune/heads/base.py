@@ -28,6 +28,7 @@ class Head(nn.Module):
     Attributes:
         reads: what of a model it reads, see `Backbone.offers`: pooled "features", a language model's "answers", or
             "pairs" of an image and a text.
+        blocks: whether it reads the features under the adapters of all tasks side by side (`Concatenate`).
     """
 
     name: str = ""
@@ -36,6 +37,7 @@ class Head(nn.Module):
     follows_texts: bool = False  # reads label texts under the model as it is now, see `embed`
     refresh: bool = False  # statistics are gathered anew from all tasks, after every task
     reads: Reads = "features"
+    blocks: bool = False
 
     @property
     def observes(self) -> bool:

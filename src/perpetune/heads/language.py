@@ -18,7 +18,9 @@ MANY = 300  # options, each of which is read with every prompt
 
 
 class LanguageHead(TrainedHead):
-    """Reads what a language model says of the answers to its prompts; a class is its label text, and so is an answer.
+    """Reads a language model's own answers to its prompts. Where a stream has classes, a class is its label text.
+
+    Tasks of free texts have no classes: their answers are generated, and scored by the metric that the task names.
 
     Trained with -sum log p(token) / number of tokens over the tokens of the batch's responses, the end-of-sequence
     token among them; the prompt carries no loss.
@@ -81,6 +83,11 @@ class LanguageHead(TrainedHead):
             HeadError: they are missing.
             ConfigError: more options than can be read with every prompt.
         """
+        self._begun = False
+        if not labels:  # all tasks have free texts
+            self.width, self.labels, self.seed, self.seen = width, (), seed, torch.zeros(0, dtype=torch.bool)
+            self.in_loss, self.task_classes = [], []
+            return
         super().open(width, labels, seed=seed)
         if self.read == "options" and len(labels) > MANY:
             raise ConfigError(
@@ -102,6 +109,29 @@ class LanguageHead(TrainedHead):
     def trainer(self) -> Head:
         return self
 
+    def begin_task(self, classes: Sequence[int]) -> None:
+        """See `Head.begin_task`; a task of free texts has no classes."""
+        if self._begun:
+            raise HeadError(f"head `{self.name}`: a task has begun already; call `end_task` first")
+        if classes:
+            super().begin_task(classes)
+        self._begun = True
+
+    def end_task(self) -> None:
+        self._check_begun()
+        self.in_loss, self.task_classes, self._begun = [], [], False
+
+    def _check_begun(self) -> None:
+        if not self._begun:
+            raise HeadError(f"head `{self.name}`: no task has begun; call `begin_task(classes)` first")
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() if self.labels else {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if state:
+            super().load_state(state)
+
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """See `Head.loss`; features are log p(response | prompt) and the number of tokens, (N x 2)."""
         self._check_begun()
@@ -122,5 +152,4 @@ class LanguageHead(TrainedHead):
         return scores / self.lengths.to(scores) if self.length_normalised else scores
 
     def knows(self, classes: Sequence[int]) -> bool:
-        self.checked_classes(classes)
         return True

@@ -22,7 +22,20 @@ def suited(recipe: Recipe, backbone: Backbone, given: bool, captions: bool = Fal
         ConfigError: heads that were asked for read something else, or what the model is tuned with does.
     """
     speaks, dual = "answers" in backbone.offers, "pairs" in backbone.offers
-    routed, keeper = recipe.consolidation.routed, type(recipe.consolidation).__name__
+    states, keeper = recipe.consolidation.states, type(recipe.consolidation).__name__
+    routed = states is not None
+    blocks = states is not None and states.blocks
+    unfit = [head.name for head in recipe.heads if head.blocks != blocks]
+    if unfit and blocks:
+        raise ConfigError(
+            f"{keeper} puts the features under all adapters side by side, and head `{unfit[0]}` reads one: use the "
+            "head ease, or the consolidation PerTask"
+        )
+    if unfit:
+        raise ConfigError(
+            f"head `{unfit[0]}` reads the features under an adapter for every task, and {keeper} keeps no such: use "
+            "the recipe ease, or another head"
+        )
     strange = [head for head in recipe.heads if (head.reads == "answers") != speaks]
     if strange and not speaks:
         raise ConfigError(

@@ -1,77 +1,23 @@
-"""Configuration files: validated once, here."""
+"""The settings of `perpetune run` and `perpetune compare`: declared once, here, and checked at the door.
+
+The fields of these models are the keys of a YAML file; the options of the command line and the reference page are made
+from them (`settings_of`, `settings_reference`).
+"""
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import pydantic
 import yaml
 
 from ..core.errors import ConfigError, nearest
+from .settings import Setting, Shortcut, bare, model_in, setting, settings_of
+from .stream_config import DriftConfig, StreamConfig
 
-if TYPE_CHECKING:
-    from ..streams import Drift, Stream
-
-
-class DriftConfig(pydantic.BaseModel):
-    """The arguments of `drift`, and of the `Detector` that finds the boundaries."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    segments: int = 12
-    length: tuple[int, int] = (150, 400)
-    seed: int = 0
-    level: float = pydantic.Field(default=0.001, gt=0, lt=1)
-    window: int = pydantic.Field(default=64, ge=8)
-    told: bool = False
-
-    def feed(self, stream: Stream) -> Drift:
-        """The examples of a stream's tasks in order, its boundaries untold.
-
-        Raises:
-            PerpetuneError: see `drift`.
-        """
-        from ..streams import drift
-
-        return drift(stream, self.segments, self.length, seed=self.seed)
-
-
-class StreamConfig(pydantic.BaseModel):
-    """The arguments of `load_stream`; and how its tasks are fed without boundaries, if they are."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    source: str
-    data: str | None = None
-    scenario: Literal["class", "domain", "task"] | None = None
-    tasks: list[str] | None = None
-    name: str | None = None
-    split_by: str | None = None
-    classes_per_task: int | None = None
-    test_share: float = 0.2
-    train_limit: int | None = pydantic.Field(default=None, gt=0)
-    test_limit: int | None = pydantic.Field(default=None, gt=0)
-    validation_share: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    seed: int = 0
-    order_seed: int | None = None
-    columns: dict[str, str] | None = None
-    relabel: dict[str, str | None] | None = None
-    pose: Literal["instruction", "published"] | None = None
-    training: dict[str, dict[str, Any]] | None = None
-    trust_remote_code: bool = False
-    drift: DriftConfig | None = None
-
-    def load(self) -> Stream:
-        """The stream; with a validation share, measured on that instead of the test data.
-
-        Raises:
-            StreamError: see `load_stream`.
-        """
-        from ..streams import load_stream
-
-        stream = load_stream(**self.model_dump(exclude={"drift"}))
-        return stream.on_validation() if self.validation_share else stream
+__all__ = ["CompareConfig", "DriftConfig", "RunConfig", "StreamConfig", "load_config", "settings_reference"]
 
 
 class RunConfig(pydantic.BaseModel):
@@ -79,54 +25,129 @@ class RunConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    model: str | None = None
+    model: str | None = setting(
+        None,
+        "Hub id or folder of an encoder (texts, images), of a pair of encoders like CLIP, or of a language model for "
+        "prompts.",
+        panel="Model",
+        example="sentence-transformers/all-MiniLM-L6-v2",
+    )
     stream: StreamConfig
-    recipe: str | dict[str, Any] = "lora"
-    heads: list[str | dict[str, Any]] | None = None
-    out: str | None = None
-    seed: int = 0
-    training: dict[str, Any] = {}
-    pooling: Literal["mean", "cls", "last", "pooler"] | None = None
-    max_length: int | None = pydantic.Field(default=None, gt=0)
-    evaluate_every: int = pydantic.Field(default=1, ge=0)
-    device: str | None = None
-    trust_remote_code: bool = False
-    imports: list[str] = []  # the user's modules, with pieces of recipes
+    recipe: str | dict[str, Any] = setting(
+        "lora",
+        "The method: a name (`perpetune list recipes`), or a name with settings.",
+        panel="Recipe",
+        example="'{name: nlora, rank: 4}'",
+        commands=("run",),
+    )
+    heads: list[str | dict[str, Any]] | None = setting(
+        None,
+        "Heads to read predictions off with (`perpetune list heads`), instead of the recipe's own: the first shapes "
+        "the features in training, the others read along.",
+        panel="Recipe",
+        example="linear,ridge",
+    )
+    out: str | None = setting(
+        None,
+        "Run directory; started again with the same one, the run resumes after the last whole task. By default under "
+        "runs/.",
+        panel="Output",
+        example="runs/nlora",
+    )
+    seed: int = setting(0, "Decides everything random in training.", panel="Training", example="1", commands=("run",))
+    training: Annotated[
+        dict[str, Any],
+        Shortcut("num_train_epochs", "--epochs", float, "Epochs a task.", "3"),
+        Shortcut("per_device_train_batch_size", "--batch-size", int, "Training examples a step.", "32"),
+        Shortcut("learning_rate", "--learning-rate", float, "Of the tuner; each recipe has its own default.", "1e-3"),
+    ] = setting(
+        {},
+        "Any setting of transformers.TrainingArguments, or head_learning_rate.",
+        panel="Training",
+        option="--set",
+        example="warmup_steps=10",
+    )
+    pooling: Literal["mean", "cls", "last", "pooler"] | None = setting(
+        None,
+        "How the features of an encoder are pooled; by default from its architecture.",
+        panel="Model",
+        example="cls",
+    )
+    max_length: int | None = setting(None, "Longest text, in tokens.", panel="Model", example="256", gt=0)
+    evaluate_every: int = setting(
+        1,
+        "Evaluate all earlier tasks only after every so many tasks, and after the last; 0: after the last alone.",
+        panel="Evaluation",
+        example="5",
+        ge=0,
+    )
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:1 or mps; by default an accelerator where there is one.", panel="Training", example="cpu"
+    )
+    trust_remote_code: bool = setting(False, "Run the code that a model brings along from the Hub.", panel="Model")
+    imports: list[str] = setting(
+        [],
+        "Your module with pieces of the recipe, in this folder or installed; may be given again.",
+        panel="Recipe",
+        option="--import",
+        example="my_pieces",
+    )
 
 
 class CompareConfig(RunConfig):
     """Several recipes and seeds on the same data: `perpetune compare config.yaml`."""
 
-    recipes: list[str | dict[str, Any]] = []
-    seeds: list[int] = [0]
-    controls: bool = True
-    jobs: int = pydantic.Field(default=1, ge=1)
+    recipes: list[str | dict[str, Any]] = setting(
+        [],
+        "Recipes to compare, with settings where wanted.",
+        panel="Comparison",
+        example="olora,nlora,lora",
+        commands=("compare",),
+    )
+    seeds: list[int] = setting(
+        [0], "Seeds; each recipe runs with each.", panel="Comparison", example="0,1,2", commands=("compare",)
+    )
+    controls: bool = setting(
+        True,
+        "Add the recipes that make a comparison honest: sequential, joint, frozen_ridge, and one without a network.",
+        panel="Comparison",
+        commands=("compare",),
+    )
+    jobs: int = setting(
+        1, "Runs at a time, each in its own process.", panel="Comparison", example="2", commands=("compare",), ge=1
+    )
+
+
+def settings_reference() -> list[Setting]:
+    """Every setting of `run` and `compare`, panel by panel: what the reference page shows."""
+    return settings_of(CompareConfig)
 
 
 def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, Any]) -> Any:
     """A configuration from a YAML file and the command line; the command line wins.
 
+    Args:
+        kind: `RunConfig` or `CompareConfig`.
+        overrides: nested like the file; mappings are joined key by key. None at the top stands for nothing given.
+
     Raises:
         ConfigError: the file cannot be read, or a setting is unknown or of the wrong type.
     """
-    data: dict[str, Any] = {}
+    data: Any = {}
     if path is not None:
         try:
-            data = yaml.safe_load(Path(path).read_text())
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
             raise ConfigError(f"there is no file {path}") from error
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{path} must hold settings (model:, stream:, recipe:, …)")
     if isinstance(data.get("stream"), str):
         data["stream"] = {"source": data["stream"]}
-    stream = {**(data.get("stream") or {}), **overrides.pop("stream", {})}
-    if stream.get("drift") and (data.get("stream") or {}).get("drift"):
-        stream["drift"] = {**data["stream"]["drift"], **stream["drift"]}
-    training = {**(data.get("training") or {}), **overrides.pop("training", {})}
-    merged = {**data, **{k: v for k, v in overrides.items() if v is not None}, "stream": stream, "training": training}
-    if "source" not in stream:
+    merged = _merge(kind, data, {k: v for k, v in overrides.items() if v is not None})
+    stream = merged.get("stream")
+    if stream is None or (isinstance(stream, dict) and "source" not in stream):
         raise ConfigError("no stream is given: --stream FOLDER, a built-in name, or `stream:` in the configuration")
     try:
         return kind.model_validate(merged)
@@ -134,11 +155,25 @@ def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, A
         raise ConfigError(_explain(error, kind)) from error
 
 
+def _merge(kind: type[pydantic.BaseModel], data: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`data` with `over` on top: key by key in the models and mappings of `kind`, as a whole in all else."""
+    merged = dict(data)
+    for key, value in over.items():
+        below = merged.get(key)
+        annotation = kind.model_fields[key].annotation if key in kind.model_fields else None
+        inner = model_in(annotation)
+        if below is None or (inner is None and get_origin(bare(annotation)) is not dict):
+            merged[key] = value
+        elif isinstance(below, dict):  # of another type it stays, to be refused
+            merged[key] = {**below, **value} if inner is None else _merge(inner, below, value)
+    return merged
+
+
 def _explain(error: pydantic.ValidationError, kind: type[pydantic.BaseModel]) -> str:
     first = error.errors()[0]
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
-        fields = StreamConfig.model_fields if first["loc"][0] == "stream" else kind.model_fields
-        fields = DriftConfig.model_fields if first["loc"][:2] == ("stream", "drift") else fields
-        return f"there is no setting `{where}`: {nearest(str(first['loc'][-1]), fields)}"
-    return f"setting `{where}`: {first['msg']} (it was {first.get('input')!r})"
+        for part in first["loc"][:-1]:
+            kind = model_in(kind.model_fields[str(part)].annotation) or kind
+        return f"there is no setting `{where}`: {nearest(str(first['loc'][-1]), kind.model_fields)}"
+    return f"setting `{where}`: {first['msg']} (it was {reprlib.repr(first.get('input'))})"

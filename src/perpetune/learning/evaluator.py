@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from ..consolidation import Consolidation, Step
+from ..consolidation import Consolidation, Session
+from ..consolidation.states import PerTaskStates, Reading, by_likeliest_state, only
 from ..core.progress import Progress
 from ..heads import Head
+from ..metrics.text import graded
 from ..models.backbone import Backbone, Examples
+from ..runs.result import SCORE
 from ..streams import Stream, Task
-from .routed_scores import routed_scores
 
 PROBE = 64  # test examples on which it is seen that the features of an earlier task have not changed
 
@@ -44,7 +47,7 @@ class Evaluator:
         if features is None or version != self.backbone.version or not self.backbone.holds(features, classes):
             examples = self.prepared(task, split)
             with self.progress.bar(f"features of {task.name}", len(examples)) as advance:
-                features = self.backbone.about(classes)(examples, self.batch_size, advance)
+                features = self.backbone.outputs(examples, self.batch_size, advance, classes)
             if split == "test":  # read again after every task; training data is not
                 self.drift[task.name] = 0.0 if before is None else self.backbone.change(features, before)
                 self._features[key] = (self.backbone.version, features)
@@ -82,76 +85,83 @@ class Evaluator:
             self._examples[key] = examples
         return examples
 
-    def viewed(self, consolidation: Consolidation, task: Task, view: int | None, rows: Tensor) -> Tensor:
-        """Features of some test examples of a task (len(rows) x width) under one of the model's states; where `view` is
-        None, what their routes are found by (len(rows) x pooled_width).
+    def observed(self, task: Task, states: PerTaskStates | None) -> Tensor:
+        """What heads gather statistics of: training samples of a task (N x width), under its own state where each task
+        has one."""
+        if states is None:
+            return self.features(task, "train")
+        examples = self.prepared(task, "train")
+        return states.observed(Reading(len(examples), partial(self._read, states, task, examples)))
+
+    def reading(self, states: PerTaskStates, task: Task) -> Reading:
+        """The test examples of a task under each state of the model.
 
         These states do not change any more, so that each example is read once under each.
         """
+        return Reading(len(task.test), partial(self._viewed, states, task))
+
+    def _viewed(self, states: PerTaskStates, task: Task, view: int | None, rows: Tensor) -> Tensor:
         size = len(task.test)
         width = self.backbone.pooled_width if view is None else self.backbone.width
         empty = (torch.empty(size, width), torch.zeros(size, dtype=torch.bool))
         known, done = self._views.setdefault((task.name, view), empty)
         new = rows[~done[rows]]
         if len(new):
-            known[new], done[new] = self._view(consolidation, task, view, new), True
+            known[new], done[new] = self._read(states, task, self.prepared(task, "test"), view, new), True
         return known[rows]
 
-    def _view(self, consolidation: Consolidation, task: Task, view: int | None, rows: Tensor) -> Tensor:
-        examples = self.prepared(task, "test")
-        read = self.backbone.pooled if view is None else self.backbone.about(consolidation.task_classes(view))
-        with consolidation.view(view), self.progress.bar(f"features of {task.name}", len(rows)) as advance:
-            return read([examples[i] for i in rows.tolist()], self.batch_size, advance)
+    def _read(self, states: PerTaskStates, task: Task, examples: Examples, view: int | None, rows: Tensor) -> Tensor:
+        chosen = [examples[i] for i in rows.tolist()]
+        with states.view(view), self.progress.bar(f"features of {task.name}", len(rows)) as advance:
+            if view is None:
+                return self.backbone.pooled(chosen, self.batch_size, advance)
+            return self.backbone.outputs(chosen, self.batch_size, advance, states.task_classes(view))
 
-    def _routed(
-        self, consolidation: Consolidation, stream: Stream, task: Task, own: int | None, before: int | None
-    ) -> tuple[Tensor, Callable[[Head, int | None], Tensor]]:
-        """The tasks that a task's test examples are shown to (see `candidates_of`), and what a head makes of them.
+    def _note_drift(self, states: PerTaskStates, task: Task, own: int, before: int) -> None:
+        """Of a task that is learned: whether its test inputs are read as they were before the last session.
 
         Args:
-            own, before: the state that reads the task now, and did before the last step, if it is learned.
+            own, before: the state that reads the task now, and did before.
         """
-        every = torch.arange(len(task.test))
-        if own is not None and before is not None:
-            some = every[:PROBE]
-            then = self.viewed(consolidation, task, before, some)
-            self.drift[task.name] = self.backbone.change(self._view(consolidation, task, own, some), then)
-        told = consolidation.needs_task  # and then no features say anything of the route
-        seen = torch.empty(len(every), 0) if told else self.viewed(consolidation, task, None, every)
-        weights = consolidation.candidates_of(seen, own)
+        some = torch.arange(min(PROBE, len(task.test)))
+        then = self._viewed(states, task, before, some)
+        now = self._read(states, task, self.prepared(task, "test"), own, some)
+        self.drift[task.name] = self.backbone.change(now, then)
 
-        def scores(head: Head, given: int | None) -> Tensor:
-            shown = weights
-            if given is not None:
-                shown = torch.full((len(every), given + 1), -torch.inf)
-                shown[:, given] = 0
-            read = partial(self.viewed, consolidation, task)
-            return routed_scores(head, len(stream.labels), shown, consolidation, read)
+    def _answers(self, task: Task, states: PerTaskStates | None, weights: Tensor | None) -> list[str]:
+        """Generated answers to the test prompts of a task, each under the likeliest of the states it is shown to."""
+        examples = self.prepared(task, "test")
+        if states is None or weights is None:
+            return self.backbone.answers(examples, self.batch_size)
 
-        return weights, scores
+        def read(rows: list[int]) -> list[str]:
+            return self.backbone.answers([examples[i] for i in rows], self.batch_size)
+
+        return by_likeliest_state(states, weights, read)
 
     def predictions(
         self,
         stream: Stream,
-        step: Step | None,
+        session: Session | None,
         heads: Sequence[Head],
         consolidation: Consolidation,
         tasks: Sequence[Task] | None = None,
     ) -> dict[str, Tensor]:
-        """Predicted classes of every head on tasks of the stream; on those not learned yet, if it can name them.
+        """Predicted classes, or scores of free texts, of every head on tasks of the stream; on those not learned yet,
+        if it can name their classes.
 
         Args:
-            step: the step just learned; None for the untouched model.
+            session: the session just learned; None for the untouched model.
             tasks: those that are read; None takes all learned so far, or all, for the untouched model.
 
         Returns:
-            `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32, -1 where a head names no class. Where the model
-            has a state for every task: `route/TASK`, the likeliest task of each example, and `asked/TASK`, how many
-            tasks it is shown to.
+            `target/TASK` and `HEAD/SCENARIO/TASK`, each (n_j,) int32, -1 where a head names no class; of free texts
+            `score/HEAD/SCENARIO/TASK`, (n_j,) fp32. Where the model has a state for every task: `route/TASK`, the
+            likeliest task of each example, and `asked/TASK`, how many tasks it is shown to.
         """
-        learned = step.learned if step is not None else 0
+        learned = session.learned if session is not None else 0
         seen = {c for task in stream.tasks[:learned] for c in task.candidates}
-        every = stream.tasks if step is None else stream.tasks[:learned]
+        every = stream.tasks if session is None else stream.tasks[:learned]
         asked = {task.name for task in (every if tasks is None else tasks)}
         upto = max([learned, *(i + 1 for i, task in enumerate(stream) if task.name in asked)])
         self.embed(heads, stream.labels, [task.candidates for task in stream.tasks[:upto]])
@@ -162,22 +172,35 @@ class Evaluator:
                 continue
             known = position < learned
             # b_j of the untouched model and a(j - 1, j) must choose among the same classes
-            before = {c for t in stream.tasks[:position] for c in t.candidates} if step is None else seen
+            before = {c for t in stream.tasks[:position] for c in t.candidates} if session is None else seen
             able = [head for head in heads if known or head.knows(task.classes)]
-            routed = consolidation.routed and step is not None
-            if routed and not known and (consolidation.needs_task or not seen.issuperset(task.candidates)):
+            states = consolidation.states if session is not None else None
+            if states and not known and (states.needs_task or not seen.issuperset(task.candidates)):
                 continue  # no adapter knows these classes
             if not able:
                 continue
             when = learned_in[task.name]
-            own = consolidation.reads(when, step.index) if step is not None and known else None
-            if routed and step is not None:
-                last = consolidation.reads(when, max(when, step.index - 1)) if known else None
-                weights, scores = self._routed(consolidation, stream, task, own, last)
-                route = weights.argmax(1).to(torch.int32)
-                # a state that was reopened by a later task is still the task's own
-                out[f"route/{task.name}"] = route if own is None else route.masked_fill(route == own, when)
-                out[f"asked/{task.name}"] = (weights > -torch.inf).sum(1).to(torch.int32)
+            own = consolidation.reads(when, session.index) if session is not None and known else None
+            weights, reading = None, None
+            if states and session is not None:
+                reading = self.reading(states, task)
+                if own is not None and task.metric is None:
+                    self._note_drift(states, task, own, consolidation.reads(when, max(when, session.index - 1)))
+                weights = states.weights(reading, own)
+                if states.routes:
+                    route = weights.argmax(1).to(torch.int32)
+                    # a state that was reopened by a later task is still the task's own
+                    out[f"route/{task.name}"] = route if own is None else route.masked_fill(route == own, when)
+                    out[f"asked/{task.name}"] = (weights > -torch.inf).sum(1).to(torch.int32)
+            if task.metric is not None:
+                scored = torch.tensor(
+                    graded(task.metric, self._answers(task, states, weights), task.test["response"][:])
+                )
+                for head, scenario in product(able, readings(stream)):
+                    out[f"{SCORE}{head.name}/{scenario}/{task.name}"] = scored
+                continue
+            if states and reading is not None and weights is not None:
+                scores = partial(_state_scores, states, reading, weights, len(stream.labels))
             else:
                 scores = partial(_scores, self.features(task, "test", choices(stream, task, before)))
             out[f"target/{task.name}"] = torch.tensor(task.test["label"][:], dtype=torch.int32)
@@ -207,3 +230,11 @@ def best_class(scores: Tensor, allowed: Sequence[int]) -> Tensor:
 
 def _scores(features: Tensor, head: Head, own: int | None) -> Tensor:
     return head.scores(features, own)
+
+
+def _state_scores(
+    states: PerTaskStates, reading: Reading, weights: Tensor, classes: int, head: Head, own: int | None
+) -> Tensor:
+    """Scores by the states that each input is shown to, or, where its task is given, by that of its own."""
+    given = weights if own is None else only(own, reading.count, own + 1)
+    return states.scores(head, classes, reading, given)

@@ -45,7 +45,7 @@ def export(
     if not commits:
         raise ConfigError("nothing is learned yet: call learn(stream) first")
     everything = only is None and not without and not scales
-    if everything and not state.consolidation.routed:
+    if everything and state.consolidation.states is None:
         model: Any = plain(copy.deepcopy(backbone.model), commits[-1].path)
     else:
         chosen = choose(commits[-1].manifest["learned"], only, without, scales)
@@ -133,7 +133,7 @@ def ties(recipe: Recipe, result: Result) -> str | None:
 def stale(recipe: Recipe, result: Result, task: str) -> str | None:
     """What ties a task to heads when it is taken out: statistics of later tasks, gathered with features that it had
     shaped; None where there are none."""
-    if task == result.tasks[-1] or not recipe.tuner.trains or recipe.consolidation.routed:
+    if task == result.tasks[-1] or not recipe.tuner.trains or recipe.consolidation.states is not None:
         return None
     names = [h.name for h in recipe.heads if h.observes and not h.refresh]
     if not names:

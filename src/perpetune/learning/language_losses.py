@@ -37,7 +37,7 @@ def cross_entropy(responses: Tensor) -> float:
 
 def measured_language(state: LearnerState) -> bool:
     """Whether this is a language model that is one for all tasks."""
-    return "answers" in state.backbone.offers and not state.consolidation.routed
+    return "answers" in state.backbone.offers and state.consolidation.states is None
 
 
 def general_loss(backbone: LanguageBackbone, batch_size: int) -> float | None:
@@ -58,8 +58,9 @@ def language_losses(state: LearnerState, tasks: Sequence[Task], untouched: float
     found: list[Measurement] = []
     if not measured_language(state):
         return []
-    if backbone.rouge_l and tasks:
-        alike = {task.name: float(evaluator.features(task, "test")[:, -2].double().mean()) for task in tasks}
+    classified = [task for task in tasks if task.metric is None]
+    if backbone.rouge_l and classified:
+        alike = {task.name: float(evaluator.features(task, "test")[:, -2].double().mean()) for task in classified}
         note = "of the mean F1 of generated answers, test examples; 1 is best"
         found.append(_mean("ROUGE-L of the answers", alike, "", note))
     if tasks:
@@ -82,7 +83,7 @@ def _mean(name: str, by_task: dict[str, float], unit: str, note: str) -> Measure
 
 def _responses(evaluator: Evaluator, backbone: LanguageBackbone, task: Task) -> Tensor:
     """log p(response | prompt) and the number of its tokens of a task's test examples, (N x 2)."""
-    if "options" not in backbone.reads:
+    if "options" not in backbone.reads or task.metric is not None:
         examples = evaluator.prepared(task, "test")
         with evaluator.progress.bar(f"loss on {task.name}", len(examples)) as advance:
             return backbone.responses(examples, evaluator.batch_size, advance)

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import torch
 from torch import Tensor
 
+from ..consolidation.states import PerTaskStates, Reading, by_likeliest_state, only
 from ..core.errors import ConfigError, nearest
 from ..heads import Head
 from ..models.backbone import Examples
 from ..streams.predict_inputs import table
 from .evaluator import best_class
-from .routed_scores import routed_scores
 from .state import LearnerState
 
 
@@ -27,8 +26,8 @@ def predict(
     task: str | None = None,
 ) -> list[str]:
     """See `Learner.predict`."""
-    labels, seen, columns, _ = state.known
-    if not seen:
+    labels, seen, columns, learned = state.known
+    if not learned:
         raise ConfigError("no task is learned yet: call learn(stream) first")
     by_name = {h.name: h for h in state.heads}
     if head is not None and head not in by_name:
@@ -39,10 +38,22 @@ def predict(
     size = len(inputs)
     if not size:
         return []
+    if not seen:  # all that was learned are free texts
+        rows = datasets.Dataset.from_dict({**given, "response": [""] * size, "label": [-1] * size, "id": [""] * size})
+        return answers(state, state.backbone.prepare(rows), task)
     state.evaluator.embed([reader], labels, [allowed])
     rows = datasets.Dataset.from_dict({**given, "label": [0] * size, "id": [""] * size})
     found = scores(state, reader, state.backbone.prepare(rows), task, allowed)
     return [labels[c] if c >= 0 else "" for c in best_class(found, allowed).tolist()]
+
+
+def answers(state: LearnerState, examples: Examples, task: str | None) -> list[str]:
+    """Generated answers, each under the state of its task where each task has one."""
+    states, size = state.consolidation.states, state.setup.batch_size
+    if states is None:
+        return state.backbone.answers(examples, size)
+    weights = _weights(state, states, _reading(state, states, examples), task)
+    return by_likeliest_state(states, weights, lambda rows: state.backbone.answers([examples[i] for i in rows], size))
 
 
 def _chosen(classes: Sequence[str], known: dict[str, int]) -> list[int]:
@@ -62,29 +73,38 @@ def scores(state: LearnerState, head: Head, examples: Examples, task: str | None
         task: whose state predicts, where each task has its own; None routes each input.
         allowed: the classes to choose among.
     """
-    backbone, consolidation, size = state.backbone, state.consolidation, state.setup.batch_size
-    if not consolidation.routed:
+    backbone, states = state.backbone, state.consolidation.states
+    if states is None:
         if task is not None:
             raise ConfigError("the model is the same for all tasks: give `classes` to choose among those of one")
-        return head.scores(backbone.about(allowed)(examples, size))
+        return head.scores(backbone.outputs(examples, state.setup.batch_size, classes=allowed))
+    reading = _reading(state, states, examples)
+    return states.scores(head, len(state.known.labels), reading, _weights(state, states, reading, task))
+
+
+def _reading(state: LearnerState, states: PerTaskStates, examples: Examples) -> Reading:
+    backbone, size = state.backbone, state.setup.batch_size
 
     @functools.cache
     def routing() -> Tensor:
-        with consolidation.view(None):
+        with states.view(None):
             return backbone.pooled(examples, size)
 
-    def features(view: int | None, rows: Tensor) -> Tensor:
+    def read(view: int | None, rows: Tensor) -> Tensor:
         if view is None:
             return routing()[rows]
-        with consolidation.view(view):
-            return backbone.about(consolidation.task_classes(view))([examples[i] for i in rows.tolist()], size)
+        with states.view(view):
+            chosen = [examples[i] for i in rows.tolist()]
+            return backbone.outputs(chosen, size, classes=states.task_classes(view))
 
+    return Reading(len(examples), read)
+
+
+def _weights(state: LearnerState, states: PerTaskStates, reading: Reading, task: str | None) -> Tensor:
+    """log p(task | x), (N x T); all of the task that is given, if one is."""
     if task is None:
-        weights = consolidation.candidates_of(routing())
-    else:
-        learned = list(state.known.tasks)
-        if task not in learned:
-            raise ConfigError(f"this run has learned no task `{task}`: {nearest(task, learned)}")
-        weights = torch.full((len(examples), len(learned)), -torch.inf)
-        weights[:, consolidation.reads(learned.index(task), len(learned) - 1)] = 0
-    return routed_scores(head, len(state.known.labels), weights, consolidation, features)
+        return states.weights(reading)
+    learned = list(state.known.tasks)
+    if task not in learned:
+        raise ConfigError(f"this run has learned no task `{task}`: {nearest(task, learned)}")
+    return only(state.consolidation.reads(learned.index(task), len(learned) - 1), reading.count, len(learned))

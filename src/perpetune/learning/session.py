@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..consolidation import Step
+from ..consolidation import Session
 from ..models.backbone import Examples
 from ..streams import Task
 from .setup import task_settings
 from .state import LearnerState
-from .trainer import TaskModel, TrainingLog, count_steps, train_task
+from .trainer import TaskModel, TrainingLog, train_task
+from .training_settings import count_steps
 
 
 class Training:
@@ -25,15 +26,15 @@ class Training:
         trainable: number of parameters that training changes.
     """
 
-    def __init__(self, state: LearnerState, session: Step) -> None:
+    def __init__(self, state: LearnerState, session: Session) -> None:
         self.state, self.session = state, session
         reads = state.recipe.tuner.trains or state.training_head.trains
         self.examples: Examples = state.backbone.prepare(state.consolidation.rows(session)) if reads else []
         self.trainable = 0
 
     def open_heads(self) -> None:
-        consolidation = self.state.consolidation
-        earlier = consolidation.goes_on_from(self.session)
+        consolidation, states = self.state.consolidation, self.state.consolidation.states
+        earlier = states.goes_on_from(self.session) if states else None
         for head in self.state.all_heads():
             if earlier is not None:
                 head.reopen(earlier)
@@ -63,6 +64,7 @@ class Training:
                 seed=task_seed(setup.seed, session.name),
                 steps=steps,
                 advance=advance,
+                logs=setup.path / "logs" / session.name,
             )
 
     def close_heads(self) -> None:
@@ -93,13 +95,13 @@ def gather(state: LearnerState, tasks: Sequence[Task], new: Sequence[Task] = ())
     for head in anew:
         head.clear()
     for task in tasks if anew else new if observing else ():
-        features = state.evaluator.features(task, "train")
+        features = state.evaluator.observed(task, state.consolidation.states)
         labels = torch.tensor(task.train["label"])
         for head in observing if task in new else anew:
             head.observe(features, labels, task.train["id"])
 
 
-def step_budget(session: Step, training: dict[str, Any]) -> int:
+def step_budget(session: Session, training: dict[str, Any]) -> int:
     """Optimizer steps of a session: the same in sum, however the tasks are dealt to sessions."""
     return sum(count_steps(len(task.train), task_settings(training, task)) for task in session.tasks)
 

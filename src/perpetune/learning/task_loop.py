@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor
 from transformers.trainer_utils import set_seed
 
-from ..consolidation import Step
+from ..consolidation import Session
 from ..core.environment import peak_memory
 from ..core.measurement import Measurement, finite
 from ..models.language_model import LanguageBackbone
@@ -61,7 +61,7 @@ class TaskLoop:
             self.phases = {}
             self.learn(session)
 
-    def learn(self, session: Step) -> Commit:
+    def learn(self, session: Session) -> Commit:
         """Train on a session of tasks, measure, and commit."""
         state, rules, consolidation = self.state, self.state.recipe.rules, self.state.consolidation
         with self._phase("before"):
@@ -113,15 +113,16 @@ class TaskLoop:
             facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), self.setup.batch_size)
         self.run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
 
-    def _refresh_caches(self, session: Step) -> None:
+    def _refresh_caches(self, session: Session) -> None:
         """What an undisturbed run would still hold of the model before this session: features and label texts."""
         state, learned = self.state, self.stream.tasks[: session.first]
         seen = {c for task in learned for c in task.classes}
-        for task in learned if self.setup.evaluate_every == 1 and not state.consolidation.routed else ():
+        classified = [task for task in learned if task.metric is None]
+        for task in classified if self.setup.evaluate_every == 1 and state.consolidation.states is None else ():
             state.evaluator.features(task, "test", choices(self.stream, task, seen))
-        state.evaluator.embed(state.heads, self.stream.labels, [task.candidates for task in learned])
+        state.evaluator.embed(state.heads, self.stream.labels, [task.candidates for task in classified])
 
-    def _predict_before(self, session: Step) -> dict[str, Tensor]:
+    def _predict_before(self, session: Session) -> dict[str, Tensor]:
         """Predictions on the session's own tasks before they are learned: a(j - 1, j) of the model as it is now, and
         b_j where the first commit lacks it."""
         own = {task.name for task in session.tasks}
@@ -134,12 +135,12 @@ class TaskLoop:
 
     # ---- after a session ----
 
-    def _evaluated(self, session: Step) -> Sequence[Task]:
+    def _evaluated(self, session: Session) -> Sequence[Task]:
         """The tasks that are evaluated after a session: all so far where that is due, else its own."""
         due = all_due(session.index, len(self.sessions), self.setup.evaluate_every)
         return self.stream.tasks[0 if due else session.first : session.learned]
 
-    def _stale_statistics(self, session: Step) -> list[Measurement]:
+    def _stale_statistics(self, session: Session) -> list[Measurement]:
         state = self.state
         stale = [head for head in state.heads if head.observes and not head.refresh]
         if not stale or not state.recipe.tuner.trains:
@@ -148,19 +149,20 @@ class TaskLoop:
         name = "tasks with stale statistics"
         return [Measurement(name, float(session.index), None, "", type(head).__name__, note) for head in stale]
 
-    def _feature_drift(self, session: Step) -> list[Measurement]:
+    def _feature_drift(self, session: Session) -> list[Measurement]:
         """How far the features of earlier tasks' test inputs have moved: what forgetting is made of."""
         if self.setup.evaluate_every != 1:  # how far since when would depend on where a run was stopped
             return []
         tuner = self.state.recipe.tuner
-        drifts = [self.state.evaluator.drift[task.name] for task in self.stream.tasks[: session.first]]
+        drift = self.state.evaluator.drift
+        drifts = [drift[task.name] for task in self.stream.tasks[: session.first] if task.name in drift]
         if not drifts or not tuner.trains:
             return []
         note = "the task that moved most; test inputs were never shown to any rule"
         name = "change of features on earlier tasks' test inputs"
         return [Measurement(name, max(drifts), None, "relative", type(tuner).__name__, note)]
 
-    def _facts(self, session: Step, measured: list[Measurement], trainable: int) -> dict[str, Any]:
+    def _facts(self, session: Session, measured: list[Measurement], trainable: int) -> dict[str, Any]:
         learned = self.stream.tasks[: session.learned]
         return {
             "learned": [task.name for task in learned],
@@ -172,7 +174,7 @@ class TaskLoop:
             "trainable_parameters": trainable,
         }
 
-    def _note(self, commit: Commit, session: Step) -> None:
+    def _note(self, commit: Commit, session: Session) -> None:
         evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)
         training = sum(self.phases.values()) - evaluating
         self.run.note(

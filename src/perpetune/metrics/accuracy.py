@@ -1,8 +1,9 @@
 """The accuracy matrix a(i, j), and every figure that is computed from it.
 
-a(i, j): accuracy on task j after learning task i; T tasks, 1-based in formulas; n_j: test size of task j; b_j: accuracy
-on task j of the untouched model. All figures are fractions in [0, 1] (differences in [-1, 1]). A figure whose formula
-needs an entry that was not measured is undefined: None, never 0.
+Every example has a score in [0, 1]: 1 where a predicted class is right and 0 where it is wrong, or what the metric of
+its task gives a free text. a(i, j): mean score on task j after learning task i; T tasks, 1-based in formulas; n_j: test
+size of task j; b_j: mean score on task j of the untouched model. All figures are fractions in [0, 1] (differences in
+[-1, 1]). A figure whose formula needs an entry that was not measured is undefined: None, never 0.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..core.errors import ConfigError, RunError, nearest
 
+RIGHT = 0.5  # a score from which on an example counts as right
 Predictions = Sequence["Mapping[str, np.ndarray] | None"]
 
 FORMULAS: dict[str, str] = {
@@ -78,7 +80,7 @@ class AccuracyMatrix:
         tasks: Sequence[str],
         baseline: Mapping[str, np.ndarray] | None = None,
     ) -> AccuracyMatrix:
-        """Count what was right.
+        """Count what was right: `from_scores` where an example is scored by its class.
 
         Args:
             predictions: predictions[i][task] are the predicted classes, (n_j,), after task i. A task that was not
@@ -95,11 +97,35 @@ class AccuracyMatrix:
             raise RunError(f"no test labels for task `{missing[0]}`: {nearest(missing[0], targets)}")
         if len(predictions) > len(tasks):
             raise RunError(f"predictions after {len(predictions)} tasks, but the stream has {len(tasks)}")
+        scores = [class_scores(x, targets, f"after task `{t}`") for t, x in zip(tasks, predictions, strict=False)]
+        sizes = {task: len(target) for task, target in targets.items()}
+        return cls.from_scores(scores, sizes, tasks, class_scores(baseline, targets, "of the untouched model"))
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Sequence[Mapping[str, np.ndarray]],
+        sizes: Mapping[str, int],
+        tasks: Sequence[str],
+        baseline: Mapping[str, np.ndarray] | None = None,
+    ) -> AccuracyMatrix:
+        """Mean scores.
+
+        Args:
+            scores: scores[i][task] are those of its test examples, (n_j,) in [0, 1], after task i; a task that was not
+                evaluated then is absent. Fewer rows than tasks: the run is not finished.
+            sizes: n_j of every task.
+            tasks: names, in the order of learning.
+            baseline: scores of the untouched model, where it has any.
+
+        Raises:
+            RunError: scores of an unknown task or of another number of examples.
+        """
         values = np.full((len(tasks), len(tasks)), np.nan)
-        for i, found in enumerate(predictions):
-            values[i] = _accuracies(found, targets, tasks, f"after task `{tasks[i]}`")
-        b = _accuracies(baseline, targets, tasks, "of the untouched model")
-        return cls(values, np.array([len(targets[t]) for t in tasks]), b, tuple(tasks))
+        for i, (task, found) in enumerate(zip(tasks, scores, strict=False)):
+            values[i] = _means(found, sizes, tasks, f"after task `{task}`")
+        b = _means(baseline or {}, sizes, tasks, "of the untouched model")
+        return cls(values, np.array([sizes[t] for t in tasks]), b, tuple(tasks))
 
     def upto(self, count: int) -> AccuracyMatrix:
         """The matrix of the first `count` tasks, as if the stream had ended there."""
@@ -107,14 +133,28 @@ class AccuracyMatrix:
         return AccuracyMatrix(self.values[n, n], self.test_sizes[n], self.baseline[n], self.tasks[n])
 
 
-def _accuracies(
-    found: Mapping[str, np.ndarray] | None, targets: Mapping[str, np.ndarray], tasks: Sequence[str], when: str
-) -> np.ndarray:
-    row = np.full(len(tasks), np.nan)
-    for task, predicted in (found or {}).items():
-        if task not in tasks:
+def class_scores(
+    found: Mapping[str, np.ndarray] | None, targets: Mapping[str, np.ndarray], when: str = ""
+) -> dict[str, np.ndarray]:
+    """Scores of predicted classes, (n_j,) by task: 1 for the true class, else 0.
+
+    Raises:
+        RunError: predictions of an unknown task or of another number of examples than there are targets.
+    """
+    for task in found or {}:
+        if task not in targets:
+            raise RunError(f"predictions {when} name an unknown task `{task}`: {nearest(task, targets)}")
+    return {task: _right(x, targets[task], f"{when} for `{task}`").astype(float) for task, x in (found or {}).items()}
+
+
+def _means(found: Mapping[str, np.ndarray], sizes: Mapping[str, int], tasks: Sequence[str], when: str) -> np.ndarray:
+    place, row = {task: j for j, task in enumerate(tasks)}, np.full(len(tasks), np.nan)
+    for task, scores in found.items():
+        if task not in place:
             raise RunError(f"predictions {when} name an unknown task `{task}`: {nearest(task, tasks)}")
-        row[list(tasks).index(task)] = _right(predicted, targets[task], f"{when} for `{task}`").mean()
+        if scores.shape != (sizes[task],):
+            raise RunError(f"scores {when} of `{task}` have shape {scores.shape}, it has {sizes[task]} test examples")
+        row[place[task]] = scores.sum() / len(scores)
     return row
 
 
@@ -221,9 +261,7 @@ class Flips(NamedTuple):
 
 
 def flips(predictions: Predictions, targets: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Flips]:
-    """Per task, the examples right at some point since it was learned (any stored one) and wrong at the last.
-
-    What was said of a task before it was learned does not count: right by chance is nothing to be lost.
+    """`score_flips` of predicted classes.
 
     Args:
         predictions: as for `AccuracyMatrix.from_predictions`; the last entry is the end.
@@ -233,12 +271,21 @@ def flips(predictions: Predictions, targets: Mapping[str, np.ndarray], tasks: Se
     Raises:
         RunError: predictions of another number of examples than there are targets.
     """
+    return score_flips([class_scores(x, targets, f"in row {i}") for i, x in enumerate(predictions)], tasks)
+
+
+def score_flips(scores: Sequence[Mapping[str, np.ndarray]], tasks: Sequence[str]) -> dict[str, Flips]:
+    """Per task, the examples right at some point since it was learned (any stored one) and wrong at the last.
+
+    An example is right where its score is at least `RIGHT`. Predictions from before a task was learned do not
+    count: what is right by chance cannot be forgotten.
+
+    Args:
+        scores: as for `AccuracyMatrix.from_scores`; the last entry is the end.
+    """
     out = {}
     for j, task in enumerate(tasks):
-        *earlier, last = [
-            None if not found or task not in found else _right(found[task], targets[task], f"in row {i} for `{task}`")
-            for i, found in enumerate(predictions or [None])
-        ]
+        *earlier, last = [found[task] >= RIGHT if task in found else None for found in scores or [{}]]
         known = [right for right in earlier[j:] if right is not None]
         if last is None or not known:
             out[task] = Flips(None, np.array([], dtype=int))

@@ -3,13 +3,13 @@
 An update is a dense dW (d_out x d_in) or its LoRA factors (B, A, s) in peft layout, B (d_out x r), A (r x d_in),
 dW = s B A; s is part of dW everywhere. Products are made in chunks of rows, so that no more than one chunk of any dW
 exists at a time. No published values can be matched: the papers name neither threshold nor form (see each docstring),
-so a figure of ours is printed with its formula in `GEOMETRY_FORMULAS` and its tolerance.
+so `geometry_lines` prints a figure of ours with what it is of, its formula and its tolerance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,41 @@ GEOMETRY_FORMULAS: dict[str, str] = {
     "zero_share": "#{(a, b): dW[a, b] = 0} / (d_out d_in), dW = s B A",
     "above_share": "#{(a, b): |dW[a, b]| > relative * max |dW|} / (d_out d_in), dW = s B A",
 }
+
+RELATIVE = 0.01  # entries of dW above this share of the largest count as large
+
+# What a run's figures are: of which updates, and pooled, summed or averaged over what; see `Result.geometry`.
+GEOMETRY_LABELS: dict[str, str] = {
+    "average_collision_rate": "share of entries where the updates of two tasks collide, mean over pairs of tasks, "
+    "all layers pooled",
+    "subspace_overlap": "squared overlap of the last task's A with the A of every earlier task, sum over layers",
+    "awom": "norm of the product of all earlier A, stacked as A_1, with the last task's A_2, sum over layers",
+    "nuclear_norm": "nuclear norm of the update of one task in one layer, mean over tasks and layers",
+    "zero_share": "share of entries of the last task's update that are exactly 0, mean over layers",
+    "above_share": f"share of entries of the last task's update above relative = {RELATIVE:g} of the largest in their "
+    "layer, mean over layers",
+}
+
+
+def geometry_lines(found: Mapping[str, float | None], tolerance: float) -> list[str]:
+    """A run's geometry as text: name, value, what the value is, formula; a tolerance where the figure has one.
+
+    Args:
+        found: see `Result.geometry`.
+        tolerance: what `found` was computed with.
+    """
+    lines = []
+    for name, value in found.items():
+        figure = "undefined (fewer than two tasks)" if value is None else f"{value:.4g}"
+        with_tolerance = f", tolerance {tolerance:g}" if "tolerance" in _formula(name) else ""
+        lines.append(f"{name} {figure}: {GEOMETRY_LABELS[name]} [{_formula(name)}{with_tolerance}]")
+    return lines
+
+
+def _formula(name: str) -> str:
+    """With that of the collision of one pair, which the average is over."""
+    pair = f"; collision_rate = {GEOMETRY_FORMULAS['collision_rate']}" if name == "average_collision_rate" else ""
+    return GEOMETRY_FORMULAS[name] + pair
 
 
 class Factors(NamedTuple):
@@ -189,7 +224,7 @@ def nuclear_norm(B: Tensor, A: Tensor, scaling: float) -> float:
     return abs(scaling) * float(torch.linalg.svdvals(R_B @ R_A.T).sum())
 
 
-def sparsity(dW: Update, *, relative: float = 0.01, chunk: int = CHUNK) -> Sparsity:
+def sparsity(dW: Update, *, relative: float = RELATIVE, chunk: int = CHUNK) -> Sparsity:
     """Share of entries that are exactly 0, and share with |dW| > relative * max |dW| (0 for an empty update).
 
     Args:

@@ -1,12 +1,15 @@
-"""When a generated answer counts as an expected one, and how much of it is there."""
+"""Scores in [0, 1] of a generated answer beside the expected response: the metrics that a task of free texts names."""
 
 from __future__ import annotations
 
 import string
+import sys
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, nearest
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -34,3 +37,59 @@ def rouge_l(answer: str, response: str) -> float:
     """F1 of the longest common subsequence of words: 2 P R / (P + R), P = LCS / words of the answer, R = LCS / words of
     the response."""
     return float(scorer().score(response, answer)["rougeL"].fmeasure)
+
+
+def exact_match(answer: str, response: str) -> float:
+    """1 where both are `normalised` to the same text."""
+    return float(normalised(answer) == normalised(response))
+
+
+def contains(answer: str, response: str) -> float:
+    """1 where the normalised response stands in the normalised answer, at whole words."""
+    return float(f" {normalised(response)} " in f" {normalised(answer)} ")
+
+
+def token_f1(answer: str, response: str) -> float:
+    """F1 of the words that both share, normalised, as SQuAD computes it (1606.05250): 2 P R / (P + R)."""
+    found, expected = normalised(answer).split(), normalised(response).split()
+    shared = sum((Counter(found) & Counter(expected)).values())
+    return 2 * shared / (len(found) + len(expected)) if found or expected else 1.0
+
+
+Metric = Callable[[str, str], float]
+METRICS: dict[str, Metric] = {f.__name__: f for f in (exact_match, rouge_l, token_f1, contains)}
+
+
+def metric(name: str) -> Metric:
+    """The metric of this name, or a user's own, `module:function`, of a module that the user has imported: data must
+    not decide which code runs.
+
+    Raises:
+        ConfigError: no such metric, or its module is not imported.
+    """
+    module, _, function = name.partition(":")
+    if not function:
+        if name not in METRICS:
+            raise ConfigError(f"no metric is called `{name}`: {nearest(name, METRICS)}, or your own, module:function")
+        return METRICS[name]
+    if module not in sys.modules:
+        raise ConfigError(
+            f"metric `{name}` is in a module that is not imported: --import {module} (or imports: in YAML)"
+        )
+    found = getattr(sys.modules[module], function, None)
+    if not callable(found):
+        raise ConfigError(f"module `{module}` has no function `{function}` for the metric `{name}`")
+    return found
+
+
+def graded(name: str, answers: list[str], responses: list[str]) -> list[float]:
+    """The score of each answer.
+
+    Raises:
+        ConfigError: see `metric`; a score that is not a number in [0, 1].
+    """
+    score = metric(name)
+    scores = [float(score(a, r)) for a, r in zip(answers, responses, strict=True)]
+    if bad := [x for x in scores if not 0 <= x <= 1]:
+        raise ConfigError(f"metric `{name}` gave {bad[0]}: a score is a number from 0 to 1")
+    return scores

@@ -158,7 +158,7 @@ def difference(
     learner = Learner.open(path, model=model)
     if not learner.backbone.network:
         raise ConfigError(f"recipe `{learner.recipe.name}` has no network, so no weights to compare")
-    if learner.recipe.consolidation.routed:
+    if learner.recipe.consolidation.states is not None:
         raise ConfigError(
             f"recipe `{learner.recipe.name}` keeps an adapter for every task, and the weights of the model are those "
             "of the base at every point: export the model of one task (perpetune export RUN --only TASK)"

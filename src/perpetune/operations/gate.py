@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import ConfigError, RunError, nearest
-from ..core.measurement import finite
+from ..core.measurement import broken_promise, finite
 from ..learning.language_losses import LOSS
+from ..metrics.accuracy import RIGHT
 from ..runs.result import BEFORE, Result
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-9  # accuracies are quotients of whole numbers: far apart, but a difference of two may miss 0.02 by a bit
 MOST_CLASSES, MOST_TASKS = 5, 10
-NEVER_ASKED = "chance (the model before it was never asked)"
+MAJORITY = "its most frequent class alone"
+NOT_EVALUATED = f"{MAJORITY} (the model before it was not evaluated)"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Verdict:
         reference, against: what the newest must beat, and what that is.
         tasks: every other task, the one that lost most first. classes: the worst, as far as they lost.
         losses: of every other task, where they were measured, the one that rose most first.
-        broken: promises of the newest commit that were not kept. failures: why the gate is closed; none opens it.
+        broken: promises of the run that were not kept. failures: why the gate is closed; none opens it.
     """
 
     task: str
@@ -149,9 +151,9 @@ def judge(
     """Judge the newest of T tasks, or, where the newest commit takes one out, what that did to the others.
 
     With a(i, j) as in `metrics.accuracy`, and T-1 the commit before: a(T-1, j) - a(T, j) <= max_forgetting for every
-    earlier task j, and a(T, T) - r >= min_gain, where r is a(T-1, T) if the head could name the classes then, else the
-    accuracy b_T of the untouched model, else chance (in an older run also where the head could, but was not asked:
-    `against` then says so). Where a task was taken out, the first of these for all others.
+    earlier task j, and a(T, T) - r >= min_gain, where r is a(T-1, T) if the head could name the classes then, else b_T,
+    else the share of the task's most frequent class (in an older run also where the head could, but was not evaluated:
+    `against` then tells). Where a task was taken out, the first of these for all others.
 
     Args:
         max_forgetting, min_gain: fractions, 0.02 is two points.
@@ -176,7 +178,7 @@ def judge(
         raise RunError(f"{result.path} has learned no task yet: there is nothing to judge")
     head, scenario = _reading(result, head, scenario)
     newest, task = result.commits[-1].manifest, result.tasks[-1]
-    old, new = (result.found(commit, f"{head}/{scenario}/") for commit in result.commits[-2:])
+    old, new = (result.scores_at(commit, head, scenario) for commit in result.commits[-2:])
     _, targets = result.predictions(head, scenario)
     earlier = [j for j in result.tasks if j in result.commits[-2].manifest["learned"]]
     accuracy, reference, against = None, None, ""
@@ -185,27 +187,22 @@ def judge(
     elif len(earlier) != len(result.tasks) - 1:
         raise ConfigError(f"{result.path} learned its tasks all at once: there is no newest task to judge")
     else:
-        accuracy = float((new[task] == targets[task]).mean())
-        chance = 1 / (len(set(targets[task].tolist())) if scenario == "task" else len(newest["classes"]))
-        before = {**old, **result.found(result.commits[-1], f"{BEFORE}{head}/{scenario}/")}
-        untouched = result.baseline(head, scenario)
+        accuracy = float(new[task].mean())
+        before = {**old, **result.scores_at(result.commits[-1], head, scenario, BEFORE)}
+        untouched = result.baseline_scores(head, scenario)
         references = ((before if earlier else {}, "the model before it"), (untouched, "the untouched model"))
-        known = ((float((found[task] == targets[task]).mean()), what) for found, what in references if task in found)
-        # a head that named classes of a task before it was learned knows them by their texts
-        nameable = bool(untouched) or {*targets[task].tolist()} <= {*result.commits[-2].manifest["classes"]}
-        reference, against = next(known, (chance, NEVER_ASKED if nameable else "chance"))
+        known = ((float(found[task].mean()), what) for found, what in references if task in found)
+        reference, against = next(known, _constant(result, targets.get(task), untouched))
     tasks, classes = [], []
     if missing := [j for j in earlier if j not in old or j not in new]:
         raise ConfigError(
             f"`{missing[0]}` was not evaluated both before and after the newest task: learn with evaluate_every: 1"
         )
     for j in earlier:
-        target = targets[j]
-        was, now = old[j] == target, new[j] == target
-        tasks.append(_before(j, was, now))
-        for c in np.unique(target):
-            name = f"{j}: {result.config['stream']['labels'][c]}"
-            classes.append(_before(name, was[target == c], now[target == c]))
+        tasks.append(_before(j, old[j], new[j]))
+        for c in np.unique(targets[j]) if j in targets else ():
+            name, own = f"{j}: {result.config['stream']['labels'][c]}", targets[j] == c
+            classes.append(_before(name, old[j][own], new[j][own]))
     tasks.sort(key=lambda b: (-b.drop, -b.flips, b.name))
     classes.sort(key=lambda b: (-b.drop, -b.flips, b.name))
     losses = _losses(result, earlier)
@@ -214,7 +211,7 @@ def judge(
             f"{result.path} did not measure the loss on the responses of every earlier task, both when it was learned "
             "and now, as runs of a language model do that is one for all tasks: leave out --max-loss-increase"
         )
-    broken = [g for g in newest["guarantees"] if g["holds"] is False]
+    broken = [g for g in result.guarantees if g["holds"] is False]  # what broke once is not mended by another task
     verdict = Verdict(
         task,
         head,
@@ -225,7 +222,7 @@ def judge(
         tuple(tasks),
         tuple(c for c in classes[:MOST_CLASSES] if c.drop > 0),
         losses,
-        tuple(f"{g['source']}, {g['name']}: {_figure(g['value'])}, promised {_figure(g['bound'])}" for g in broken),
+        tuple(broken_promise(g, newest["task"]) for g in broken),
         (),
     )
     return replace(verdict, failures=_failures(verdict, max_forgetting, min_gain, max_flips, max_loss_increase))
@@ -253,8 +250,19 @@ def _failures(
     return (*found, *(f"broken promise: {text}" for text in v.broken))
 
 
+def _constant(result: Result, target: np.ndarray | None, untouched: dict[str, np.ndarray]) -> tuple[float, str]:
+    """What a task is judged against where no earlier model could name its classes: always predicting the most frequent
+    one, so that an imbalanced task is not passed for its largest class. Free texts: 0."""
+    if target is None:
+        return 0.0, "no answer"
+    # a head that named classes of a task before it was learned knows them by their texts
+    nameable = bool(untouched) or {*target.tolist()} <= {*result.commits[-2].manifest["classes"]}
+    return float(np.bincount(target).max() / len(target)), NOT_EVALUATED if nameable else MAJORITY
+
+
 def _before(name: str, was: np.ndarray, now: np.ndarray) -> Before:
-    return Before(name, float(was.mean()), float(now.mean()), int((was & ~now).sum()), len(now))
+    lost = (was >= RIGHT) & (now < RIGHT)
+    return Before(name, float(was.mean()), float(now.mean()), int(lost.sum()), len(now))
 
 
 def _losses(result: Result, tasks: list[str]) -> tuple[Loss, ...]:
@@ -273,10 +281,6 @@ def _losses(result: Result, tasks: list[str]) -> tuple[Loss, ...]:
 
 def _nats(value: float | None) -> str:
     return "not a number" if value is None else f"{value:.3f}"
-
-
-def _figure(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.2g}"
 
 
 def _reading(result: Result, head: str | None, scenario: str | None) -> tuple[str, str]:

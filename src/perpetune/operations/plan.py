@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from scipy.optimize import nnls
 
-from ..consolidation import Step
+from ..consolidation import Session
 from ..core.environment import peak_memory
 from ..learning.learner import Learner
 from ..learning.opening import open_run
@@ -110,8 +110,8 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         fixed = _fixed_bytes(first)
         memory = peak_memory(setup.device)
     sessions = learner.setup.recipe.consolidation.schedule(stream)
-    moves = state.recipe.tuner.trains and not state.consolidation.routed
-    reads = _reads(sessions, learner.setup.evaluate_every, moves)
+    moves = state.recipe.tuner.trains and state.consolidation.states is None
+    counts = reads(sessions, learner.setup.evaluate_every, moves)
     steps = sum(step_budget(s, learner.setup.training) for s in sessions) if trainable else 0
     tested, shown = (sum(len(t.test) for t in s) for s in (stream, short))
     baseline = untouched * tested / max(1, shown) if fixed[1] else 0.0
@@ -121,7 +121,7 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         trainable,
         total,
         steps,
-        baseline + _seconds(trials, sessions, reads, learner, bool(trainable)),
+        baseline + _seconds(trials, sessions, counts, learner, bool(trainable)),
         memory,
         _bytes(trials, sessions, fixed, learner.setup.evaluate_every, tested),
         perf_counter() - started,
@@ -131,7 +131,7 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
 # ---- the trial ----
 
 
-def _trial(loop: TaskLoop, session: Step) -> _Trial:
+def _trial(loop: TaskLoop, session: Session) -> _Trial:
     loop.phases = {}
     commit = loop.learn(session)
     stored = commit.tensors("predictions.safetensors")
@@ -191,7 +191,7 @@ def _blocks(rows: datasets.Dataset, batch: int) -> datasets.Dataset:
 # ---- time ----
 
 
-def _reads(sessions: Sequence[Step], every: int, moves: bool) -> list[int]:
+def reads(sessions: Sequence[Session], every: int, moves: bool) -> list[int]:
     """Test examples that are read after each session: those of all tasks so far where the model has changed for them
     and all are due, else its own."""
     seen, found = 0, []
@@ -203,7 +203,7 @@ def _reads(sessions: Sequence[Step], every: int, moves: bool) -> list[int]:
 
 
 def _seconds(
-    trials: Sequence[_Trial], sessions: Sequence[Step], reads: Sequence[int], learner: Learner, trains: bool
+    trials: Sequence[_Trial], sessions: Sequence[Session], counts: Sequence[int], learner: Learner, trains: bool
 ) -> float:
     warm = trials[1:] if len(trials) > 2 else trials
     index = range(len(trials) - len(warm), len(trials))
@@ -213,7 +213,7 @@ def _seconds(
         took = [t.phases[phase] - (t.steps * t.step_seconds if phase == "train" else 0.0) for t in warm]
         given = [t.read if phase == "evaluate" else t.rows for t in warm]
         weights, _ = nnls(np.array([[1.0, x, i] for x, i in zip(given, index, strict=True)]), np.maximum(took, 0))
-        for session, read in zip(sessions, reads, strict=True):
+        for session, read in zip(sessions, counts, strict=True):
             rows = sum(len(task.train) for task in session.tasks)
             total += float(weights @ np.array([1.0, read if phase == "evaluate" else rows, session.index]))
     if trains:
@@ -232,7 +232,9 @@ def _fixed_bytes(first: Commit) -> tuple[int, int]:
     return first.size - payload, len(stored) // max(1, len(tasks))
 
 
-def _bytes(trials: Sequence[_Trial], sessions: Sequence[Step], fixed: tuple[int, int], every: int, tested: int) -> int:
+def _bytes(
+    trials: Sequence[_Trial], sessions: Sequence[Session], fixed: tuple[int, int], every: int, tested: int
+) -> int:
     total = fixed[0] + 4 * fixed[1] * tested
     classes: set[int] = set()
     facts = []

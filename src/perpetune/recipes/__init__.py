@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..core import plugins
 from ..core.errors import ConfigError, nearest
 from ..core.validation import call_checked
-from . import controls, deltas, lora_family, masks, projection, rotations, routing
+from . import controls, deltas, ensembles, lora_family, masks, projection, rotations, routing
 from .recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -27,6 +28,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         projection.pegp_lora,
         projection.pegp_lora_released,
         projection.pegp_lora_fresh,
+        projection.inflora,
         projection.pegp_prompt,
         projection.pegp_prompt_released,
         projection.pegp_prefix,
@@ -50,10 +52,13 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         deltas.sotu_disjoint,
         deltas.soup,
         deltas.task_arithmetic,
+        deltas.ties,
         routing.color,
         routing.color_adapted,
         routing.color_oracle,
         routing.routed,
+        ensembles.ease,
+        ensembles.ease_released,
         controls.replay,
         controls.joint,
         controls.frozen_ncm,
@@ -68,21 +73,31 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 def make_recipe(recipe: str | dict[str, Any] | Recipe) -> Recipe:
     """A recipe from its name, from `{name: NAME, setting: value, ...}`, from the four slots spelled out, or as it is.
 
+    Names are those of `RECIPES`, and of the recipes that installed packages bring (`core/plugins.py`).
+
     Raises:
-        ConfigError: an unknown recipe, slot or setting, with the nearest known names.
+        ConfigError: an unknown recipe, slot or setting, with the nearest known names; or an installed recipe that
+            cannot be imported, returns no recipe, or has the name of another.
     """
     if isinstance(recipe, Recipe):
         return recipe
     data = {"name": recipe} if isinstance(recipe, str) else dict(recipe)
     if "tuner" in data:
         return Recipe.from_dict(data)
-    name = data.pop("name", None)
-    if name not in RECIPES:
-        raise ConfigError(f"no recipe is called `{name}`: {nearest(str(name), RECIPES)}")
-    accepted = list(inspect.signature(RECIPES[name]).parameters)
+    name = str(data.pop("name", None))
+    known = plugins.with_installed(RECIPES, name, group=plugins.RECIPES)
+    if name not in known:
+        names = [*RECIPES, *(point.name for point in plugins.installed(plugins.RECIPES))]
+        raise ConfigError(f"no recipe is called `{name}`: {nearest(name, names)}")
+    make = known[name]
+    if not callable(make):
+        raise ConfigError(f"the installed recipe `{name}` is no function that returns a Recipe, but {make!r}")
+    accepted = list(inspect.signature(make).parameters)
     for key in data:
         if key not in accepted:
             raise ConfigError(f"recipe `{name}` has no setting `{key}`: {nearest(key, accepted or ['none'])}")
-    made = call_checked(f"recipe `{name}`", RECIPES[name], data)
+    made = call_checked(f"recipe `{name}`", make, data)
+    if not isinstance(made, Recipe):
+        raise ConfigError(f"the installed recipe `{name}` returns {type(made).__name__}, and not a Recipe")
     made.name = name
     return made

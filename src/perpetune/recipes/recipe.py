@@ -9,13 +9,18 @@ from typing import Any
 
 from ..consolidation import CONSOLIDATIONS, Consolidation, Continue
 from ..core.errors import ConfigError, nearest
+from ..core.plugins import with_installed
 from ..core.validation import call_checked, number
+from ..deltas.combination import Combination
+from ..deltas.keep import Keep
 from ..heads import Head, LinearHead, make_head
 from ..routers import Router
 from ..rules import RULES, Rule
 from ..tuners import OWN_CONFIGS, TUNERS, NoNetwork, PeftTuner, Tuner, as_tuner
 from ..tuners.peft_tuner import peft_dict
 from .user_pieces import RESERVED, below, check_fields, check_head, imported, named
+
+INNER = {"router": Router, "keep": Keep, "combine": Combination}  # settings of a piece that are pieces themselves
 
 
 class Recipe:
@@ -74,7 +79,7 @@ class Recipe:
                     f"{way[given]}: set branch to `{given}`, or use another consolidation"
                 )
         anew = [h.name for h in heads if h.refresh]
-        if anew and self.consolidation.routed:
+        if anew and self.consolidation.states is not None:
             name = anew[0].removesuffix("_refresh")
             raise ConfigError(f"features under a task's own adapter do not grow stale: read `{name}`, not `{anew[0]}`")
         titles = [h.name for h in heads]
@@ -137,7 +142,7 @@ def _fields(piece: Any) -> dict[str, Any]:
     old = {f.name: f.metadata["unwritten"] for f in dataclasses.fields(piece) if "unwritten" in f.metadata}
     values = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece) if f.init}
     values = {k: v for k, v in values.items() if k not in old or v != old[k]}
-    inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router
+    inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router, a hook
     return {**named(piece), **inner}
 
 
@@ -158,10 +163,11 @@ def _make_tuner(data: Any) -> Any:
 
     from .. import tuners
 
-    config = None if _own(data) else getattr(tuners if kind in OWN_CONFIGS else peft, kind, None)
-    if not (inspect.isclass(config) and issubclass(config, peft.PeftConfig)):
-        registered: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING.values()
-        config = imported([*below(Tuner), *registered], kind, data.get("module"))
+    found = getattr(tuners if kind in OWN_CONFIGS else peft, kind, None)
+    known = {kind: found} if inspect.isclass(found) and issubclass(found, peft.PeftConfig) else {}
+    config = None if _own(data) else with_installed(known, kind, Tuner, peft.PeftConfig).get(kind)
+    if config is None:
+        config = imported(lambda: [*below(Tuner), *below(peft.PeftConfig)], kind, data.get("module"))
     if config is None:
         configs = [n for n in dir(peft) if n.endswith("Config")]
         raise ConfigError(f"no tuner is called `{kind}`: {nearest(kind, [*TUNERS, *OWN_CONFIGS, *configs])}")
@@ -192,10 +198,11 @@ def _make(data: Any, known: dict[str, Any], base: type, slot: str) -> Any:
     if isinstance(data, str):
         data = {"type": data}
     kind = _kind(data, slot)
-    target = imported(below(base), kind, data["module"]) if _own(data) else known.get(kind)
+    own = _own(data)
+    target = imported(lambda: below(base), kind, data["module"]) if own else with_installed(known, kind, base).get(kind)
     if target is None:
         raise ConfigError(f"no {slot} is called `{kind}`: {nearest(kind, known)}")
-    settings = {k: _make(v, {}, Router, "router") if _own(v) else v for k, v in _settings(data).items()}
+    settings = {k: _make(v, {}, INNER[k], k) if k in INNER and _own(v) else v for k, v in _settings(data).items()}
     accepted = list(inspect.signature(target).parameters)
     for key in settings:
         if key not in accepted:

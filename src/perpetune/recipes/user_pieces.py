@@ -6,11 +6,13 @@ import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, first_line
+from ..core.plugins import of_module
 from ..heads import Head
 
 RESERVED = ("type", "module")  # written beside the settings
@@ -72,26 +74,35 @@ def home(kind: type) -> str:
     return Path(main.__file__).stem if getattr(main, "__file__", None) else "__main__"
 
 
-def imported(candidates: Iterable[type], name: str, module: str | None) -> type | None:
-    """The class of this name that a user has imported, the newest if it was defined anew. Nothing is imported here: a
-    run directory must not say what code runs.
+def imported(candidates: Callable[[], Iterable[type]], name: str, module: str | None) -> type | None:
+    """The class of this name that a user has imported, the newest if it was defined anew; or that an installed package
+    names among its entry points. Nothing else is imported here: a run directory must not say what code runs.
 
     Args:
-        candidates: classes to choose from.
+        candidates: classes to choose from, of those that are there now.
         module: where it is from; None takes any, and it need not be there.
 
     Raises:
-        ConfigError: it is not imported from this module.
+        ConfigError: it is neither imported from this module nor among the pieces of an installed package; or those
+            cannot be imported.
     """
-    found = [kind for kind in candidates if kind.__name__ == name and not _ours(kind) and module in (None, home(kind))]
-    if not found and module is not None:
+
+    def found() -> list[type]:
+        return [k for k in candidates() if k.__name__ == name and not _ours(k) and module in (None, home(k))]
+
+    kinds = found()
+    if not kinds and module is not None:
+        for _ in of_module(module):  # imports the installed pieces of this package
+            pass
+        kinds = found()
+    if not kinds and module is not None:
         how = f"import {module} (on the command line: --import {module})"
         raise ConfigError(
             f"this recipe has a piece of your own, `{module}.{name}`, which is not there: "
             f"{'define it' if module in sys.modules else how} first, or give the recipe itself: "
             "Learner.open(run, recipe=...)"
         )
-    return found[-1] if found else None
+    return kinds[-1] if kinds else None
 
 
 def below(base: type[Any]) -> Iterator[type[Any]]:
@@ -109,14 +120,19 @@ def import_modules(names: Iterable[str]) -> None:
     """Import what the user names, and nothing else: from the current folder, behind what is installed.
 
     Raises:
-        ConfigError: there is no such module.
+        ConfigError: there is no such module, or it cannot be imported.
     """
     for name in names:
         if "" not in sys.path:
             sys.path.append("")
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):
-                raise
-            raise ConfigError(f"no module `{name}` is here or installed: go to the folder it is in") from error
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name in (name, name.partition(".")[0]):
+                raise ConfigError(f"no module `{name}` is here or installed: go to the folder it is in") from error
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            line = getattr(error, "lineno", None) or last.lineno  # a SyntaxError knows its own
+            place = f"{Path(getattr(error, 'filename', None) or last.filename).name}, line {line}"
+            raise ConfigError(
+                f"your module `{name}` cannot be imported: {type(error).__name__}: {first_line(error)} ({place})"
+            ) from error

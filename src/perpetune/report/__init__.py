@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .charts import Bar, Point, bar_svg, lines_svg, matrix_svg, scatter_svg
+from .charts import Bar, Point, bar_svg, lines_svg, scatter_svg
 from .data import ReportData
+from .heat_maps import matrix_svg
 from .page import bars_svg, render, write_picture, write_report
 
 __all__ = [

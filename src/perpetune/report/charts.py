@@ -1,4 +1,4 @@
-"""The pictures of the report as inline SVG: bars, heat map, lines, scatter. Accuracies are fractions from 0 to 1."""
+"""The pictures of the report as inline SVG: bars, lines, scatter. Accuracies are fractions from 0 to 1."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from .data import Matrix
+from .heat_maps import MOST_CELLS, sampled
 from .svg import short, tag
 
 NAMED_LINES = 12  # more lines than this are drawn alike: nobody can tell them apart by colour
 NUMBERED_LINES = 15
+NAMED_POINTS = 40  # more labels than this would lie on top of each other
+MOST_LINES, MOST_STEPS = 50, 200  # lines, and points of each, of the picture over time
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class Bar:
     """One row of a bar picture.
 
     Attributes:
-        label: who.
+        label: the recipe or task.
         now: accuracy at the end; None where it was not measured.
         learned: accuracy right after learning, drawn behind `now`; None where unknown.
         spread: standard deviation over seeds of `now`.
         role: "method", "control" or "bound".
         badge: what kind of control, one or two words.
-        note: what to read beside the bar ("forgot 77").
+        note: shown beside the bar ("forgot 77").
     """
 
     label: str
@@ -49,12 +52,12 @@ class Point:
 
 
 def share(value: float) -> str:
-    """A fraction as a width in per cent, kept inside the picture."""
+    """A fraction as a width in percent, clipped to the picture."""
     return f"{100 * min(max(value, 0.0), 1.0):.2f}%"
 
 
 def bar_marks(bar: Bar, height: int = 18, guess: float | None = None) -> Markup:
-    """Inside of one bar, as wide as whatever holds it: what is kept, what was lost, spread, and blind guessing."""
+    """Inside of one bar, as wide as its container: what is kept, what was lost, spread, and chance level."""
     marks = [tag("rect", class_="track", width="100%", height=height, rx=3)]
     if bar.learned is not None and bar.now is not None and bar.learned > bar.now:
         marks.append(tag("rect", class_="lost", width=share(bar.learned), height=height, rx=3))
@@ -101,61 +104,6 @@ def small_bar_svg(value: float) -> Markup:
     return tag("svg", mark, class_="bar", width="100%", height=4, aria_hidden="true")
 
 
-def matrix_svg(matrix: Matrix, tasks: Sequence[str], title: str, baseline: Sequence[float | None] = ()) -> Markup:
-    """The accuracy matrix (T x T) as a heat map of fixed size: rows are time, columns are tasks, diagonal outlined.
-
-    `baseline` (T): accuracies of the untouched model, a row above.
-    """
-    history = any(v is not None for row in matrix[:-1] for v in row) or len(tasks) == 1
-    rows: list[tuple[int | None, str, Sequence[float | None]]] = [(None, "untouched model", baseline)]
-    for step, (name, line) in enumerate(zip(tasks, matrix, strict=True)):
-        rows.append((step, f"after {step + 1} {short(name, 13)}", line) if history else (None, "all at once", line))
-    rows = [entry for entry in rows if any(v is not None for v in entry[2])]
-    return _heat_map(rows, tasks, title, "accuracy on task")
-
-
-def confusion_svg(shares: Matrix, tasks: Sequence[str], title: str) -> Markup:
-    """Shares (T x T) of the examples of each task (row) that go to each task (column); nothing is drawn where none."""
-    rows: list[tuple[int | None, str, Sequence[float | None]]] = [
-        (j, f"{j + 1} {short(tasks[j], 20)}", [share or None for share in row]) for j, row in enumerate(shares)
-    ]
-    return _heat_map(rows, tasks, title, "sent to task")
-
-
-def _heat_map(
-    rows: Sequence[tuple[int | None, str, Sequence[float | None]]], tasks: Sequence[str], title: str, above: str
-) -> Markup:
-    """Rows (which column is outlined, label, values) of cells, a column for each task."""
-    width, height = (46, 34) if len(tasks) <= 6 else (38, 30) if len(tasks) <= 12 else (28, 24)
-    left, top = 14 + max((int(6.6 * len(label)) for _, label, _ in rows), default=0), 40
-    marks: list[Markup] = [tag("title", title), tag("text", above, class_="soft", x=left, y=14)]
-    for j, name in enumerate(tasks):
-        hover = tag("title", name)
-        marks.append(tag("text", hover, str(j + 1), class_="mid strong", x=left + (j + 0.5) * width, y=32))
-    for at, (i, label, row) in enumerate(rows):
-        y = top + at * height
-        marks.append(tag("text", label, class_="end", x=left - 8, y=y + height / 2 + 4))
-        for j, value in enumerate(row):
-            if value is not None:
-                marks.append(_cell(left + j * width, y, width - 2, height - 2, value))
-        if i is not None:
-            just = {"x": left + i * width, "y": y, "width": width - 2, "height": height - 2}
-            marks.append(tag("rect", class_="just", rx=3, **just))
-    size = {"width": left + max(len(tasks) * width, 104) + 2, "height": top + len(rows) * height + 2}
-    return tag("svg", *marks, class_="matrix", role="img", **size)
-
-
-def heat(value: float) -> tuple[float, str]:
-    """Opacity of a cell, and the class of the figure on it: each theme has a readable colour for each class."""
-    return 0.04 + 0.96 * value, "light" if value < 0.52 else "middle" if value < 0.74 else "heavy"
-
-
-def _cell(x: float, y: float, width: float, height: float, value: float) -> Markup:
-    opacity, weight = heat(value)
-    rect = tag("rect", class_="heat", x=x, y=y, width=width, height=height, rx=3, fill_opacity=opacity)
-    return rect + tag("text", f"{100 * value:.0f}", class_=f"mid cell {weight}", x=x + width / 2, y=y + height / 2 + 4)
-
-
 def lines_svg(matrix: Matrix, tasks: Sequence[str], title: str) -> Markup:
     """Accuracy of every task from the moment it is learned, and the mean over the tasks learned so far (bold)."""
     width, height, left, right, top, bottom = 340, 220, 32, 14, 16, 34
@@ -171,15 +119,16 @@ def lines_svg(matrix: Matrix, tasks: Sequence[str], title: str) -> Markup:
         y = top + span * (1 - level / 100)
         marks.append(tag("line", class_="grid", x1=left, x2=width - right, y1=y, y2=y))
         marks.append(tag("text", level, class_="soft small end", x=left - 6, y=y + 4))
-    every = max(1, -(-size // 10))
-    for i in range(0, size, every):
+    for i in sampled(size, 10):
         marks.append(tag("text", i + 1, class_="soft small mid", x=at(i, 0)[0], y=height - bottom + 15))
     marks.append(
         tag("text", "number of tasks learned", class_="soft small mid", x=(left + width - right) / 2, y=height - 4)
     )
     starts: list[Markup] = []
-    for j, name in enumerate(tasks):
-        column = [at(i, value) for i, row in enumerate(matrix) if i >= j for value in [row[j]] if value is not None]
+    steps = sorted({*sampled(size, MOST_STEPS), size - 1})
+    for j in sampled(size, MOST_LINES) if size > MOST_CELLS else range(size):
+        name, since = tasks[j], sorted({j, *(i for i in steps if i > j)})
+        column = [at(i, value) for i in since for value in [matrix[i][j]] if value is not None]
         if not column:
             continue
         stroke = f"var(--task-{j % 6})" if size <= NAMED_LINES else "var(--control)"
@@ -192,7 +141,7 @@ def lines_svg(matrix: Matrix, tasks: Sequence[str], title: str) -> Markup:
         if size <= NUMBERED_LINES:
             starts.append(tag("text", j + 1, class_="small strong mid", x=x, y=y - 6 if y > top + 8 else y + 14))
     if size > 1:
-        means = [(i, [v for v in row[: i + 1] if v is not None]) for i, row in enumerate(matrix)]
+        means = [(i, [v for v in matrix[i][: i + 1] if v is not None]) for i in steps]
         path = [at(i, sum(seen) / len(seen)) for i, seen in means if len(seen) == i + 1]
         hover = tag("title", "mean over the tasks learned so far")
         marks.append(tag("polyline", hover, class_="mean", points=_path(path)))
@@ -234,7 +183,7 @@ def scatter_svg(points: Sequence[Point], title: str, bound: float | None = None)
     ranked = sorted(points, key=lambda p: -p.kept)
     places = [at(p.learned, p.kept) for p in ranked]
     heights = _spread([y for _, y in places], top + 6, bottom)
-    for p, (x, y), level in zip(ranked, places, heights, strict=True):
+    for p, (x, y), level in zip(ranked, places, heights, strict=True) if len(points) <= NAMED_POINTS else ():
         path = f"{x:.1f},{y:.1f} {right + 4},{level:.1f} {right + 10},{level:.1f}"
         marks.append(tag("polyline", class_="leader", points=path))
         marks.append(tag("text", short(p.label, 17), class_="small", x=right + 13, y=level + 3.5))

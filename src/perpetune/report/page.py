@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..core.errors import RunError
-from . import charts, routes, segments, summary, svg, tables, words
+from . import charts, heat_maps, routes, segments, summary, svg, tables, words
 from .data import Record, ReportData, read_records
 
 SEED_CELLS = 40_000  # matrices of single seeds are left out of a page that would hold more cells than this
@@ -133,7 +133,9 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(charts=charts, summary=summary, words=words, Stat=summary.Stat, short=svg.short)
+    environment.globals.update(
+        charts=charts, heat_maps=heat_maps, summary=summary, words=words, Stat=summary.Stat, short=svg.short
+    )
     return environment.get_template("report.html.j2")
 
 

@@ -1,4 +1,4 @@
-"""Where the router sends the test examples of each task: one entry for each recipe that has one, over its seeds."""
+"""Where the router sends the test examples of each task: one entry for each recipe with a router, over its seeds."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .data import Matrix
-from .summary import Stat
+from .summary import Stat, mean
 
-MOST_TASKS = 30  # with more, the picture of who is taken for whom would be all that is seen
+MOST_TASKS = 30  # with more, the confusion matrix would be most of the page
 
 
 @dataclass(frozen=True)
 class Line:
-    """One task: its share sent to itself, and the task that most of the others are sent to instead (None: nobody)."""
+    """One task: the share of its examples that go to it, and the most frequent wrong task (None: there is none)."""
 
     task: str
     own: float
@@ -59,15 +59,15 @@ def routes(found: Sequence[Mapping[str, Any]]) -> list[Routes]:
     for recipe, seeds in of.items():
         tasks = tuple(seeds[0]["tasks"])
         alike = [_shares(one["confusion"]) for one in seeds if tuple(one["tasks"]) == tasks]
-        size = range(len(tasks))
-        mean = tuple(tuple(Stat.of(shares[j][k] for shares in alike).mean for k in size) for j in size)
+        shares = tuple(tuple(mean(cell) for cell in zip(*row, strict=True)) for row in zip(*alike, strict=True))
         figures = {
             key: Stat.of(one[name] for one in seeds)
             for key, name in (("accuracy", "accuracy"), ("pooled", "accuracy_micro"), ("asked", "asked"))
         }
-        every.append(Routes(recipe, **figures, tasks=tasks, shares=mean))
+        every.append(Routes(recipe, **figures, tasks=tasks, shares=shares))
     return sorted(every, key=lambda one: -(one.accuracy.mean or 0.0))
 
 
 def _shares(confusion: Sequence[Sequence[int]]) -> list[list[float]]:
-    return [[count / sum(row) for count in row] for row in confusion]
+    totals = [sum(row) for row in confusion]
+    return [[count / total for count in row] for row, total in zip(confusion, totals, strict=True)]

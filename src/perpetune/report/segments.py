@@ -1,4 +1,4 @@
-"""Where tasks truly began in a stream without boundaries, and where they were found: two strips, one over the other."""
+"""Where the tasks of a stream without boundaries begin, and where that was detected: a strip for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = 6  # of the theme
 
 
 def strips_svg(drift: Mapping[str, Any]) -> Markup:
-    """A strip of the true segments and one of those found, which have the colour of the task they are mostly of.
+    """A strip of the true segments, and one of those detected, coloured by the task of most of their examples.
 
     Args:
         drift: see `ReportData.drift`.
@@ -22,7 +22,7 @@ def strips_svg(drift: Mapping[str, Any]) -> Markup:
     true, found = drift["true"], drift["parts"]
     names = list(dict.fromkeys(segment["task"] for segment in true))
     scale = (WIDTH - LEFT) / max(segment["stop"] for segment in true)
-    marks = [tag("title", "True segments above, those found below; a tick stands where a boundary was noticed")]
+    marks = [tag("title", "True segments above, detected ones below; a tick marks when a boundary was detected")]
     for segment in true:
         marks += _box(segment, names.index(segment["task"]), segment["task"], 0, scale)
     for part in found:

@@ -1,18 +1,19 @@
-"""Results put in order: readings (scenario and head), recipes within them, mean and spread over seeds."""
+"""Results in order: evaluations (scenario and head), recipes within them, mean and spread over seeds."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .charts import Bar, Point
 from .data import Matrix, Record, is_joint
 
 CONTROLS = {
     "sequential": "tunes all weights and does nothing against forgetting",
-    "tfidf_ridge": "word counts, no network at all",
-    "pixels_ridge": "raw pixels, no network at all",
+    "tfidf_ridge": "word counts and ridge regression, no network",
+    "pixels_ridge": "raw pixels and ridge regression, no network",
 }
 
 
@@ -32,9 +33,15 @@ class Stat:
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are defined; None where none is."""
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
+
+
 @dataclass(frozen=True)
 class Row:
-    """One recipe in one reading: its records are the seeds. A guest was read with another head than the group's."""
+    """One recipe in one evaluation: its records are the seeds. A guest has another head than the group."""
 
     recipe: str
     records: tuple[Record, ...]
@@ -42,7 +49,7 @@ class Row:
 
     @property
     def role(self) -> str:
-        """ "bound" for joint training, "control" for what no method should lose against, else "method"."""
+        """ "bound" for joint training, "control" for a baseline that every method should beat, else "method"."""
         return role(self.recipe)
 
     @property
@@ -53,7 +60,7 @@ class Row:
 
     @property
     def keeps_examples(self) -> bool:
-        """Whether old data is at hand while learning: allowed to few, so such a recipe is never the headline."""
+        """Whether training sees data of old tasks: often not allowed, so such a recipe is never the headline."""
         return self.recipe == "replay"
 
     @property
@@ -64,7 +71,7 @@ class Row:
     def tasks(self) -> tuple[str, ...]:
         return self.records[0].tasks
 
-    @property
+    @cached_property
     def same_order(self) -> bool:
         """Whether all seeds saw the same tasks in the same order, so that their matrices have a mean."""
         return len({r.tasks for r in self.records}) == 1
@@ -77,27 +84,28 @@ class Row:
     def mean(self, metric: str) -> float | None:
         return self.stat(metric).mean
 
-    @property
+    @cached_property
     def matrix(self) -> Matrix:
         """Mean over seeds (T x T), cell by cell over the seeds that measured it."""
-        records = self.records if self.same_order else self.records[:1]
-        size = range(len(self.tasks))
-        return tuple(tuple(Stat.of(r.matrix[i][j] for r in records).mean for j in size) for i in size)
+        if len(self.records) == 1 or not self.same_order:
+            return self.records[0].matrix
+        rows = zip(*(r.matrix for r in self.records), strict=True)
+        return tuple(tuple(mean(cell) for cell in zip(*row, strict=True)) for row in rows)
 
-    @property
+    @cached_property
     def baseline(self) -> tuple[float | None, ...]:
-        records = [r for r in self.records if len(r.baseline) == len(self.tasks) and r.tasks == self.tasks]
-        return tuple(Stat.of(r.baseline[j] for r in records).mean for j in range(len(self.tasks))) if records else ()
+        known = [r.baseline for r in self.records if len(r.baseline) == len(self.tasks) and r.tasks == self.tasks]
+        return tuple(mean(cell) for cell in zip(*known, strict=True))
 
-    @property
+    @cached_property
     def has_history(self) -> bool:
-        """False for joint training, which has nothing but the end."""
+        """False for joint training, which is only evaluated at the end."""
         return any(v is not None for row in self.matrix[:-1] for v in row)
 
 
 @dataclass(frozen=True)
 class Group:
-    """All recipes read in one way."""
+    """All recipes, evaluated with one head in one scenario."""
 
     scenario: str
     head: str
@@ -114,7 +122,7 @@ class Group:
 
     @property
     def by_task(self) -> bool:
-        """One recipe alone is shown task by task."""
+        """Whether there is a single recipe, which is shown task by task."""
         return len({row.recipe for row in self.rows}) == 1
 
     @property
@@ -129,9 +137,9 @@ def role(recipe: str) -> str:
 
 
 def why(recipe: str) -> str:
-    """What a control is there for, in a few words."""
+    """What makes a recipe a control or a bound, in a few words."""
     if is_joint(recipe):
-        return "sees all tasks at once"
+        return "trains on all tasks at once"
     if recipe.startswith("frozen_"):
         return "never trains the network"
     return CONTROLS.get(recipe, "")
@@ -142,11 +150,11 @@ def _or(value: float | None, otherwise: float) -> float:
 
 
 def groups(records: Sequence[Record], scenario: str, headline: tuple[str, str] | None = None) -> list[Group]:
-    """Readings, the one to show first at the head.
+    """Evaluations, the one to show first at the head.
 
-    A control or bound that was read with another head only stands as a guest in every reading of its scenario.
-    First comes `headline`; else the stream's own scenario, the reading with most recipes, and of those the one in which
-    a recipe that learns task by task does best.
+    A control or bound that was evaluated with another head only is a guest in every evaluation of its scenario.
+    First comes `headline`; else the stream's own scenario, the evaluation with most recipes, and of those the one in
+    which a recipe that learns task by task does best.
     """
     cells: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in records:
@@ -184,7 +192,7 @@ def _guests(
 
 
 def shown_first(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """The rows to show and those to fold away: plain sequential tuning, which all are held against, and the best."""
+    """The rows to show, and those to fold away: `sequential`, the common reference, and the best are shown."""
     plain = [row for row in rows if row.recipe == "sequential"]
     best = sorted((row for row in rows if row.recipe != "sequential"), key=lambda r: (r.guest, r.role != "method"))
     first = plain + best[: count - len(plain)]
@@ -220,7 +228,7 @@ def task_bars(row: Row) -> list[Bar]:
 
 
 def forgot(value: float | None) -> str:
-    """Forgetting in three words."""
+    """Forgetting in two or three words."""
     if value is None:
         return ""
     points = round(100 * value)
@@ -279,7 +287,7 @@ def points(group: Group) -> tuple[list[Point], float | None]:
 
 
 def guessing(group: Group, labels: Mapping[str, Sequence[str]]) -> float | None:
-    """Accuracy of blind guessing at the end: 1 / classes to choose from, mean over tasks; None without the labels."""
+    """Chance level at the end: 1 / classes to choose from, averaged over tasks; None without the labels."""
     tasks = group.rows[0].tasks
     if not all(labels.get(t) for t in tasks):
         return None

@@ -1,4 +1,4 @@
-"""What the figures say, in words somebody outside the field understands, and how figures are written."""
+"""Verdicts and metrics in words that readers outside the field understand, and how figures are formatted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .summary import Group, Row, Stat
 
 @dataclass(frozen=True)
 class Metric:
-    """A column: what it is called, what it means, whether more is better, and why it may be undefined."""
+    """A column: its title, its meaning, whether "higher" or "lower" is better, and where it is undefined."""
 
     key: str
     title: str
@@ -23,46 +23,48 @@ class Metric:
     always: bool = True
 
 
-_LATER = "needs at least two tasks, learned one after another"
+_ONE_BY_ONE = "the recipe does not learn tasks one by one"
+_LATER = "fewer than two tasks were learned one after another"
 METRICS = (
-    Metric("final_accuracy", "final accuracy", "Right answers after the last task, mean over tasks.", "higher",
-           "the last task was not reached"),
-    Metric("final_accuracy_micro", "final accuracy, micro", "The same, each example counting alike.", "higher",
-           "the last task was not reached", always=False),
+    Metric("final_accuracy", "final accuracy", "Accuracy after the last task, averaged over tasks.", "higher",
+           "the run has not reached the last task"),
+    Metric("final_accuracy_micro", "final accuracy, micro", "The same, with equal weight for every test example.",
+           "higher", "the run has not reached the last task", always=False),
     Metric("average_incremental_accuracy", "average incremental accuracy",
-           "Right answers on the tasks learned so far, averaged over the whole way.", "higher",
-           "only known where tasks are learned one by one"),
+           "Accuracy on the tasks learned so far, averaged over all points in training.", "higher", _ONE_BY_ONE),
     Metric("average_incremental_accuracy_micro", "average incremental accuracy, micro",
-           "The same, each example counting alike.", "higher", "only known where tasks are learned one by one",
+           "The same, with equal weight for every test example.", "higher", _ONE_BY_ONE,
            always=False),
-    Metric("forgetting", "forgetting", "How far earlier tasks fell below their best. Negative: later tasks helped.",
+    Metric("forgetting", "forgetting",
+           "How far accuracy on earlier tasks has dropped below its best. Negative: later tasks helped.",
            "lower", _LATER),
     Metric("backward_transfer", "backward transfer",
-           "How later tasks changed earlier ones since they were learned. Negative: they harmed.", "higher", _LATER),
+           "How later tasks have changed accuracy on earlier tasks. Negative: they hurt it.", "higher", _LATER),
     Metric("forward_transfer", "forward transfer",
-           "How much better than the untouched model a task is before it is learned.", "higher",
-           "the head cannot name classes it has not seen, or the untouched model was not measured"),
-    Metric("plasticity", "plasticity", "Right answers on each task right after learning it: how well it learns at all.",
-           "higher", "only known where tasks are learned one by one"),
-    Metric("intransigence", "intransigence", "How much worse a task is learned than by joint or single-task training.",
-           "lower", "needs a joint or single-task result to compare with"),
-    Metric("flips", "flips", "Share of examples that were right at some point and are wrong at the end.", "lower",
-           "needs an earlier point with stored predictions"),
-    Metric("routing_accuracy", "sent to its own task",
-           "Test examples whose task the router finds out, after the last task, mean over tasks.", "higher",
-           "the recipe has no adapter of its own for every task", always=False),
+           "Accuracy on a task right before it is learned, minus that of the untouched model.", "higher",
+           "the head cannot name classes it has not seen, or the untouched model was not evaluated"),
+    Metric("plasticity", "plasticity",
+           "Accuracy on each task right after it is learned: how well the model learns new tasks.",
+           "higher", _ONE_BY_ONE),
+    Metric("intransigence", "intransigence", "How far plasticity stays below joint or single-task training.",
+           "lower", "there is no joint or single-task result to compare with"),
+    Metric("flips", "flips", "Share of test examples that were correct at some point and are wrong at the end.",
+           "lower", "no earlier predictions are stored"),
+    Metric("routing_accuracy", "routing accuracy",
+           "Test examples that the router sends to their own task, after the last task, averaged over tasks.", "higher",
+           "the recipe does not keep one adapter per task", always=False),
 )  # fmt: skip
 
 SCENARIOS = {
-    "class": "the model must choose among the classes of all tasks seen so far and is not told which task it is",
-    "domain": "all tasks ask for the same classes; what changes is the data",
-    "task": "the model is told which task each example belongs to and chooses among that task's classes",
+    "class": "the model chooses among the classes of all tasks learned so far and is not told the task",
+    "domain": "all tasks share the same classes; only the data changes",
+    "task": "the model is told the task of each example and chooses among the classes of that task",
 }
 
 ROUTES = (
-    "There is one adapter for every task, and a router finds out which task an input belongs to. Shown is its first "
-    "choice after the last task, of 100 test examples. Where no two tasks share a class and only the adapter of the "
-    "first choice is asked, an input sent astray is answered wrong: accuracy cannot be higher."
+    "Each task has an adapter of its own, and a router picks the adapter for an input. Shown is its first choice after "
+    "the last task, of 100 test examples. Where tasks share no classes and only one adapter runs, the prediction for "
+    "an input that goes to the wrong task is wrong: routing accuracy is an upper bound of accuracy."
 )
 
 
@@ -75,7 +77,7 @@ def of100(value: float) -> str:
 
 
 def lost(value: float | None, brief: bool = False) -> str:
-    """Second half of a sentence about one recipe: what it forgot of the earlier tasks."""
+    """Second half of a sentence about one recipe: how much of the earlier tasks it has forgotten."""
     if value is None:
         return ""
     points = round(100 * value)
@@ -91,16 +93,16 @@ def verdict(group: Group) -> tuple[Markup, list[Markup]]:
     """One plain sentence (or two), and remarks that keep it honest."""
     known = [row for row in group.ranked if row.mean("final_accuracy") is not None]
     if not known:
-        return Markup("The last task has not been reached yet: there is no final figure to judge by."), []
+        return Markup("The run has not reached the last task yet, so there is no final accuracy."), []
     return _one(known[0]) if group.by_task else _several(known)
 
 
 def _start(row: Row) -> Markup:
     count = len(row.tasks)
     if row.role == "bound":
-        return Markup("Taught all {} tasks at once, {} gets").format(count, code(row.recipe))
+        return Markup("Trained on all {} tasks at once, {} gets").format(count, code(row.recipe))
     if count == 1:
-        return Markup("After its only task, {} gets").format(code(row.recipe))
+        return Markup("After a single task, {} gets").format(code(row.recipe))
     return Markup("After learning {} tasks one after another, {} gets").format(count, code(row.recipe))
 
 
@@ -115,7 +117,7 @@ def _one(row: Row) -> tuple[Markup, list[Markup]]:
     if len(row.tasks) == 1:
         notes.append(Markup("With a single task there is nothing to forget yet."))
     elif row.role == "bound":
-        notes.append(Markup("Nothing is learned after anything else, so nothing can be forgotten: an upper bound."))
+        notes.append(Markup("It learns all tasks together and cannot forget: an upper bound."))
     elif learned is not None:
         notes.append(Markup("Right after learning each task it got {} of 100.").format(of100(learned)))
     return head, notes
@@ -147,12 +149,12 @@ def _several(known: Sequence[Row]) -> tuple[Markup, list[Markup]]:
     if control is not None and control is not best and best.role == "method" and _final(control) >= top - 0.005:
         more = "more than" if _final(control) >= top + 0.005 else "as much as"
         notes.append(
-            Markup("But the control {} ({}) gets {}: {} every recipe that learns the tasks.").format(
+            Markup("But the control {} ({}) gets {}: {} every recipe that trains the model.").format(
                 code(control.recipe), control.why, of100(_final(control)), more
             )
         )
     if bound is not None:
-        text = "Learning all tasks at once ({}), which nobody can do when tasks arrive one by one, gets {}."
+        text = "Training on all tasks at once ({}), which is impossible when tasks arrive one by one, gets {}."
         notes.append(Markup(text).format(code(bound.recipe), of100(_final(bound))))
     return head, notes
 
@@ -168,7 +170,7 @@ def dash(reason: str) -> Markup:
 
 
 def percent(stat: Stat, reason: str) -> Markup:
-    """`57.7 ± 1.2`, in points of 100; a dash that says why where it is undefined."""
+    """`57.7 ± 1.2`, in percent; a dash with the reason where it is undefined."""
     if stat.mean is None:
         return dash(reason)
     mean = f"{100 * stat.mean:.1f}".replace("-", "−")

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
+from ..core.plugins import with_installed
 from ..core.validation import call_checked
 from .base import Router, RouterError
 from .classes import ClassRouter
@@ -30,13 +31,14 @@ def make_router(router: str | dict[str, Any] | Router) -> Router:
         return router
     settings = {"type": router} if isinstance(router, str) else dict(router)
     name = str(settings.pop("type", None))
-    if name not in ROUTERS:
-        raise ConfigError(f"no router is called `{name}`: {nearest(name, ROUTERS)}")
-    known = [f.name for f in fields(ROUTERS[name]) if f.init]
+    routers = with_installed(ROUTERS, name, Router)
+    if name not in routers:
+        raise ConfigError(f"no router is called `{name}`: {nearest(name, routers)}")
+    known = [f.name for f in fields(routers[name]) if f.init]
     for key in settings:
         if key not in known:
             raise ConfigError(f"{name} has no setting `{key}`: {nearest(key, known) if known else 'it has none'}")
-    return call_checked(name, ROUTERS[name], settings)
+    return call_checked(name, routers[name], settings)
 
 
 __all__ = [

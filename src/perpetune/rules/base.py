@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import RuleError
 from ..core.measurement import Measurement
+from ..tuners.peft_tuner import changes_base
 from .before_clipping import BeforeClipping
 from .running_statistics import in_eval_mode
 
@@ -52,6 +53,7 @@ class Rule:
     # number of the task that has begun and not ended, and whether a step was made in it
     _open: int | None = field(init=False, repr=False, compare=False, default=None)
     _stepped: bool = field(init=False, repr=False, compare=False, default=False)
+    keeps_outputs: ClassVar[bool] = False  # it promises that what W computes of old inputs stays
 
     @property
     def needs_branch(self) -> Literal["kept", "fresh"] | None:
@@ -162,13 +164,15 @@ def attach(
         A handle whose `remove()` detaches the rules.
 
     Raises:
-        RuleError: a rule finds nothing to act on; or (from a step) a `scaler` is missing.
+        RuleError: a rule finds nothing to act on, or promises that old outputs stay while the adapter's initialisation
+            has changed the base. (From a step) a `scaler` is missing.
 
     Example:
         >>> attached = pt.attach(model, optimizer, [pt.ProductL1(1e-5)])
         >>> ...                                       # any loop that calls optimizer.step()
         >>> attached.remove()
     """
+    _check_base_kept(model, rules)
     if begin:
         said: list[str] = []
         context = TaskContext(model, index, batches, losses, said.append)
@@ -245,3 +249,14 @@ def _unscale(optimizer: Any) -> None:
             if p.grad is not None:
                 p.grad.mul_(scale.double().reciprocal().to(p.grad.device, torch.float32))
     optimizer.grad_scale = None
+
+
+def _check_base_kept(model: nn.Module, rules: Sequence[Rule]) -> None:
+    keeping = [type(rule).__name__ for rule in rules if rule.keeps_outputs]
+    configs = [c for m in model.modules() for c in (getattr(m, "peft_config", None) or {}).values() if changes_base(c)]
+    if keeping and configs:
+        raise RuleError(
+            f"{keeping[0]} keeps what the base computes of old inputs, and init_lora_weights="
+            f"`{configs[0].init_lora_weights}` takes a part of the base away for every new adapter: make the adapter "
+            "with init_lora_weights=True"
+        )

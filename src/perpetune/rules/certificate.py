@@ -129,8 +129,8 @@ def measurements(
     ]  # fmt: skip
 
 
-def unseen_changes(buffers: Sequence[str], promises: bool) -> Measurement:
+def unseen_changes(buffers: Sequence[str], promises: bool, source: str = SOURCE) -> Measurement:
     """Buffers of the model that are not what they were when the task began: no projection sees them."""
     note = f"The first: `{buffers[0]}`." if buffers else "Running statistics and their like, compared bit by bit."
     bound = 0 if promises else None
-    return Measurement("buffers that training changed", len(buffers), bound, "", SOURCE, note)
+    return Measurement("buffers that training changed", len(buffers), bound, "", source, note)

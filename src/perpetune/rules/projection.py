@@ -83,6 +83,7 @@ class SubspaceProjection(Rule):
             or layers that were not called.
     """
 
+    keeps_outputs = True
     energy: float = 0.99
     on: Literal["update", "gradient", "both"] = "update"
     branch: Literal["kept", "fresh"] = "kept"

@@ -1,26 +1,20 @@
 """A finished task on disk."""
 
 from __future__ import annotations
-import contextlib
-import errno
+
 import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import datasets
-import yaml
-from safetensors import SafetensorError
+import numpy as np
 from torch import Tensor
+
 from ..core.errors import ConfigError, RunError, nearest
 from ..core.files import file_digest
-
 
 MANIFEST = "commit.json"
 
@@ -36,7 +30,7 @@ class Commit:
     @classmethod
     def read(cls, path: Path) -> Commit:
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             manifest["files"], manifest["task"], manifest["index"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path / MANIFEST} is damaged: {mend(path)}") from error
@@ -66,13 +60,19 @@ class Commit:
 
         return load_file(self._checked(name))
 
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The tensors of a file, which must be of kinds that numpy knows."""
+        from safetensors.numpy import load_file
+
+        return load_file(self._checked(name))
+
     def rows(self, name: str) -> datasets.Dataset:
         import pyarrow.parquet as parquet
 
         return datasets.Dataset(parquet.read_table(self._checked(name)))
 
     def json(self, name: str) -> Any:
-        return json.loads(self._checked(name).read_text())
+        return json.loads(self._checked(name).read_text(encoding="utf-8"))
 
 
 def active(commits: Sequence[Commit]) -> list[Commit]:

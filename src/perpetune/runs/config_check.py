@@ -1,24 +1,11 @@
 """Whether a run directory belongs to the configuration that is given."""
 
 from __future__ import annotations
-import contextlib
-import errno
-import hashlib
-import json
-import os
-import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
 from pathlib import Path
 from typing import Any
-import datasets
-import yaml
-from safetensors import SafetensorError
-from torch import Tensor
-from ..core.errors import ConfigError, RunError, nearest
+
+from ..core.errors import RunError
 from ..core.files import plain
 
 

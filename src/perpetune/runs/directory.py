@@ -1,28 +1,26 @@
 """The run directory: one configuration, one journal, and a commit for every finished task."""
 
 from __future__ import annotations
+
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-import datasets
+
 import yaml
-from safetensors import SafetensorError
-from torch import Tensor
-from ..core.errors import ConfigError, RunError, nearest
-from ..core.files import writing, write_text, write_file, sync, plain, file_digest
+from filelock import FileLock, Timeout
+
+from ..core.errors import RunError
+from ..core.files import file_digest, plain, sync, write_file, write_text, writing
 from .commit import MANIFEST, Commit, mend
 from .config_check import check_same
-
+from .earlier import in_todays_words
 
 CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 
@@ -30,7 +28,7 @@ CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 class Run:
     """One run directory, written by one process at a time."""
 
-    def __init__(self, path: Path, lock: Any) -> None:
+    def __init__(self, path: Path, lock: FileLock | None) -> None:
         self.path = path
         self._lock = lock
         folders = (path / COMMITS).iterdir() if (path / COMMITS).is_dir() else ()
@@ -73,8 +71,9 @@ class Run:
                     raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
                 _write_config(path, config)
             journal = path / JOURNAL
+            # a crash cut the last line short: the next event starts a new one
             if journal.exists() and not journal.read_bytes().endswith(b"\n"):
-                with open(journal, "a") as file:  # a crash cut the last line short: the next event starts a new one
+                with open(journal, "a", encoding="utf-8") as file:
                     file.write("\n")
         return cls(path, lock)
 
@@ -97,7 +96,7 @@ class Run:
     def note(self, event: str, **facts: Any) -> None:
         """Append one line to the journal: what happened when. Clock times live here and nowhere else."""
         line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}, allow_nan=False)
-        with writing(self.path / JOURNAL), open(self.path / JOURNAL, "a") as journal:
+        with writing(self.path / JOURNAL), open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(line + "\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -133,7 +132,7 @@ class Run:
 
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
 
 def _learned(path: Path) -> bool:
@@ -151,7 +150,7 @@ def read_config(path: Path) -> dict[str, Any]:
         RunError: there is no run here, or its configuration cannot be read.
     """
     try:
-        config = yaml.safe_load((Path(path) / CONFIG).read_text())
+        config = yaml.safe_load((Path(path) / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -160,13 +159,13 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise RunError(f"{Path(path) / CONFIG} is empty or damaged: restore it from a copy")
-    return config
+    return in_todays_words(config)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """All events; a line cut short by a crash is passed over: what it spoke of was not committed, or comes again."""
     try:
-        lines = (Path(path) / JOURNAL).read_text().splitlines()
+        lines = (Path(path) / JOURNAL).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     events = []
@@ -197,17 +196,21 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def _lock(path: Path) -> Any:
-    lock = open(path / ".lock", "w")  # noqa: SIM115  held as long as the run
+def _lock(path: Path) -> FileLock:
+    """The lock of a run, held until it is released or its process ends, however it ends.
+
+    Raises:
+        RunError: another process holds it, or the file system has no locks.
+    """
+    lock = FileLock(path / ".lock", blocking=False, thread_local=False)  # whichever thread closes the run releases it
     try:
-        import fcntl
-    except ImportError:
-        return lock  # no advisory locks on this platform
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
+        lock.acquire()
+    except Timeout as error:
         raise RunError(
             f"{path} is in use by another process: wait for it, or give another directory (--out)"
         ) from error
+    except OSError as error:
+        if error.errno == errno.ENOLCK:
+            raise RunError(f"{path} lies on a disk that cannot lock files: give another directory (--out)") from error
+        raise
     return lock

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 
 from ..core.errors import ConfigError
-from ..metrics.accuracy import AccuracyMatrix, flips, flips_share, summary
+from ..metrics.accuracy import AccuracyMatrix, class_scores, flips_share, score_flips, summary
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
-from .directory import Run, read_config, read_journal
 from .commit import Commit, active, reverted
+from .directory import Run, read_config, read_journal
 
-# what was said of the tasks of a commit before they were learned: by the model before, and, of tasks that joined the
-# stream after the first commit, by the untouched one
+# Predictions on the tasks of a commit before they were learned: by the model before, and, for tasks that joined the
+# stream after the first commit, by the untouched one.
 BEFORE, JOINED = "before/", "untouched/"
-NO_READING = ("target/", "route/", "asked/", BEFORE, JOINED)  # of what is stored beside the predictions of heads
+SCORE = "score/"  # of examples without classes; those with classes are scored by their predicted class
+NO_READING = ("target/", "route/", "asked/", BEFORE, JOINED)  # stored beside the predictions of heads
 
 
 class Result:
@@ -41,46 +42,78 @@ class Result:
 
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
+        self._matrices: dict[tuple[str, str], AccuracyMatrix] = {}
 
     @cached_property
-    def _predictions(self) -> dict[Path, dict[str, np.ndarray]]:
-        """Of the commits that count: the untouched model, tasks that were not taken out, the two newest."""
-        counting = [*self.commits[:1], *self.active, *self.commits[-2:]]
-        return {c.path: {k: v.numpy() for k, v in c.tensors("predictions.safetensors").items()} for c in counting}
+    def _predictions(self) -> dict[Path, dict[str, dict[str, np.ndarray]]]:
+        """By commit, prefix and task, of the commits that count: the untouched model, tasks that were not taken out,
+        the two newest."""
+        found: dict[Path, dict[str, dict[str, np.ndarray]]] = {}
+        for commit in (*self.commits[:1], *self.active, *self.commits[-2:]):
+            if commit.path not in found:
+                of = found[commit.path] = {}
+                for key, stored in commit.arrays("predictions.safetensors").items():
+                    prefix, slash, task = key.rpartition("/")
+                    of.setdefault(prefix + slash, {})[task] = stored
+        return found
 
-    @property
+    @cached_property
     def tasks(self) -> tuple[str, ...]:
         """Tasks learned so far and not taken out, in order."""
         return tuple(self.commits[-1].manifest["learned"]) if self.commits else ()
 
-    @property
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        """Positions in `tasks`, by name."""
+        return {task: i for i, task in enumerate(self.tasks)}
+
+    @cached_property
     def readings(self) -> list[tuple[str, str]]:
         """(head, scenario) pairs that this run was evaluated in."""
         if not self.tasks:
             return []
-        told = [self._predictions[commit.path] for commit in (*self.active, self.commits[-1])]
-        names = [k.split("/") for found in told for k in found if not k.startswith(NO_READING)]
-        keys = {(name[0], name[1]) for name in names}
+        stored = [self._predictions[commit.path] for commit in (*self.active, self.commits[-1])]
+        prefixes = {prefix for found in stored for prefix in found if not prefix.startswith(NO_READING)}
+        keys = {(name[0], name[1]) for name in (prefix.removeprefix(SCORE).split("/") for prefix in prefixes)}
         order = self.commits[-1].manifest.get("heads", [])
         return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
+
+    def scores(self, head: str, scenario: str) -> list[dict[str, np.ndarray]]:
+        """Per task learned: the score in [0, 1] of every test example (n_j,) of every task evaluated then; rows as in
+        `predictions`."""
+        rows, targets = self.predictions(head, scenario)
+        free, _ = self.predictions(f"{SCORE}{head}", scenario)
+        return [class_scores(a, targets, f"in row {i}") | b for i, (a, b) in enumerate(zip(rows, free, strict=True))]
+
+    def scores_at(self, commit: Commit, head: str, scenario: str, prefix: str = "") -> dict[str, np.ndarray]:
+        """The scores (n_j,) that a commit stored of each task; with `BEFORE`, those of the model before it."""
+        _, targets = self.predictions(head, scenario)
+        classes = class_scores(self.found(commit, f"{prefix}{head}/{scenario}/"), targets, f"in {commit.path.name}")
+        return classes | self.found(commit, f"{prefix}{SCORE}{head}/{scenario}/")
+
+    def baseline_scores(self, head: str, scenario: str) -> dict[str, np.ndarray]:
+        """Scores of the untouched model, for the tasks on which it was evaluated."""
+        _, targets = self.predictions(head, scenario)
+        classes = class_scores(self.baseline(head, scenario), targets, "of the untouched model")
+        return classes | self.baseline(f"{SCORE}{head}", scenario)
 
     def predictions(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         """Per task learned: predicted class of every test example of every task evaluated then; and the true classes.
 
-        Row i is the state after task i, the last one the newest state; a step that learned several tasks fills the row
-        of the last of them. The row before a task also has what was said of the task right before it was learned, which
-        its own commit holds (that of the task before it, in older runs). A task that was taken out has neither row nor
-        column; rows before it was taken out are of models that knew it.
+        Row i is the state after task i, the last one the newest state; a session that learned several tasks fills the
+        row of the last of them. The row before a task also has the predictions on the task right before it was learned,
+        which its own commit holds (that of the task before it, in older runs). A task that was taken out has neither
+        row nor column; rows before it was taken out are of models that knew it.
         """
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         targets: dict[str, np.ndarray] = {}
         for commit in self.active:
-            row = max(self.tasks.index(task) for task in commit.manifest["learned"] if task in self.tasks)
+            row = max(self._place[task] for task in commit.manifest["learned"] if task in self._place)
             rows[row] |= self.found(commit, f"{head}/{scenario}/")
             targets |= self.found(commit, "target/")
-            for task, said in self.found(commit, f"{BEFORE}{head}/{scenario}/").items():
-                if self.tasks.index(task):  # not the first, now that others were taken out
-                    rows[self.tasks.index(task) - 1][task] = said
+            for task, before in self.found(commit, f"{BEFORE}{head}/{scenario}/").items():
+                if self._place[task]:  # not the first, now that others were taken out
+                    rows[self._place[task] - 1][task] = before
         if rows:
             rows[-1] = self.found(self.commits[-1], f"{head}/{scenario}/")
         return rows, targets
@@ -91,31 +124,35 @@ class Result:
         Args:
             commit: that of an active task, the first, or one of the two newest.
         """
-        stored = {k[len(prefix) :]: v for k, v in self._predictions[commit.path].items() if k.startswith(prefix)}
-        return {task: v for task, v in stored.items() if task in self.tasks}
+        stored = self._predictions[commit.path].get(prefix, {})
+        return {task: v for task, v in stored.items() if task in self._place}
 
     def baseline(self, head: str, scenario: str) -> dict[str, np.ndarray]:
-        """What the untouched model said of each task that it was asked about, when the run began or when the task had
-        joined the stream."""
-        said = self.found(self.commits[0], f"{head}/{scenario}/")
+        """Predictions of the untouched model on each task that it could be evaluated on, when the run began or when the
+        task had joined the stream."""
+        found = self.found(self.commits[0], f"{head}/{scenario}/")
         for commit in self.active:
-            said |= self.found(commit, f"{JOINED}{head}/{scenario}/")
-        return said
+            found |= self.found(commit, f"{JOINED}{head}/{scenario}/")
+        return found
 
     def matrix(self, head: str, scenario: str) -> AccuracyMatrix:
         """a(i, j): accuracy on task j after learning task i."""
-        rows, targets = self.predictions(head, scenario)
-        return AccuracyMatrix.from_predictions(rows, targets, self.tasks, self.baseline(head, scenario) or None)
+        if (head, scenario) not in self._matrices:
+            scores, baseline = self.scores(head, scenario), self.baseline_scores(head, scenario)
+            sizes = {task: len(found) for row in [baseline, *scores] for task, found in row.items()}
+            self._matrices[head, scenario] = AccuracyMatrix.from_scores(scores, sizes, self.tasks, baseline)
+        return self._matrices[head, scenario]
 
     def routing(self) -> Routing | None:
         """Where the router sends the test examples of each task; None where the model has no state for every task."""
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         for commit in (*self.active, *self.commits[-1:]):
             named = commit.manifest["learned"]  # what routes count by
-            place = np.array([self.tasks.index(t) if t in self.tasks else -1 for t in named], dtype=int)
-            row = max((self.tasks.index(t) for t in named if t in self.tasks), default=None)
+            known = set(named)
+            place = np.array([self._place.get(t, -1) for t in named], dtype=int)
+            row = max((self._place[t] for t in named if t in self._place), default=None)
             if row is not None:
-                rows[row] = {t: place[v] for t, v in self.found(commit, "route/").items() if t in named}
+                rows[row] = {t: place[v] for t, v in self.found(commit, "route/").items() if t in known}
         if not rows or set(rows[-1]) != set(self.tasks):
             return None
         return Routing.from_routes(rows, self.found(self.commits[-1], "asked/"), self.tasks)
@@ -149,7 +186,7 @@ class Result:
                 "head": head,
                 "model": str(self.config["model_name"] or self.config["model"]["fingerprint"]),
                 "stream": self.config["stream"]["name"],
-                "flips": flips_share(flips(*self.predictions(head, scenario), self.tasks)),
+                "flips": flips_share(score_flips(self.scores(head, scenario), self.tasks)),
                 "routing_accuracy": routing.accuracy if routing else None,
                 "train_seconds": sum(t["train_seconds"] or 0 for t in per_task),
                 "evaluate_seconds": sum(t["evaluate_seconds"] or 0 for t in per_task),
@@ -216,7 +253,12 @@ class Result:
             mean, pooled = 100 * routing.accuracy, 100 * routing.accuracy_micro
             lines.append(f"  sent to their own task: {mean:.1f} of 100 (each example alike {pooled:.1f}); {shares}")
         lines += [f"  taken out: {task}" for task in self.reverted]
-        lines += [self._promise(*key, found) for key, found in self._promises().items()]
+        promises = self._promises()
+        lines += [self._promise(*key, found) for key, found in promises.items()]
+        broken = [name for (_, name), found in promises.items() if not all(g["holds"] for g in found)]
+        if broken:
+            what = "; ".join(dict.fromkeys(broken))
+            lines.append(f"BROKEN PROMISE: {what}: do not use or export this model before you know why")
         return "\n".join(lines)
 
     def _promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -31,18 +31,23 @@ class FusedLoraConfig(peft.LoraConfig):
 class FusedLoraTuner(PeftTuner):
     """What `as_tuner` makes of a `FusedLoraConfig`."""
 
+    def _resolved(self, model: nn.Module) -> Any:
+        """A configuration of peft's own, with the names of this model."""
+        config = super()._resolved(model)
+        settings = {f.name: getattr(config, f.name) for f in fields(peft.LoraConfig) if f.init}
+        if config.blocks is not None:
+            ends = resolve_targets(model, config.target_modules)
+            names = [n for n, _ in model.named_modules() if any(ends_with(n, end) for end in ends)]
+            parents = list(dict.fromkeys(map(_parent, names)))[: config.blocks]
+            settings["target_modules"] = [name for name in names if _parent(name) in parents]
+        return peft.LoraConfig(**settings)
+
     def attach(self, model: nn.Module) -> nn.Module:
         """
         Raises:
             ModelError: see `PeftTuner.attach`.
         """
-        settings = {f.name: getattr(self.config, f.name) for f in fields(peft.LoraConfig) if f.init}
-        if self.config.blocks is not None:
-            ends = resolve_targets(model, settings["target_modules"])
-            names = [n for n, _ in model.named_modules() if any(ends_with(n, end) for end in ends)]
-            parents = list(dict.fromkeys(map(_parent, names)))[: self.config.blocks]
-            settings["target_modules"] = [name for name in names if _parent(name) in parents]
-        attached = PeftTuner(peft.LoraConfig(**settings)).attach(model)
+        attached = super().attach(model)
         first: dict[tuple[str, str, int], nn.Parameter] = {}
         for name, module in attached.named_modules():
             if isinstance(module, LoraLayer):

@@ -183,7 +183,9 @@ class GivensModel(OwnTuner):
     tuner_layer_cls = GivensLinear
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict[str, Tensor], **where: Any) -> dict[str, Tensor]:
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Adapters of earlier versions hold g and c themselves, and not their changes."""
         state = {}
         for key, value in state_dict.items():
@@ -192,7 +194,7 @@ class GivensModel(OwnTuner):
             elif key.endswith("perpetune_givens_diagonal"):
                 key, value = f"{key}_change", value - 1
             state[key] = value
-        return super()._remap_adapter_state_dict_for_load(state_dict=state, **where)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules in (None, "all-linear"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from perpetune.cli.app import app as cli
+from perpetune.cli import app as cli
 from perpetune.heads import make_head
 from perpetune.learning.config import CompareConfig, load_config
 from perpetune.recipes import make_recipe
