@@ -1,9 +1,9 @@
 """Projection: tuning that leaves alone what the layers computed of old inputs.
 
 PEGP: Qiao et al., Gradient Projection For Continual Parameter-Efficient Tuning, 2405.13383. What holds of it, and what
-its released code computes instead, is measured in docs/projection.md. Published energies are shares of sigma^4 (0.5 to
-0.999); ours are of sigma^2. The second training of every later task, interpolated with weight beta, is left out: it
-breaks the projection.
+its released code computes instead, is measured in docs/explanation/projection.md. Published energies are shares of
+sigma^4 (0.5 to 0.999); ours are of sigma^2. The second training of every later task, interpolated with weight beta, is
+left out: it breaks the projection.
 """
 
 from __future__ import annotations

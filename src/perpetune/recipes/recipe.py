@@ -26,8 +26,8 @@ INNER = {"router": Router, "keep": Keep, "combine": Combination}  # settings of 
 class Recipe:
     """Where the change lives, how steps are shaped, what a finished task leaves behind, how a prediction is read off.
 
-    Every slot takes a piece of your own, too (docs/own_pieces.md). A run that was made with one is opened again where
-    its module is imported already, or with the recipe itself: `Learner.open(run, recipe=recipe)`.
+    Every slot takes a piece of your own, too (docs/how-to/own-rule.md). A run that was made with one is opened again
+    where its module is imported already, or with the recipe itself: `Learner.open(run, recipe=recipe)`.
 
     Args:
         tuner: a `peft.PeftConfig` or one of `perpetune.tuners`.

@@ -46,8 +46,8 @@ class SubspaceProjection(Rule):
 
     All trained weights that act through linear maps are protected: `nn.Linear`, `Conv1D`, both factors of LoRA (A reads
     x, B reads A x), adapters, the queries' side and the values' side of prompts and prefixes, IA3's vectors and biases
-    (which read y element by element, and the constant 1: hardly any room, and none, see docs/projection.md). Memory and
-    time per step do not grow with the number of tasks.
+    (which read y element by element, and the constant 1: hardly any room, and none; docs/explanation/projection.md).
+    Memory and time per step do not grow with the number of tasks.
 
     branch="kept"   one tuner all the way (`Continue`): W_ref is what the old outputs were made with. LoRA's B reads r
                     inputs only, runs full after a few tokens and is frozen from the second task on.
