@@ -138,7 +138,10 @@ class Recipe:
 
 
 def _fields(piece: Any) -> dict[str, Any]:
+    # a setting that came later is left out where it says what was so before: runs made then are the same
+    old = {f.name: f.metadata["unwritten"] for f in dataclasses.fields(piece) if "unwritten" in f.metadata}
     values = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece) if f.init}
+    values = {k: v for k, v in values.items() if k not in old or v != old[k]}
     inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router, a hook
     return {**named(piece), **inner}
 
