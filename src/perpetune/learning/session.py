@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..consolidation import Session
+from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
 from ..streams import Task
 from .setup import task_settings
@@ -38,6 +39,18 @@ class Training:
             if earlier is not None:
                 head.reopen(earlier)
             head.begin_task(consolidation.classes(self.session))
+        trained = self.state.training_head
+        if isinstance(trained, TrainedHead) and trained.contrasts and len(trained.task_classes) == 1:
+            self._tell_one(trained)
+
+    def _tell_one(self, head: TrainedHead) -> None:
+        """A session of one class: what it is told from, if there is anything yet."""
+        self.examples = self.state.backbone.contrasted(self.examples, head.in_loss)
+        if len(head.in_loss) == 1:
+            self.state.setup.progress.say(
+                f"task `{self.session.name}` has one class, `{head.labels[head.in_loss[0]]}`, and there is no other to "
+                "tell it from: its loss is 0, and this class is predicted until a task brings another"
+            )
 
     def train(self, of: int, step_limit: int | None = None) -> TrainingLog:
         """

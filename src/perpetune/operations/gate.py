@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-9  # accuracies are quotients of whole numbers: far apart, but a difference of two may miss 0.02 by a bit
 MOST_CLASSES, MOST_TASKS = 5, 10
 MAJORITY = "its most frequent class alone"
+ONE_CLASS = "a model that does not know its one class"
 NOT_EVALUATED = f"{MAJORITY} (the model before it was not evaluated)"
 
 
@@ -255,6 +256,8 @@ def _constant(result: Result, target: np.ndarray | None, untouched: dict[str, np
     one, so that an imbalanced task is not passed for its largest class. Free texts: 0."""
     if target is None:
         return 0.0, "no answer"
+    if target.min() == target.max():  # always predicting its one class is right, and what that costs, the others tell
+        return 0.0, ONE_CLASS
     # a head that named classes of a task before it was learned knows them by their texts
     nameable = bool(untouched) or {*target.tolist()} <= {*result.commits[-2].manifest["classes"]}
     return float(np.bincount(target).max() / len(target)), NOT_EVALUATED if nameable else MAJORITY
