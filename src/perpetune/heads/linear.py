@@ -34,6 +34,7 @@ class LinearHead(TrainedHead):
     """
 
     name = "linear"
+    weighs = True
     weight: Tensor  # W, (C, L)
     bias: Tensor  # b, (C,)
     active_weight: nn.Parameter  # (classes in training, L); None outside of a task
@@ -66,9 +67,8 @@ class LinearHead(TrainedHead):
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         self.check_features(features)
-        targets = self.targets(labels)
-        weight, bias = self._rows_in_loss()
-        return F.cross_entropy(F.linear(features.to(self.weight.dtype), weight, bias), targets)
+        self._check_begun()
+        return self.cross_entropy(F.linear(features.to(self.weight.dtype), *self._rows_in_loss()), labels)
 
     def _rows_in_loss(self) -> tuple[Tensor, Tensor]:
         """Rows (k x L) and biases (k,) of the k classes in the loss; those that are not trained are constants."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.errors import ConfigError, HeadError, nearest
 from .base import Head
@@ -18,8 +19,8 @@ Classes = Literal["current", "seen"]
 class TrainedHead(OpenedHead):
     """A head whose cross entropy runs over the current task's classes ("current") or over all seen so far ("seen").
 
-    A task of one class is told from all classes seen so far, which themselves are not trained: among the current classes
-    alone there would be nothing to choose.
+    A task of one class is told from all classes seen so far, which themselves are not trained: among the current
+    classes alone there would be nothing to choose.
 
     `loss_over` holds the constructor's `loss`, as `loss` is the method. Between `begin_task` and `end_task`, `in_loss`
     lists the classes of the loss, and `in_training` those of them whose rows it trains; outside of a task both are
@@ -37,6 +38,7 @@ class TrainedHead(OpenedHead):
         self.in_loss: list[int] = []
         self.in_training: list[int] = []
         self.task_classes: list[int] = []
+        self.weights: Tensor | None = None
 
     def config(self) -> dict[str, Any]:
         return {name: self.loss_over if name == "loss" else value for name, value in super().config().items()}
@@ -69,7 +71,27 @@ class TrainedHead(OpenedHead):
 
     def end_task(self) -> None:
         self._check_begun()
-        self.in_loss, self.in_training, self.task_classes = [], [], []
+        self.in_loss, self.in_training, self.task_classes, self.weights = [], [], [], None
+
+    def weigh(self, weights: Tensor) -> None:
+        self._check_begun()
+        self.weights = weights
+
+    def cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the batch of w_y (-log softmax_y), y the true class, w the weights of classes: 1 without `weigh`.
+
+        The sum is divided by the size of the batch and not by the sum of its weights, so that a batch without a rare
+        class does not weigh the others more.
+
+        Args:
+            scores: of the k classes in the loss, (N x k); labels: global class indices, (N,).
+        """
+        targets = self.targets(labels)
+        if self.weights is None:
+            return F.cross_entropy(scores, targets)
+        if self.weights.device != labels.device:
+            self.weights = self.weights.to(labels.device)
+        return (self.weights[labels] * F.cross_entropy(scores, targets, reduction="none")).mean()
 
     def targets(self, labels: Tensor) -> Tensor:
         """Global class indices (N,) as positions in `in_loss`.

@@ -14,6 +14,7 @@ from ..runs.commit import active, reverted
 from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream, fingerprint
+from .class_weights import SETTING, check_class_weights
 from .setup import Setup, task_settings
 from .state import LearnerState
 
@@ -46,7 +47,8 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     backbone = setup.load_backbone(stream.modality)
     setup.fit_heads(backbone, stream.captions)
     for each in stream:  # before anything is written
-        task_settings(setup.training, each)
+        settings = task_settings(setup.training, each)
+        check_class_weights(setup.recipe, settings.get(SETTING), stream.labels)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
         whole = stream.numbered(read_config(setup.path)["stream"]["labels"])

@@ -13,6 +13,7 @@ from ..consolidation import Session
 from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
 from ..streams import Task
+from .class_weights import SETTING, class_weights
 from .setup import task_settings
 from .state import LearnerState
 from .trainer import TaskModel, TrainingLog, count_steps, train_task
@@ -40,6 +41,9 @@ class Training:
                 head.reopen(earlier)
             head.begin_task(consolidation.classes(self.session))
         trained = self.state.training_head
+        if weights := self.state.setup.training_of(self.session.tasks).get(SETTING):
+            drawn = consolidation.rows(self.session)["label"][:]
+            trained.weigh(class_weights(weights, drawn, self.state.known.labels))
         if isinstance(trained, TrainedHead) and trained.contrasts and len(trained.task_classes) == 1:
             self._tell_one(trained)
 

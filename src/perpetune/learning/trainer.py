@@ -19,6 +19,7 @@ from ..core.validation import number
 from ..heads import Head
 from ..models.backbone import Backbone, Examples
 from ..rules import Attached, Rule, attach
+from .class_weights import SETTING, checked
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -149,7 +150,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
     """
     import inspect
 
-    known = {*inspect.signature(TrainingArguments.__init__).parameters, "head_learning_rate"} - {"self"}
+    known = {*inspect.signature(TrainingArguments.__init__).parameters, "head_learning_rate", SETTING} - {"self"}
     settings = dict(DEFAULTS)
     for layer in layers:
         for key, value in layer.items():
@@ -160,6 +161,8 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
             if key not in known:
                 raise ConfigError(f"transformers.TrainingArguments has no `{key}`: {nearest(key, known)}")
             settings[key] = number(value)
+    if SETTING in settings and (weights := checked(settings.pop(SETTING))) is not None:
+        settings[SETTING] = weights
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs"):
         if not (isinstance(settings[key], (int, float)) and settings[key] > 0):
             raise ConfigError(f"`{key}` must be a number above 0, not {settings[key]!r}")
@@ -171,7 +174,7 @@ def training_arguments(settings: dict[str, Any], folder: str, seed: int, use_cpu
     Raises:
         ConfigError: a value that TrainingArguments refuses.
     """
-    own = {k: v for k, v in settings.items() if k != "head_learning_rate"}
+    own = {k: v for k, v in settings.items() if k not in ("head_learning_rate", SETTING)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
