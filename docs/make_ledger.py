@@ -30,6 +30,12 @@ EQUATIONS = {
         "tests/rules/test_orthogonal.py::test_gradient_is_that_of_the_equation",
         "tests/rules/test_orthogonal.py::test_any_shape_on_both_sides_of_the_switch",
     ],
+    "InfLoRA": [
+        "tests/rules/test_inflora.py::test_a_spans_the_leading_directions_of_what_is_left_of_the_new_inputs",
+        "tests/rules/test_inflora.py::test_the_bases_are_those_of_dual_gpm",
+        "tests/rules/test_inflora.py::test_old_outputs_stay_whatever_the_optimizer_does",
+        "tests/rules/test_inflora.py::test_without_it_old_outputs_move",
+    ],
     "SubspaceProjection": [
         "tests/rules/test_projection.py::test_step_is_the_equation_for_any_mixture_of_shapes",
         "tests/rules/test_projection.py::test_old_outputs_stay_under_adamw",
@@ -88,10 +94,16 @@ EQUATIONS = {
         "tests/learning/test_learner.py::test_merge_and_stack_compute_the_same_function",
         "tests/learning/test_learner.py::test_adapters_load_in_plain_peft",
     ],
-    "SparseSum": [
+    "DeltaMerge": [
         "tests/consolidation/test_delta_merge.py::test_the_model_is_the_base_plus_the_stored_deltas",
         "tests/consolidation/test_delta_merge.py::test_soup_is_the_average_of_the_tuned_models",
         "tests/deltas/test_delta.py::test_a_merge_is_the_base_and_the_masked_deltas",
+    ],
+    "TopMagnitude": ["tests/deltas/test_combination.py::test_trimming_keeps_the_largest_of_all_tensors"],
+    "ElectSign": [
+        "tests/deltas/test_combination.py::test_ties_is_the_published_algorithm",
+        "tests/deltas/test_combination.py::test_signs_that_weigh_the_same_change_nothing",
+        "tests/consolidation/test_ties.py::test_the_model_is_the_base_plus_the_merge_of_the_trimmed_deltas",
     ],
     "PerTask": [
         "tests/consolidation/test_per_task.py::test_the_posterior_is_the_sum_over_tasks_of_route_times_class",
@@ -144,7 +156,8 @@ def pieces(name: str) -> list[str]:
     recipe = RECIPES[name]()
     tuner = getattr(recipe.tuner, "config", recipe.tuner)
     found = [type(tuner).__name__, type(recipe.consolidation).__name__]
-    found += [type(r).__name__ for r in (getattr(recipe.consolidation, "router", None),) if r is not None]
+    inner = (getattr(recipe.consolidation, slot, None) for slot in ("router", "keep", "combine"))
+    found += [type(piece).__name__ for piece in inner if piece is not None]
     return [*found, *(type(r).__name__ for r in recipe.rules), *(type(h).__name__ for h in recipe.heads)]
 
 

@@ -359,9 +359,13 @@ def found(run: Path, model: str | None) -> dict[str, Any]:
 NAMED = 4  # parts of a promise that are no figures
 
 
+EARLIER = {"DeltaMerge": "SparseSum"}  # what pieces were called when the runs were made
+
+
 def promise(measured: dict[str, Any]) -> list[Any]:
     """A guarantee without the words that explain it."""
-    return [measured[key] for key in ("task", "source", "name", "unit", "bound", "holds", "value")]
+    named = {**measured, "source": EARLIER.get(measured["source"], measured["source"])}
+    return [named[key] for key in ("task", "source", "name", "unit", "bound", "holds", "value")]
 
 
 def questions(result: Any) -> Iterator[dict[str, Any]]:

@@ -346,7 +346,7 @@ def test_what_cannot_be_taken_out(model, weeks, tmp_path):
         assert learner.predict(["x0"]) == pt.Learner.open(tmp_path / recipe).predict(["x0"])
     with pytest.raises(pt.RunError, match="is no run"):
         learner_of(model, tmp_path / "none").revert(stream, WEEKS[0])
-    with pytest.raises(pt.ConfigError, match="with branch `kept` does not fit SparseSum"):
+    with pytest.raises(pt.ConfigError, match="with branch `kept` does not fit DeltaMerge"):
         learner_of(model, tmp_path / "none", rules=[pt.SubspaceProjection()])
 
 

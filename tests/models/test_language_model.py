@@ -159,6 +159,88 @@ def test_conversations_are_written_by_the_chat_template(tiny_lm):
     assert pieces(model, example["answer"]) == ["ve", "r", "y", "▁bad", "</s>"]
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat(tiny_lm, template, *marks, **settings):
+    """A LLaMA whose tokenizer has this chat template and these special tokens, which stand for words of its own."""
+    from transformers import GenerationConfig
+
+    folder = tiny_lm("llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = dict(zip(("good", "bad", "movie"), marks, strict=False))
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    known = json.loads(text)
+    for word, special in names.items():
+        token = known["model"]["vocab"].pop("\u2581" + word)
+        known["model"]["vocab"][special] = token
+        known["model"]["merges"] = [m for m in known["model"]["merges"] if "".join(m) != "\u2581" + word]
+        known["added_tokens"].append({**known["added_tokens"][0], "id": token, "content": special})
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(known), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(**settings).save_pretrained(folder)
+    return folder
+
+
+def test_an_answer_ends_with_what_the_template_writes_after_the_assistants_turn(tiny_lm):
+    model = loaded(chat(tiny_lm, CHATML, "<|im_start|>", "<|im_end|>"), labels=["team", "game"], reads=["generate"])
+    talk = [{"role": "user", "content": "market"}]
+    example = model.prepare(rows([json.dumps(talk)], [1], "messages"))[0]
+    trained = [*example["input_ids"], *example["answer"]]
+    whole = model.processor.apply_chat_template([*talk, {"role": "assistant", "content": "game"}], tokenize=False)
+    written = model.processor(whole, add_special_tokens=False)["input_ids"]
+    assert pieces(model, trained)[-5:] == ["\n", "g", "am", "e", "<|im_end|>"]
+    assert written[: len(trained)] == trained  # the template goes on with a line break
+    plain = model.prepare(rows(["market"], [1]))[0]  # no template wrote it
+    assert pieces(model, plain["answer"]) == ["▁game", "</s>"]
+    assert model.label_embeddings(["game"]).tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML.replace("<|im_end|>", "</s>"), "</s>"),
+        (CHATML.replace("<|im_end|>", ""), "</s>"),  # writes but a line break
+        ("{{ raise_exception('no') }}", "</s>"),
+        (CHATML.replace("<|im_end|>\n", " <|im_end|></s>\n"), "<|im_end|>"),
+    ],
+)
+def test_the_end_of_a_turn_is_a_special_token_or_that_of_a_sequence(tiny_lm, template, expected):
+    model = loaded(chat(tiny_lm, template, "<|im_start|>", "<|im_end|>"))
+    assert pieces(model, [model.tokens.turn_end]) == [expected]
+
+
+def test_generation_stops_at_each_end_that_the_model_knows(tiny_lm, monkeypatch):
+    marks = ("<|im_start|>", "<|im_end|>", "<|call|>")
+    model = loaded(chat(tiny_lm, CHATML, *marks, eos_token_id=[1, 5]), labels=["team"], reads=["generate"])
+    turn, eos = model.tokens.turn_end, model.tokens.end
+    assert set(model.ends) == {turn, eos, 1, 5} and turn != eos
+    examples = model.prepare(rows(["market", "the team"]))
+    says = model.processor("team", add_special_tokens=False)["input_ids"]
+    script = torch.tensor([*says, 0, *says])
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        step = min(forward.steps, len(script) - 1)
+        forward.steps += 1
+        logits = torch.nn.functional.one_hot(script[step].expand(len(input_ids), 1), self.config.vocab_size) * 9.0
+        return CausalLMOutputWithPast(logits=logits)
+
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    for end in model.ends:
+        forward.steps = 0
+        script[len(says)] = end
+        assert model.answers(examples, 2) == ["team", "team"]
+        assert forward.steps == len(says) + 1  # and no step more
+
+
 # ---- the likelihood ----
 
 

@@ -194,6 +194,32 @@ def test_a_broken_promise_closes_the_gate(tmp_path):
     assert verdict.failures == ("broken promise: SubspaceProjection, drift: 0.5, promised 1e-06",)
 
 
+def test_a_promise_that_an_earlier_task_broke_keeps_the_gate_closed(tmp_path):
+    """And the run says so in its last line."""
+    measured = {**BROKEN, "task": "old"}
+    config = {
+        "model_name": None,
+        "model": {"fingerprint": "f"},
+        "stream": {"name": "s", "scenario": "class", "labels": LABELS, "tasks": list(TASKS)},
+        "recipe": {"name": "r"},
+        "seed": 0,
+    }
+    run = Run.open(tmp_path / "r", config)
+    for known in ([], ["old"], ["old", "mid"]):
+        predictions = {f"target/{t}": answers(t, 0) for t in known}
+        predictions |= {f"linear/class/{t}": answers(t, 1) for t in known}
+        classes = sorted({c for t in known for c in TASKS[t]})
+        facts = {"learned": known, "classes": classes, "heads": ["linear"]}
+        facts["guarantees"] = [measured] if known == ["old"] else []
+        run.commit(known[-1] if known else "untouched", {"predictions.safetensors": predictions}, facts)
+    run.close()
+    result = Result(tmp_path / "r")
+    assert judge(result, **LIMITS).failures == (
+        "broken promise: SubspaceProjection, drift: 0.5, promised 1e-06, after task `old`",
+    )
+    assert result.summary().splitlines()[-1].startswith("BROKEN PROMISE: drift: do not use or export this model")
+
+
 def test_what_cannot_be_judged(tmp_path):
     result = write(tmp_path / "r", GOOD)
     with pytest.raises(ConfigError, match="no head `liner`: did you mean `linear`"):

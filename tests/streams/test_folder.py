@@ -192,3 +192,14 @@ def test_a_broken_task_json(three_tasks: Path, card: str, message: str) -> None:
     (three_tasks / "plants" / "task.json").write_text(card)
     with pytest.raises(StreamError, match=message):
         load_stream(three_tasks)
+
+
+def test_a_task_of_another_format_is_not_passed_over(three_tasks: Path) -> None:
+    (three_tasks / "plants" / "train.jsonl").rename(three_tasks / "plants" / "train.JSONL")
+    assert len(load_stream(three_tasks)) == 3
+    (three_tasks / "fish").mkdir()
+    (three_tasks / "fish" / "notes.md").write_text("no task", encoding="utf-8")
+    assert len(load_stream(three_tasks)) == 3
+    (three_tasks / "fish" / "train.tsv").write_text("text\tlabel\n", encoding="utf-8")
+    with pytest.raises(StreamError, match=r"fish/train.tsv is of a format that is not read: convert it \(.jsonl"):
+        load_stream(three_tasks)

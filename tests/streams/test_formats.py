@@ -69,6 +69,8 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_file(
         raise datasets.exceptions.DatasetGenerationError("failed") from OSError(28, "No space left on device")
 
     folder = write_task("a", ["x", "y"])
+    pd.read_json(folder / "train.jsonl", lines=True).to_parquet(folder / "train.parquet")
+    (folder / "train.jsonl").unlink()
     monkeypatch.setattr(datasets, "load_dataset", full)
     with pytest.raises(StreamError, match="No space left on device .* set HF_DATASETS_CACHE"):
         load_stream(folder.parent)

@@ -86,6 +86,7 @@ def test_images_in_one_folder_a_label(tmp_path: Path) -> None:
     assert [(t.name, len(t.train), len(t.test)) for t in stream] == [("a-b-c", 12, 3), ("d-e", 8, 2)]
 
 
+@pytest.mark.filterwarnings("ignore:label")
 def test_names_are_safe_short_and_unique(tmp_path: Path) -> None:
     assert slug("Japanese_(katakana)") == "japanese_katakana"
     assert slug("../..") == "task" and "/" not in slug("a/b\\c")

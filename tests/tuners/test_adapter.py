@@ -142,9 +142,7 @@ def test_merging_is_refused_at_both_doors(families):
     for merge in (model.merge_adapter, model.merge_and_unload, layer.merge):
         with pytest.raises(ModelError, match="not linear"):
             merge()
-    assert not PeftTuner(AdapterConfig()).additive
-    with pytest.raises(ModelError, match="no additive change"):
-        PeftTuner(AdapterConfig()).deltas(model)
+    assert PeftTuner(AdapterConfig()).change(model) is None
 
 
 @pytest.mark.parametrize("form", ["parallel", "sequential"])

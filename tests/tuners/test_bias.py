@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from perpetune.core.errors import ModelError, RuleError
 from perpetune.recipes.recipe import Recipe
 from perpetune.rules import SubspaceProjection, attach
-from perpetune.tuners import BiasConfig, PeftTuner
+from perpetune.tuners import Additive, BiasConfig, PeftTuner
 
 
 def _shaken(model, scale=0.1):
@@ -130,8 +130,10 @@ def test_the_change_is_a_sum_that_the_tuner_hands_out(family, outputs):
     inputs = family.inputs()
     tuner = PeftTuner(BiasConfig())
     model = _shaken(tuner.attach(family.model()))
-    deltas = tuner.deltas(model)
-    assert tuner.additive and deltas and all(k.endswith(".bias") for k in deltas)
+    change = tuner.change(model)
+    assert isinstance(change, Additive)
+    deltas = change.deltas()
+    assert deltas and all(k.endswith(".bias") for k in deltas)
     rebuilt = family.model()
     parameters = dict(rebuilt.named_parameters())
     with torch.no_grad():

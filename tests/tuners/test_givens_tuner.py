@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from perpetune.core.errors import ConfigError, ModelError
 from perpetune.recipes.recipe import Recipe
-from perpetune.tuners import GivensConfig, PeftTuner, load_adapter
+from perpetune.tuners import GivensConfig, Multiplicative, PeftTuner, load_adapter
 from perpetune.tuners.givens_rotations import dense, strict_blocks
 
 FORMS = ["strict", "norm", "quasi"]
@@ -278,9 +278,7 @@ def test_what_cannot_be_rotated_or_added_up(families):
     with pytest.raises(ModelError, match="merge them one after the other"):
         model.add_weighted_adapter(["task_0001", "task_0002"], [0.5, 0.5], "mean")
     tuner = PeftTuner(GivensConfig())
-    assert not tuner.additive
-    with pytest.raises(ModelError, match="no additive change"):
-        tuner.deltas(tuner.attach(families["bert"].model()))
+    assert isinstance(tuner.change(tuner.attach(families["bert"].model())), Multiplicative)
 
 
 def test_a_recipe_in_plain_data():

@@ -30,9 +30,9 @@ def export(
     `perpetune export runs/sotu --out model/ --without 2026-week-07`
 
     Without options: the model as it is. With them: the base model and what the chosen tasks left on its weights, for
-    recipes with SparseSum (`sotu`) and Merge (`lora`, `olora`, ...), to the bit as if the others had left nothing.
+    recipes with DeltaMerge (`sotu`) and Merge (`lora`, `olora`, ...), to the bit as if the others had left nothing.
 
-    The deltas of SparseSum are made from the base, each without the others, unless `sequential` is set. Adapters that
+    The deltas of DeltaMerge are made from the base, each without the others, unless `sequential` is set. Adapters that
     Merge merged later were trained on top of earlier ones: leaving an earlier one out is not forgetting with proof.
     """
     from ..learning.learner import Learner
@@ -86,7 +86,7 @@ def revert(
     `perpetune revert runs/sotu 2026-week-07`
 
     Writes a new commit and deletes none. The weights become the base and what the other tasks left on them, for recipes
-    with SparseSum (`sotu`) and Merge (`lora`, ...); `ncm` and `ridge` are to the bit as if they had never seen its
+    with DeltaMerge (`sotu`) and Merge (`lora`, ...); `ncm` and `ridge` are to the bit as if they had never seen its
     samples, `linear` forgets its classes, `ncm_refresh` and `ridge_refresh` gather anew from the training data of the
     other tasks. The test data of the other tasks is read again; the folder of the task itself may be gone.
 

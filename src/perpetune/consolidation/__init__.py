@@ -3,7 +3,7 @@
 from .base import Consolidation, Session
 from .concatenate import Concatenate
 from .continue_ import Continue
-from .delta_merge import SparseSum
+from .delta_merge import DeltaMerge, SparseSum
 from .joint import Joint
 from .merge import Merge
 from .per_task import PerTask
@@ -11,13 +11,16 @@ from .replay import Replay
 from .stack import Stack
 from .states import PerTaskStates
 
-CONSOLIDATIONS = {c.__name__: c for c in (Continue, Merge, Stack, SparseSum, PerTask, Concatenate, Replay, Joint)}
+CONSOLIDATIONS = {
+    c.__name__: c for c in (Continue, Merge, Stack, DeltaMerge, SparseSum, PerTask, Concatenate, Replay, Joint)
+}
 
 __all__ = [
     "CONSOLIDATIONS",
     "Concatenate",
     "Consolidation",
     "Continue",
+    "DeltaMerge",
     "Joint",
     "Merge",
     "PerTask",

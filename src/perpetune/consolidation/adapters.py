@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..models.backbone import Backbone
-from ..tuners import PeftTuner, Tuner
+from ..tuners import PeftTuner, Tuner, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
 from .states import PerTaskStates
 
@@ -39,11 +39,13 @@ class AdapterPerTask(Consolidation, PerTaskStates):
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
         Raises:
-            ConfigError: the tuner is no peft adapter, of which a model can have many.
+            ConfigError: the tuner is no peft adapter, of which a model can have many, or its initialisation changes the
+                base that they share.
         """
         if not isinstance(tuner, PeftTuner):
             name = type(self).__name__
             raise ConfigError(f"{name} keeps an adapter for every task; {type(tuner).__name__} is none: use Continue")
+        check_base_kept(tuner, type(self).__name__)
         super().open(backbone, tuner, labels)
         self._labels, self._adapters, self._classes, self._active = tuple(labels), [], [], None
         self._names, self._reopened = [], []

@@ -119,7 +119,7 @@ class Consolidation:
         """
         raise ConfigError(
             f"{type(self).__name__} keeps no change of each task on the weights, so no task can be chosen, left out or "
-            "scaled: use a recipe with SparseSum (`sotu`) or Merge (`lora`), or export the model as it is"
+            "scaled: use a recipe with DeltaMerge (`sotu`) or Merge (`lora`), or export the model as it is"
         )
 
     def separable(self, tuner: Tuner) -> bool:

@@ -1,88 +1,83 @@
-"""Every task leaves a sparse delta; the model is the base plus their sum."""
+"""Every task leaves a delta; the model is the base plus what all of them are combined to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, nearest
 from ..core.measurement import Measurement
+from ..core.validation import call_checked
+from ..deltas.combination import COMBINATIONS, Combination
 from ..deltas.combine import merge
 from ..deltas.delta import Delta
 from ..deltas.extract import extract
+from ..deltas.keep import KEEPS, Keep
 from ..deltas.overlap import overlap
-from ..deltas.seeded_mask import SeededMask, tensor_id
 from ..models.backbone import Backbone
-from ..tuners import AllWeights, Tuner
+from ..runs.earlier import delta_merge
+from ..tuners import Additive, AllWeights, Tuner, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles
+from .merge import change_of
 
 VALUES, SETTINGS = "delta.safetensors", "delta.json"
 
 
 @dataclass
-class SparseSum(Consolidation):
-    """theta = theta_0 + s sum_t m_t * d_t, with d_t = theta_t - theta_0 and m_t a random mask that keeps a share of it.
+class DeltaMerge(Consolidation):
+    """theta = theta_0 + combine_t(s m_t * d_t), with d_t = theta_t - theta_0 and m_t what a task keeps of it.
 
-    Each task is tuned from the base, so that d_t does not depend on the tasks before it; only the sum does. A commit
-    holds m_t * d_t and the seed of m_t. The sum is made in fp32 from all commits, in the order of the tasks' keys, and
-    added to the untouched base once.
-
-    With masks that keep 1/T, the expected weights are those of the average of the T tuned models (`soup`): compare.
+    Each task is tuned from the base, so that d_t does not depend on the tasks before it; only their combination does.
+    A commit holds m_t * d_t, and the seed of m_t or its bits. The combination is made in fp32 from all commits, in the
+    order of the tasks' keys and a stretch of one tensor at a time, and added to the untouched base once.
 
     Args:
-        keep: share of the entries that a task keeps; 1 keeps all.
-        scheme: "bernoulli"; "stratified", one entry of every 1/keep; "disjoint", the same, and up to 1/keep tasks never
-            meet: each takes the first slot that no other has, a task that is taken out frees its own.
-        scale: s: a number, "1/keep" (the expectation of the masked delta is then d_t), or "1/T" (the average).
+        keep: what a task keeps, a `Keep`: `Everything`, `RandomMask`, `TopMagnitude`; its name, or
+            `{type: NAME, setting: value}`.
+        combine: how the kept deltas of all tasks become one change, a `Combination`: `Sum` or `ElectSign`; in the same
+            ways.
+        scale: s: a number, "1/keep" (the expectation of a random masked delta is then d_t), or "1/T" (the average).
         sequential: tune from the model as it is after the tasks before, d_t is then the change since.
-        vectors: "masked" like all else, or "dense": biases and norms (0.1 % of a ViT) are kept whole.
         storage: of the values: "fp32", "bf16", or "int8" with a scale for 256.
-        seed: of the masks; a task's own key is made of its name.
 
     Raises:
-        ConfigError: a setting out of range; more disjoint tasks than 1/keep.
+        ConfigError: an unknown hook, or a setting out of range.
     """
 
-    keep: float = 0.1
-    scheme: Literal["bernoulli", "stratified", "disjoint"] = "bernoulli"
+    keep: Any = field(default_factory=lambda: KEEPS["RandomMask"]())
+    combine: Any = "Sum"
     scale: float | Literal["1/keep", "1/T"] = 1.0
     sequential: bool = False
-    vectors: Literal["masked", "dense"] = "masked"
     storage: Literal["fp32", "bf16", "int8"] = "fp32"
-    seed: int = 0
     _base: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _start: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _deltas: list[Delta] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._mask("any", 0)
-        for name, known in (("vectors", ("masked", "dense")), ("storage", ("fp32", "bf16", "int8"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"SparseSum: {name}=`{getattr(self, name)}` must be {', '.join(known)}")
+        self.keep: Keep = _made(self.keep, KEEPS, Keep, "keep")
+        self.combine: Combination = _made(self.combine, COMBINATIONS, Combination, "combine")
+        if self.storage not in ("fp32", "bf16", "int8"):
+            raise ConfigError(f"DeltaMerge: storage=`{self.storage}` must be fp32, bf16, int8")
         if isinstance(self.scale, str) and self.scale not in ("1/keep", "1/T"):
-            raise ConfigError(f"SparseSum: scale=`{self.scale}` must be a number, 1/keep or 1/T")
+            raise ConfigError(f"DeltaMerge: scale=`{self.scale}` must be a number, 1/keep or 1/T")
 
     @property
     def branch(self) -> Literal["kept", "fresh"]:
         return "kept" if self.sequential else "fresh"
 
-    def _mask(self, task: str, slot: int) -> SeededMask:
-        disjoint = slot if self.scheme == "disjoint" else None
-        return SeededMask.of(self.scheme, self.keep, seed=self.seed, task_key=tensor_id(task), slot=disjoint)
-
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
         Raises:
-            ConfigError: the tuner's change is not a sum on the weights.
+            ConfigError: the tuner's change is not a sum on the weights, or its initialisation changes the base.
         """
-        if not (isinstance(tuner, AllWeights) or tuner.additive):
+        check_base_kept(tuner, "DeltaMerge")
+        if not (isinstance(tuner, AllWeights) or isinstance(change_of(tuner, backbone), Additive)):
             kind = type(getattr(tuner, "config", tuner)).__name__
-            raise ConfigError(f"SparseSum adds up changes of weights, and that of this {kind} is none: use Continue")
+            raise ConfigError(f"DeltaMerge adds up changes of weights, and that of this {kind} is none: use Continue")
         super().open(backbone, tuner, labels)
         self._base = _copy(self._state())
         self._deltas = []
@@ -94,16 +89,21 @@ class SparseSum(Consolidation):
         self.backbone.model = self.tuner.attach(self.backbone.model)
 
     def end_task(self, session: Session) -> None:
-        task = session.tasks[0].name
         tuned = self._tuned()
-        dense = [n for n, t in tuned.items() if t.ndim <= 1] if self.vectors == "dense" else []
-        taken = {delta.mask.slot for delta in self._deltas}
-        mask = self._mask(task, next(slot for slot in count() if slot not in taken))
-        fingerprint = self.backbone.fingerprint
+        mask = self.keep.mask(session.tasks[0].name, [delta.mask.slot for delta in self._deltas])
+        kept = self.keep(self._start, tuned)
         self._deltas.append(
-            extract(self._start, tuned, mask, fingerprint=fingerprint, storage=self.storage, dense=dense)
+            extract(
+                self._start,
+                tuned,
+                mask,
+                fingerprint=self.backbone.fingerprint,
+                storage=self.storage,
+                dense=kept.dense,
+                bits=kept.masks,
+            )
         )
-        self._sum()
+        self._combine()
 
     def _state(self) -> dict[str, Tensor]:
         return dict(self.backbone.model.state_dict(keep_vars=True))
@@ -113,17 +113,20 @@ class SparseSum(Consolidation):
         """theta_t, and the model without the tuner."""
         if isinstance(self.tuner, AllWeights):
             return _copy(self._state())
-        deltas = self.tuner.deltas(self.backbone.model)
+        change = self.tuner.change(self.backbone.model)
+        deltas = change.deltas() if isinstance(change, Additive) else {}
         self.backbone.model = self.tuner.detach(self.backbone.model)
         return {n: t + deltas[n].to(t) if n in deltas else t for n, t in self._start.items()}
 
-    def _sum(self, factors: Sequence[float] | None = None) -> None:
+    def _combine(self, factors: Sequence[float] | None = None) -> None:
         scales = [s * factor for s, factor in zip(self._scales(), factors or [1.0] * len(self._deltas), strict=True)]
-        self._load(dict(merge(self._base, self._deltas, scales, fingerprint=self.backbone.fingerprint)))
+        merged = merge(self._base, self._deltas, scales, fingerprint=self.backbone.fingerprint, combine=self.combine)
+        self._load(dict(merged))
         self.backbone.version += 1
 
     def _scales(self) -> list[float]:
-        values: dict[Any, float] = {"1/keep": 1 / self.keep, "1/T": 1 / max(1, len(self._deltas))}
+        share = getattr(self.keep, "share", 1.0)
+        values: dict[Any, float] = {"1/keep": 1 / share, "1/T": 1 / max(1, len(self._deltas))}
         return [float(values.get(self.scale, self.scale))] * len(self._deltas)
 
     @torch.no_grad()
@@ -138,13 +141,13 @@ class SparseSum(Consolidation):
     def restore(self, commits: Sequence[StoredFiles]) -> None:
         self._deltas = [stored_delta(commit) for commit in commits]
         if commits:
-            self._sum()
+            self._combine()
             self.backbone.version = len(commits)
 
     def compose(self, commits: Mapping[str, StoredFiles], scales: Mapping[str, float]) -> None:
         """See `Consolidation.compose`. The factors multiply s; with s = 1/T, T counts the chosen tasks."""
         self._deltas = [stored_delta(commits[task]) for task in scales]
-        self._sum(list(scales.values()))
+        self._combine(list(scales.values()))
 
     def separable(self, tuner: Tuner) -> bool:
         return True
@@ -165,7 +168,7 @@ class SparseSum(Consolidation):
             return [kept]
         met = overlap(self._deltas)
         hits = int(met.hits[1:].sum())
-        bound = 0.0 if self.scheme == "disjoint" and self.vectors == "masked" else None
+        bound = 0.0 if self.keep.never_meets else None
         note = "share of the entries that any task keeps; masks that are disjoint never meet"
         return [
             kept,
@@ -173,6 +176,34 @@ class SparseSum(Consolidation):
                 "kept entries in which tasks meet", met.collisions / max(1, hits), bound, "share", source, note
             ),
         ]
+
+
+def SparseSum(
+    keep: float = 0.1,
+    scheme: Literal["bernoulli", "stratified", "disjoint"] = "bernoulli",
+    scale: float | Literal["1/keep", "1/T"] = 1.0,
+    sequential: bool = False,
+    vectors: Literal["masked", "dense"] = "masked",
+    storage: Literal["fp32", "bf16", "int8"] = "fp32",
+    seed: int = 0,
+) -> DeltaMerge:
+    """`DeltaMerge` of seeded masks that are added up, under the name that it had."""
+    return DeltaMerge(**delta_merge(locals()))
+
+
+def _made(hook: Any, known: Mapping[str, type], base: type, slot: str) -> Any:
+    """A hook from its name, from `{type: NAME, setting: value, ...}`, or as it is."""
+    if isinstance(hook, base):
+        return hook
+    settings = {"type": hook} if isinstance(hook, str) else dict(hook)
+    name = str(settings.pop("type", None))
+    if name not in known:
+        raise ConfigError(f"DeltaMerge: {slot} is no `{name}`: {nearest(name, known)}")
+    accepted = [f.name for f in fields(known[name])]
+    for key in settings:
+        if key not in accepted:
+            raise ConfigError(f"{name} has no setting `{key}`: {nearest(key, accepted) if accepted else 'it has none'}")
+    return call_checked(name, known[name], settings)
 
 
 def stored_delta(commit: StoredFiles) -> Delta:

@@ -12,8 +12,21 @@ from ..core.errors import ConfigError
 from ..core.measurement import Measurement
 from ..core.tensors import relative_change
 from ..models.backbone import Backbone
-from ..tuners import Tuner
+from ..tuners import Additive, Multiplicative, Tuner, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
+
+
+def change_of(tuner: Tuner, backbone: Backbone) -> Additive | Multiplicative | None:
+    """What kind of change a tuner will make on this model, found out before anything is trained: it is put on and taken
+    off again, and random numbers go on as if it had not been."""
+    if not (tuner.trains and tuner.wraps_model):
+        return None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        backbone.model = tuner.attach(backbone.model)
+        change = tuner.change(backbone.model)
+        if change is not None:
+            backbone.model = tuner.detach(backbone.model)
+    return change
 
 
 @dataclass
@@ -36,12 +49,14 @@ class Merge(Consolidation):
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
         Raises:
-            ConfigError: the tuner's change is neither a sum nor a product.
+            ConfigError: the tuner's change is neither a sum nor a product, or its initialisation changes the base.
         """
-        if not (tuner.additive or tuner.multiplicative):
+        check_base_kept(tuner, "Merge")
+        if change_of(tuner, backbone) is None:
             config = getattr(tuner, "config", tuner)
             raise ConfigError(
-                f"Merge adds changes or multiplies rotations; {type(config).__name__} makes neither: use Continue"
+                f"Merge adds changes or multiplies rotations; {type(config).__name__} so set makes neither:"
+                " use Continue"
             )
         super().open(backbone, tuner, labels)
 
@@ -64,8 +79,9 @@ class Merge(Consolidation):
 
     @torch.no_grad()
     def _absorb(self, scale: float = 1.0) -> None:
-        turned = self.tuner.turn(self.backbone.model, self._product) if self.tuner.multiplicative else {}
-        deltas = {} if turned else self.tuner.deltas(self.backbone.model)
+        change = self.tuner.change(self.backbone.model)
+        turned = change.turn(self._product) if isinstance(change, Multiplicative) else {}
+        deltas = change.deltas() if isinstance(change, Additive) else {}
         self.backbone.model = self.tuner.detach(self.backbone.model)
         parameters = dict(self.backbone.model.named_parameters())
         for name in (*turned, *deltas):
@@ -93,7 +109,7 @@ class Merge(Consolidation):
         Raises:
             ConfigError: rotations, of which none can be taken out of the product.
         """
-        if self.tuner.multiplicative:
+        if self.tuner.rotates:
             raise ConfigError(
                 "rotations follow one another, so no task can be chosen, left out or scaled: export the model as it is"
             )
@@ -102,7 +118,7 @@ class Merge(Consolidation):
                 self._add(commit, scales[task])
 
     def separable(self, tuner: Tuner) -> bool:
-        return tuner.additive
+        return not tuner.rotates
 
     def _add(self, commit: StoredFiles, scale: float) -> None:
         self.backbone.model = self.tuner.attach(self.backbone.model)

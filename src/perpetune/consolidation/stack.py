@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError
-from ..tuners import PeftTuner
+from ..models.backbone import Backbone
+from ..tuners import PeftTuner, Tuner, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
 
 PAST = "past"
@@ -26,6 +27,14 @@ class Stack(Consolidation):
     _past: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _attached: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
+        """
+        Raises:
+            ConfigError: the tuner's initialisation changes the base.
+        """
+        check_base_kept(tuner, "Stack")
+        super().open(backbone, tuner, labels)
 
     def begin_task(self, session: Session | None) -> None:
         if not isinstance(self.tuner, PeftTuner) or getattr(self.tuner.config, "peft_type", None) != "LORA":

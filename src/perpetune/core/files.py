@@ -72,7 +72,7 @@ def write_file(path: Path, content: Any) -> None:
 
         parquet.write_table(content.data.table, path)
     else:
-        path.write_text(json.dumps(plain(content), indent=1, sort_keys=True))
+        path.write_text(json.dumps(plain(content), indent=1, sort_keys=True), encoding="utf-8")
     sync(path)
 
 

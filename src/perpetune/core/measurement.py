@@ -45,3 +45,11 @@ class Measurement:
 def finite(value: float | None) -> float | None:
     """JSON has no NaN: what is not a number is written as nothing."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def broken_promise(measured: dict[str, Any], newest: str) -> str:
+    """A stored measurement (`Measurement.to_dict`) in a line, with its task where that is not the newest."""
+    value, bound = ("not a number" if x is None else f"{x:.2g}" for x in (measured["value"], measured["bound"]))
+    task = measured.get("task", newest)
+    after = "" if task == newest else f", after task `{task}`"
+    return f"{measured['source']}, {measured['name']}: {value}, promised {bound}{after}"

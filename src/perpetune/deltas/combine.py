@@ -1,20 +1,20 @@
-"""Deltas are added up on their base: in fp32, in one order, each weight rounded once."""
+"""Deltas are combined on their base: in fp32, in one order, each weight rounded once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.errors import DeltaError
+from .combination import Chunk, Combination, Sum
 from .delta import Delta
 from .storage import Walk
 
 
-def ties(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+def tied_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Names of the same memory, together."""
     groups: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
@@ -34,19 +34,21 @@ def merge(
     scales: Sequence[float] | None = None,
     *,
     fingerprint: str,
+    combine: Combination | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """theta_0 + sum_t scale_t * (m_t * d_t): every tensor of the base with its name, one at a time, on the CPU.
+    """theta_0 + combine_t(scale_t * (m_t * d_t)): every tensor of the base with its name, one at a time, on the CPU.
 
-    The sum is built in fp32 in the order of the task keys, whatever the order in which the deltas are given, and then
-    added to theta_0: each weight is rounded to its type once. Nothing is ever subtracted: without a delta the result
-    has the bits of a merge in which it never existed. Beside the base and the deltas, memory holds the tensor that is
-    given out and a few chunks, if it is let go of (`del tensor`) before the next one is asked for.
+    The change is built in fp32 in the order of the task keys, whatever the order in which the deltas are given, and
+    then added to theta_0: each weight is rounded to its type once. Nothing is ever subtracted: without a delta the
+    result has the bits of a merge in which it never existed. Beside the base and the deltas, memory holds the tensor
+    that is given out and a few chunks, if it is let go of (`del tensor`) before the next one is asked for.
 
     Args:
         base: theta_0, as in `state_dict()`; not changed.
         deltas: of different tasks; none gives the base.
         scales: one for each delta (default 1); 0 leaves a delta out.
         fingerprint: of the base model.
+        combine: how the deltas become one change; None adds them up.
 
     Returns:
         An iterator over (name, tensor). A tensor that no delta changes is the base's own, not a copy. Names of one
@@ -70,7 +72,7 @@ def merge(
             if name not in base or tuple(base[name].shape) != part.shape:
                 raise DeltaError(f"the base has no tensor `{name}` of shape {part.shape}: give the model of the delta")
     ordered = sorted(zip(deltas, map(float, scales), strict=True), key=lambda pair: pair[0].task_key)
-    return _merged(base, [(delta, scale) for delta, scale in ordered if scale != 0])
+    return _merged(base, [(delta, scale) for delta, scale in ordered if scale != 0], combine or Sum())
 
 
 def check_compatible(deltas: Sequence[Delta], fingerprint: str) -> None:
@@ -91,10 +93,12 @@ def check_compatible(deltas: Sequence[Delta], fingerprint: str) -> None:
 
 
 @torch.no_grad()
-def _merged(base: Mapping[str, Tensor], deltas: Sequence[tuple[Delta, float]]) -> Iterator[tuple[str, Tensor]]:
-    for names in ties(base):
+def _merged(
+    base: Mapping[str, Tensor], deltas: Sequence[tuple[Delta, float]], combine: Combination
+) -> Iterator[tuple[str, Tensor]]:
+    for names in tied_names(base):
         terms = [(delta.walk(stored), scale) for delta, scale in deltas for stored in _stored(delta, names)]
-        tensor = _sum(base[names[0]], terms) if terms else base[names[0]]
+        tensor = _changed(base[names[0]], terms, combine) if terms else base[names[0]]
         for name in names:
             yield name, tensor
         del tensor  # or it would live on until the next one is there
@@ -111,18 +115,12 @@ def _stored(delta: Delta, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _sum(tensor: Tensor, terms: Sequence[tuple[Walk, float]]) -> Tensor:
+def _changed(tensor: Tensor, terms: Sequence[tuple[Walk, float]], combine: Combination) -> Tensor:
     theta_0 = tensor.detach().cpu().reshape(-1)
     out = torch.empty_like(theta_0)
     window = terms[0][0].window
-    S = np.empty(min(window, len(theta_0)), dtype=np.float32)
     for start in range(0, len(theta_0), window):
         stop = min(start + window, len(theta_0))
-        chunk = S[: stop - start]
-        chunk.fill(-0.0)  # x + -0.0 is x to the bit, also for x = -0.0
-        for walk, scale in terms:
-            positions, values = walk.until(stop)
-            scaled = values if scale == 1 else values * np.float32(scale)
-            np.add.at(chunk, positions, scaled)  # in one pass; no position comes twice
-        torch.add(theta_0[start:stop], torch.from_numpy(chunk), out=out[start:stop])
+        change = combine((Chunk(*walk.until(stop), scale) for walk, scale in terms), stop - start)
+        torch.add(theta_0[start:stop], torch.from_numpy(change), out=out[start:stop])
     return out.view(tensor.shape)

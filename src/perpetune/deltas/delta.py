@@ -26,7 +26,7 @@ from .seeded_mask import SeededMask
 from .storage import DTYPES, GROUP, Part, Storage, Walk
 
 FORMAT = 1
-BODY, CHECKSUM = "perpetune.deltas.delta", "perpetune.sha256"  # keys of the metadata
+BODY, CHECKSUM = "perpetune.delta", "perpetune.sha256"  # keys of the metadata
 
 
 @dataclass(frozen=True)

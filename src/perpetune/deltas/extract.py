@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import DeltaError
-from .combine import same, ties
+from .combine import same, tied_names
 from .delta import Delta
 from .seeded_mask import SeededMask
 from .storage import Part, Storage, take
@@ -34,6 +34,7 @@ def extract(
         storage: of the values; int8 with one fp16 scale for 256 values.
         dense: names of tensors to keep whole.
         bits: boolean masks of the named tensors, for masks that depend on data; stored as they are, one bit an entry.
+            Each is read once, for tensors that changed.
 
     Raises:
         DeltaError: names, shapes or ties of the two models differ, a kept value is not finite, `dense` or `bits` name
@@ -44,13 +45,10 @@ def extract(
         raise DeltaError(f"`{min(lonely)}` is in one of the two models alone: give tensors of the same names")
     if unknown := {*dense, *bits} - {*base}:
         raise DeltaError(f"there is no tensor `{min(unknown)}` to choose from: give a name of the base model")
-    for name, m in bits.items():
-        if m.shape != base[name].shape or m.dtype != torch.bool:
-            raise DeltaError(f"the mask of `{name}` must be boolean and of shape {tuple(base[name].shape)}")
     parts: dict[str, Part] = {}
     tied: dict[str, str] = {}
     left_out: list[str] = []
-    for names in min(ties(base), ties(tuned), key=len):  # a copied state has lost its ties
+    for names in min(tied_names(base), tied_names(tuned), key=len):  # a copied state has lost its ties
         name, *others = sorted(names)
         theta_0, theta_t = base[name], tuned[name]
         if theta_0.shape != theta_t.shape:
@@ -64,6 +62,8 @@ def extract(
             continue
         tied.update(dict.fromkeys(others, name))
         chosen = next((bits[n] for n in names if n in bits), None)
+        if chosen is not None and (chosen.shape != theta_0.shape or chosen.dtype != torch.bool):
+            raise DeltaError(f"the mask of `{name}` must be boolean and of shape {tuple(theta_0.shape)}")
         whole = any(n in dense for n in names)
         parts[name] = take(theta_0, theta_t, mask, name, storage, bits=chosen, dense=whole)
     return Delta(mask, fingerprint, storage, dict(sorted(parts.items())), tied, tuple(sorted(left_out)))

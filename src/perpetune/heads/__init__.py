@@ -14,6 +14,7 @@ from .contrastive import ContrastiveHead
 from .label_text import LabelTextHead
 from .language import LONGEST, LanguageHead, Read
 from .linear import LinearHead
+from .own_classifier import OwnClassifierHead
 from .prototype import PrototypeHead
 from .ridge import RidgeHead
 from .stateful import OpenedHead
@@ -52,6 +53,7 @@ def language_generated(
 HEADS: dict[str, Callable[..., OpenedHead]] = {
     "linear": LinearHead,
     "linear_seen": linear_seen,
+    "own_classifier": OwnClassifierHead,
     "label_text": LabelTextHead,
     "contrastive": ContrastiveHead,
     "language": LanguageHead,
@@ -95,6 +97,7 @@ __all__ = [
     "LabelTextHead",
     "LanguageHead",
     "LinearHead",
+    "OwnClassifierHead",
     "PrototypeHead",
     "RidgeHead",
     "SubspaceHead",

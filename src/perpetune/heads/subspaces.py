@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from ..core.errors import ConfigError, HeadError
 from .base import Head
+from .exact_sums import FEATURES, check_room
 from .linear import LinearHead
 from .stateful import OpenedHead
 
@@ -25,7 +26,8 @@ class SubspaceHead(OpenedHead):
                 learned with adapter t: a class keeps among new classes, in the new space, the neighbours that it has
                 in its own.
 
-    A class that reappears in a later task counts as one of that task, with the samples of all its tasks.
+    A class that reappears in a later task counts as one of that task, with the samples of all its tasks. The sums are
+    exact in fixed point, as those of `PrototypeHead`: the same bits in any order of samples.
 
     Source: EASE, Expandable Subspace Ensemble (Zhou et al., 2403.12030).
 
@@ -40,7 +42,7 @@ class SubspaceHead(OpenedHead):
 
     name = "ease"
     blocks = True
-    sums: Tensor  # of f_t over the samples of c, (C, T, L), fp64
+    sums: Tensor  # of f_t over the samples of c, (C, T, L), fp64, in steps
     counts: Tensor  # of these samples, (C, T)
 
     def __init__(self, alpha: float = 0.1, released: bool = False) -> None:
@@ -76,7 +78,9 @@ class SubspaceHead(OpenedHead):
             raise HeadError(f"head `{self.name}`: features of {f.shape[1]} adapters; {self.sums.shape[1]} were seen")
         self.sums = torch.cat([self.sums, self.sums.new_zeros(len(self.labels), grown, self.width)], 1)
         self.counts = torch.cat([self.counts, self.counts.new_zeros(len(self.labels), grown)], 1)
-        self.sums.index_add_(0, labels, f)
+        check_room(FEATURES, int(self.counts.sum()) + len(labels), 1, self.name, "use fewer samples")
+        steps, _ = FEATURES.steps(f)
+        self.sums.index_add_(0, labels, steps)
         self.counts += torch.bincount(labels, minlength=len(self.labels))[:, None]
         self._prototypes = None
 
@@ -130,6 +134,8 @@ class SubspaceHead(OpenedHead):
         own, less = sums.clone(), counts.clone()
         own[:, : past.shape[1]] -= past
         less[:, : past.shape[1]] -= fewer
+        if less.shape[1] > self.counts.shape[1] or (self.counts[:, : less.shape[1]] < less).any():
+            raise HeadError(f"head `{self.name}`: cannot subtract samples that it has not seen")
         self.sums[:, : own.shape[1]] -= own
         self.counts[:, : own.shape[1]] -= less
         left = [t for t in range(self.sums.shape[1]) if t != task]

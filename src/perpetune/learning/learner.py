@@ -30,7 +30,7 @@ from .revert import revert
 from .setup import Setup
 from .state import LearnerState
 from .task_loop import TaskLoop
-from .trainer import resolve_training
+from .training_settings import REFUSED, resolve_training
 
 
 class Learner:
@@ -113,7 +113,8 @@ class Learner:
             RunError: no run is there.
         """
         config = read_config(Path(run))
-        model, settings = config["model"], config["training"]
+        # what had no effect was once taken and is refused now: without it the run is what it was
+        model, settings = config["model"], {k: v for k, v in config["training"].items() if k not in REFUSED}
         name = options.pop("model", None) or config["model_name"]
         loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
         recipe = options.pop("recipe", config["recipe"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..core.environment import versions
 from ..core.errors import RunError, StreamError
+from ..heads import OwnClassifierHead
 from ..runs.commit import active, reverted
 from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
@@ -17,6 +19,7 @@ from ..streams import Stream, fingerprint
 from .class_weights import SETTING, check_class_weights
 from .setup import Setup, task_settings
 from .state import LearnerState
+from .training_settings import check_training
 
 
 class Opened(NamedTuple):
@@ -46,12 +49,21 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         raise StreamError(f"stream `{stream.name}` has no task")
     backbone = setup.load_backbone(stream.modality)
     setup.fit_heads(backbone, stream.captions)
+    setup.recipe.tuner.check(backbone.model)
+    if backbone.left_out and not any(isinstance(head, OwnClassifierHead) for head in setup.recipe.heads):
+        setup.progress.say(
+            f"`{backbone.name}` was fine-tuned as a classifier of {', '.join(backbone.left_out[:5])}: this head is "
+            "left out, and the recipe's is trained; to go on from its rows, choose heads: [own_classifier]"
+        )
     for each in stream:  # before anything is written
         settings = task_settings(setup.training, each)
         check_class_weights(setup.recipe, settings.get(SETTING), stream.labels)
+        check_training(settings, backbone)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
-        whole = stream.numbered(read_config(setup.path)["stream"]["labels"])
+        written = read_config(setup.path)["stream"]
+        known = [*(run.commits[-1].manifest["learned"] if run.commits else ()), *written["tasks"]]
+        whole = stream.ordered_after(known).numbered(written["labels"])
         out = [*reverted(run.commits), without]
         stream = replace(whole, tasks=tuple(task for task in whole if task.name not in out))
         learned = _check_learned(run, stream, without)
@@ -68,7 +80,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
 
         joined = {}
         if run.commits and without is None:
-            joined = _predict_joined(untouched(stream.labels).restore([]), run, stream)
+            joined = _predict_joined(setup, lambda: untouched(stream.labels).restore([]), run, stream)
         state = untouched(whole.labels).restore(run.commits, without)
         if without is None:
             run.grow(setup.config(whole, backbone))
@@ -84,19 +96,19 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     return Opened(run, stream, state, joined)
 
 
-def _predict_joined(untouched: LearnerState, run: Run, stream: Stream) -> dict[str, Tensor]:
+def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Run, stream: Stream) -> dict[str, Tensor]:
     """Baseline predictions b_j of tasks that joined the stream after the first commit, where a head knows classes by
     their names: as if the run began now."""
-    heads = untouched.heads
-    if not any(head.needs_label_embeddings or head.follows_texts for head in heads):
+    if not any(head.needs_label_embeddings or head.follows_texts for head in setup.recipe.heads):
         return {}  # none could name a class
     evaluated = map(task_of, run.commits[0].tensors("predictions.safetensors"))
     known = {*run.commits[-1].manifest["learned"], *evaluated}
     joined = [task for task in stream if task.name not in known]
     if not joined:
         return {}
-    with untouched.setup.progress:
-        found = untouched.evaluator.predictions(stream, None, heads, untouched.consolidation, joined)
+    state = untouched()
+    with setup.progress:
+        found = state.evaluator.predictions(stream, None, state.heads, state.consolidation, joined)
     return filed(JOINED, found)
 
 

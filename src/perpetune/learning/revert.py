@@ -23,7 +23,7 @@ def revert(setup: Setup, stream: Stream, task: str) -> LearnerState:
     if not consolidation.separable(tuner):
         raise ConfigError(
             f"{type(consolidation).__name__} with {type(getattr(tuner, 'config', tuner)).__name__} keeps no change "
-            "of each task by itself, so none can be taken out: use a recipe with SparseSum (`sotu`) or Merge "
+            "of each task by itself, so none can be taken out: use a recipe with DeltaMerge (`sotu`) or Merge "
             "(`lora`), or learn the other tasks in another run directory (--out)"
         )
     run, stream, state, _ = open_run(setup, stream, without=task)

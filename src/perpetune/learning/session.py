@@ -16,7 +16,8 @@ from ..streams import Task
 from .class_weights import SETTING, class_weights
 from .setup import task_settings
 from .state import LearnerState
-from .trainer import TaskModel, TrainingLog, count_steps, train_task
+from .trainer import TaskModel, TrainingLog, train_task
+from .training_settings import count_steps
 
 
 class Training:
@@ -80,6 +81,7 @@ class Training:
                 seed=task_seed(setup.seed, session.name),
                 steps=steps,
                 advance=advance,
+                logs=setup.path / "logs" / session.name,
             )
 
     def close_heads(self) -> None:

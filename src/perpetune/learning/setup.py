@@ -17,7 +17,7 @@ from ..models.loading import load_model
 from ..recipes.recipe import Recipe
 from ..streams import Stream, Task
 from .compatibility import suited
-from .trainer import resolve_training
+from .training_settings import resolve_training
 
 
 @dataclass

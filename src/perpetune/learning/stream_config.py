@@ -180,6 +180,13 @@ class StreamConfig(pydantic.BaseModel):
         option="--set-task",
         example="'news={num_train_epochs: 5}'",
     )
+    metric: str | dict[str, str] | None = setting(
+        None,
+        "For free texts: score generated answers by exact_match, rouge_l, token_f1, contains, or your own "
+        "module:function; one for all tasks, or a mapping task=metric. Such tasks have no classes.",
+        panel="Data",
+        example="rouge_l",
+    )
     trust_remote_code: bool = setting(
         False,
         "Refused: data sets that come with code are not supported.",

@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from ..core.errors import ConfigError, TrainingError, nearest
-from ..core.validation import number
+from ..core.errors import TrainingError
 from ..heads import Head
 from ..models.backbone import Backbone, Examples
 from ..rules import Attached, Rule, attach
-from .class_weights import SETTING, checked
-
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "num_train_epochs": 3,
-    "learning_rate": 1e-3,
-    "head_learning_rate": 1e-2,
-    "weight_decay": 0.01,
-    "warmup_steps": 0,
-}
-REFUSED = {
-    "label_smoothing_factor": "the head computes the loss",
-    "gradient_checkpointing": "it is not supported yet",
-    "activation_checkpointing": "it is not supported yet",
-}
-QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_steps": 50}
-OURS = ("output_dir", "seed", "data_seed", "eval_strategy", "save_strategy", "remove_unused_columns")
+from .training_settings import one_line, training_arguments
 
 
 class TaskModel(nn.Module):
@@ -49,6 +31,24 @@ class TaskModel(nn.Module):
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         return {"loss": self.head.loss(self.backbone(**inputs), labels)}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Where NEFTune adds its noise."""
+        return self.backbone.model.get_input_embeddings()
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **settings: Any) -> None:
+        own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.backbone.model.activation_checkpointing_enable(activation_checkpointing_kwargs=own, **settings)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """The same, as older versions of transformers call it."""
+        own = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=own)
+
+    def checkpointing_disable(self) -> None:
+        model = self.backbone.model
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        model.disable_input_require_grads()
 
 
 @dataclass(frozen=True)
@@ -142,63 +142,6 @@ class TaskTrainer(Trainer):
         return loss
 
 
-def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Training settings: our defaults, then the recipe's, then the user's.
-
-    Raises:
-        ConfigError: a name that `transformers.TrainingArguments` does not have, or one that the learner sets itself.
-    """
-    import inspect
-
-    known = {*inspect.signature(TrainingArguments.__init__).parameters, "head_learning_rate", SETTING} - {"self"}
-    settings = dict(DEFAULTS)
-    for layer in layers:
-        for key, value in layer.items():
-            if key in OURS:
-                raise ConfigError(f"`{key}` is set by the learner: use the run's own option (seed, out)")
-            if key in REFUSED:
-                raise ConfigError(f"`{key}` has no effect here: {REFUSED[key]}")
-            if key not in known:
-                raise ConfigError(f"transformers.TrainingArguments has no `{key}`: {nearest(key, known)}")
-            settings[key] = number(value)
-    if SETTING in settings and (weights := checked(settings.pop(SETTING))) is not None:
-        settings[SETTING] = weights
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs"):
-        if not (isinstance(settings[key], (int, float)) and settings[key] > 0):
-            raise ConfigError(f"`{key}` must be a number above 0, not {settings[key]!r}")
-    return settings
-
-
-def training_arguments(settings: dict[str, Any], folder: str, seed: int, use_cpu: bool) -> TrainingArguments:
-    """
-    Raises:
-        ConfigError: a value that TrainingArguments refuses.
-    """
-    own = {k: v for k, v in settings.items() if k not in ("head_learning_rate", SETTING)}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return TrainingArguments(
-                output_dir=folder,
-                seed=seed,
-                save_strategy="no",
-                eval_strategy="no",
-                remove_unused_columns=False,
-                **{**QUIET, "dataloader_pin_memory": torch.accelerator.is_available(), "use_cpu": use_cpu, **own},
-            )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"training settings: {str(error).splitlines()[0]}") from error
-
-
-def count_steps(examples: int, settings: dict[str, Any]) -> int:
-    """Optimizer steps of one task with this many examples."""
-    if settings.get("max_steps", -1) > 0:
-        return int(settings["max_steps"])
-    batches = -(-examples // int(settings["per_device_train_batch_size"]))
-    per_epoch = max(1, -(-batches // int(settings.get("gradient_accumulation_steps", 1))))
-    return max(1, int(-(-per_epoch * float(settings["num_train_epochs"]) // 1)))
-
-
 def train_task(
     backbone: Backbone,
     head: Head,
@@ -210,38 +153,49 @@ def train_task(
     seed: int,
     steps: int,
     advance: Callable[[int], None] = lambda n: None,
+    logs: Path | None = None,
 ) -> TrainingLog:
     """Train the backbone's and the head's trainable parameters on one task.
 
     Everything random is drawn from `seed`, so that a task trained again gives the same bits.
 
+    Args:
+        logs: folder for integrations (`report_to`) that write files; None throws them away.
+
     Raises:
-        TrainingError: the loss is not finite; says at which step.
+        ConfigError: settings with which no Trainer can be made; see `check_training`, which says so beforehand.
+        TrainingError: the loss is not finite; says at which step. Or a buffer changed that nothing keeps.
     """
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         on_cpu = next(backbone.model.parameters()).device.type == "cpu"
-        arguments = training_arguments({**settings, "max_steps": steps}, folder, seed, on_cpu)
+        reports = logs is not None and settings.get("report_to", "none") not in ("none", ["none"], [], None)
+        arguments = training_arguments({**settings, "max_steps": steps}, str(logs) if reports else folder, seed, on_cpu)
         steps_taken = _Advance(advance)
-        trainer = TaskTrainer(
-            model=TaskModel(backbone, head),
-            args=arguments,
-            train_dataset=examples,
-            data_collator=backbone.collate,
-            rules=rules,
-            head_learning_rate=float(settings["head_learning_rate"]),
-            callbacks=[steps_taken],
-        )
+        with one_line():
+            trainer = TaskTrainer(
+                model=TaskModel(backbone, head),
+                args=arguments,
+                train_dataset=examples,
+                data_collator=backbone.collate,
+                rules=rules,
+                head_learning_rate=float(settings["head_learning_rate"]),
+                callbacks=[steps_taken],
+            )
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
         finite = _Finite(trainer, task)
         trainer.add_callback(finite)
+        buffers = {name: buffer.clone() for name, buffer in backbone.model.named_buffers()}
         try:
             trainer.train()
         finally:
             if trainer.attached is not None:
                 trainer.attached.remove()
+            if arguments.gradient_checkpointing:
+                trainer.model.checkpointing_disable()  # type: ignore[union-attr, operator]
+        _check_buffers(backbone, buffers)
         finite.check()
         finite.check_weights()
     losses = [float(x) for x in torch.stack(trainer.losses).float()] if trainer.losses else []
@@ -252,3 +206,15 @@ def train_task(
         sum(losses[-tenth:]) / tenth if losses else None,
         steps_taken.step_seconds,
     )
+
+
+def _check_buffers(backbone: Backbone, before: dict[str, Tensor]) -> None:
+    """What neither rules nor commits see must not move (running statistics of normalisations do not: see
+    `Backbone.train`)."""
+    kept = backbone.model.state_dict().keys()
+    for name, buffer in backbone.model.named_buffers():
+        if name in kept and name in before and not torch.equal(buffer, before[name]):
+            raise TrainingError(
+                f"`{name}` of `{backbone.name}` changes while the model trains, and no rule or commit would see it: "
+                "nothing of this task was committed; use another model, or one in which it is fixed"
+            )

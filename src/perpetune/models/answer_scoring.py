@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
+
+from ..core.errors import ModelError
+from .pooling import pool
+from .tokenizer_check import first_position
 
 Read = Literal["options", "generate"]  # how answers are read: scored, or generated
 LONGEST = 50  # tokens that are generated at most, as in the O-LoRA and N-LoRA code
@@ -83,6 +89,19 @@ class PromptsRead:
         return (log_p_of(logits, tokens[:, 1:]) * known[:, 1:]).sum(1).unflatten(0, (N, g))
 
 
+def mean_state(model: Any, inputs: dict[str, Tensor], start: int | None) -> Tensor:
+    """Last hidden states of prompts, of the encoder where there is one, averaged over their tokens (N x width)."""
+    mask = inputs["attention_mask"]
+    if start is None:
+        extra = {**positions(model, inputs), **last_logits(model, 1)}
+        hidden = model(**inputs, **extra, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    else:
+        first = torch.full((len(mask), 1), start, device=mask.device)
+        hidden = model(**inputs, decoder_input_ids=first, use_cache=False).encoder_last_hidden_state
+    hidden = hidden[:, -mask.shape[1] :]  # without virtual tokens in front
+    return pool(BaseModelOutput(last_hidden_state=hidden), mask, "mean")
+
+
 def log_p_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[token], in fp32 at least: (... x T x V), (... x T) -> (... x T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -100,7 +119,7 @@ def positions(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         reader = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         if reader is not None:
             return {"position_ids": reader.get_rope_index(**{k: inputs[k] for k in told if k in inputs})[0]}
-    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0) + first_position(model)}
 
 
 def last_logits(model: Any, count: int) -> dict[str, int]:
@@ -113,9 +132,37 @@ def _takes(model: Any, name: str) -> bool:
     return name in inspect.signature(plain.forward).parameters
 
 
-def generate(model: Any, inputs: dict[str, Tensor], start: int | None, end: int, pad: int, longest: int) -> Tensor:
-    """Greedy answers (N x at most `longest` tokens), with nothing of the model's own generation settings."""
-    own = {"bos_token_id": None, "decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+def start_token(config: Any, name: str) -> int | None:
+    """The token with which the answers of an encoder-decoder model start; None for a decoder.
+
+    Raises:
+        ModelError: its configuration does not say.
+    """
+    if not config.is_encoder_decoder:
+        return None
+    start = getattr(config, "decoder_start_token_id", None)
+    start = config.get_text_config(decoder=True).bos_token_id if start is None else start
+    if start is None:
+        raise ModelError(f"`{name}` does not say how its answers start: set decoder_start_token_id")
+    return start
+
+
+def stop_tokens(model: Any, *own: int) -> tuple[int, ...]:
+    """Tokens with which a generated answer may end: these, and those that the model's generation settings name."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(dict.fromkeys([*own, *([named] if isinstance(named, int) else named or [])]))
+
+
+def generate(
+    model: Any, inputs: dict[str, Tensor], start: int | None, ends: Sequence[int], pad: int, longest: int
+) -> list[list[int]]:
+    """Greedy answers (N, of at most `longest` tokens each, without their end), with nothing of the model's own
+    generation settings.
+
+    Args:
+        ends: tokens with which an answer may end.
+    """
+    own = {"bos_token_id": None, "decoder_start_token_id": start, "eos_token_id": list(ends), "pad_token_id": pad}
     plain = GenerationConfig(max_new_tokens=longest, do_sample=False, num_beams=1, **own)
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept, holder.generation_config = holder.generation_config, plain  # what is not set is taken from there
@@ -123,4 +170,5 @@ def generate(model: Any, inputs: dict[str, Tensor], start: int | None, end: int,
         tokens = model.generate(**inputs, generation_config=plain)
     finally:
         holder.generation_config = kept
-    return tokens[:, 1 if start is not None else inputs["input_ids"].shape[1] :]
+    answers = tokens[:, 1 if start is not None else inputs["input_ids"].shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.errors import ModelError
 from ..core.tensors import relative_change
+from ..streams.pictures import eight_bits
 from ..streams.task import Modality
+from .classifier import Classifier
+from .pooling import Pooling, pool
+from .tokenizer_check import check_ids, embedding_rows, spare_token
 
-Pooling = Literal["mean", "cls", "last", "pooler"]
 Reads = Literal["features", "answers", "pairs"]
 Examples = list[dict[str, Any]]
 
@@ -23,15 +28,22 @@ Examples = list[dict[str, Any]]
 class Backbone(nn.Module):
     """A transformers encoder (`model`), its tokenizer or image processor, and how its features are pooled.
 
-    `forward(**inputs)` gives features f in R^{N x width}. Tuners replace or wrap `model` in place.
+    `forward(**inputs)` gives features f in R^{N x width}. Tuners replace or wrap `model` in place. Texts are padded on
+    the right, whatever the tokenizer says: positions that are counted from the left must not count padding.
 
     Attributes:
         offers: what heads can read of it, see `Head.reads`.
         network: whether there are weights that could be tuned and exported.
+        pads_all: texts are all padded to `max_length`, for models that read their padding (see `settle_padding`).
+        left_out: what the classes of the model's own head are called, which is not read; nothing where it has none.
+        classifier: reads that head, see `load_classifier`.
     """
 
     offers: tuple[Reads, ...] = ("features",)
     network: bool = True
+    pads_all: bool = False
+    left_out: tuple[str, ...] = ()
+    classifier: Callable[[], Classifier] | None = None
 
     def __init__(
         self,
@@ -51,6 +63,8 @@ class Backbone(nn.Module):
         self.max_length = max_length
         self.name = name
         self.width: int = model.config.hidden_size
+        self._embedded = embedding_rows(model)
+        self._reads = inspect.signature(model.forward).parameters
         self.fingerprint = fingerprint(model)
         self.version = 0  # counted up by whoever changes weights, so that features can be cached
 
@@ -73,8 +87,7 @@ class Backbone(nn.Module):
                 raise ModelError(
                     f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}"
                 )
-            encoded = self.processor(*(list(rows[c]) for c in columns), truncation=True, max_length=self.max_length)
-            inputs = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+            inputs = self._tokenised(*(list(rows[c]) for c in columns))
         else:
             if "image" not in rows.column_names:
                 raise ModelError(
@@ -83,10 +96,43 @@ class Backbone(nn.Module):
             inputs = [{"pixel_values": pixels} for pixels in self._pixels(rows["image"])]
         return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"], rows["id"], strict=True)]
 
+    def _tokenised(self, *texts: list[str]) -> Examples:
+        """Texts, or pairs of texts, as token ids with what else the model reads of them.
+
+        Raises:
+            ModelError: a token that the model has no embedding for.
+        """
+        encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
+        unread = set() if self._takes("token_type_ids") else {"token_type_ids"}
+        columns = {name: values for name, values in encoded.items() if name not in unread}
+        found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for example in found:
+            if not example["input_ids"]:  # an empty text, and a tokenizer that adds nothing
+                nothing = {"input_ids": spare_token(self.processor, self._embedded), "attention_mask": 1}
+                example.update({name: [nothing.get(name, 0)] for name in example})
+            check_ids(self.processor, example["input_ids"], self._embedded, self.name)
+        return found
+
+    def samples(self) -> Examples:
+        """Two inputs of no task, a short one and a longer one, for checks."""
+        if self.modality == "image":
+            from PIL import Image
+
+            pictures = [Image.radial_gradient("L"), Image.linear_gradient("L")]
+            return [{"pixel_values": pixels, "label": 0, "id": ""} for pixels in self._pixels(pictures)]
+        texts = ["the", "the parcel came late and so they asked for a refund"]
+        return self.prepare(datasets.Dataset.from_dict({"text": texts, "label": [0, 0], "id": ["", ""]}))
+
+    def _takes(self, name: str) -> bool:
+        """Whether the model reads an input of this name; token types only where it has more than one of them."""
+        if name == "token_type_ids" and (getattr(self.model.config, "type_vocab_size", None) or 2) < 2:
+            return False
+        return name in self._reads or any(p.kind is p.VAR_KEYWORD for p in self._reads.values())
+
     def _pixels(self, images: Sequence[Any]) -> Tensor:
         channels = getattr(self.model.config, "num_channels", 3)
-        mode = {1: "L", 3: "RGB"}[channels]
-        pictures = [image.convert(mode) for image in images]
+        mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
+        pictures: list[Any] = [eight_bits(image, mode) for image in images]
         if channels == 1:  # processors expect a channel axis that PIL's mode L does not have
             import numpy as np
 
@@ -103,12 +149,25 @@ class Backbone(nn.Module):
         labels = torch.tensor([e["label"] for e in examples])
         inputs = [{k: v for k, v in e.items() if k not in ("label", "id")} for e in examples]
         if self.modality == "text":
-            return {**self.processor.pad(inputs, return_tensors="pt"), "labels": labels}
+            to: dict[str, Any] = {"padding": "max_length", "max_length": self.max_length} if self.pads_all else {}
+            return {**self.processor.pad(inputs, padding_side="right", return_tensors="pt", **to), "labels": labels}
         return {"pixel_values": torch.stack([e["pixel_values"] for e in inputs]), "labels": labels}
 
     def forward(self, **inputs: Tensor) -> Tensor:
         assert self.pooling is not None
-        return pool(self.model(**inputs), inputs.get("attention_mask"), self.pooling)
+        mask = inputs.get("attention_mask")
+        if not self._takes("attention_mask"):
+            inputs.pop("attention_mask", None)
+        return pool(self.model(**inputs), mask, self.pooling)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As any module, but running statistics (BatchNorm) stay what pre-training made them: no rule sees them move,
+        and no adapter could be taken out of them again."""
+        super().train(mode)
+        for module in self.model.modules() if mode else ():
+            if isinstance(module, _NormBase) and module.track_running_stats:
+                module.eval()
+        return self
 
     @torch.inference_mode()
     def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
@@ -210,28 +269,19 @@ class Backbone(nn.Module):
         rows = datasets.Dataset.from_dict({"text": list(texts), "label": [0] * len(texts), "id": [""] * len(texts)})
         return self.features(self.prepare(rows), batch_size)
 
+    def own_head(self) -> Classifier:
+        """The head of a model that was fine-tuned as a classifier. The model must be untouched.
+
+        Raises:
+            ModelError: see `load_classifier`.
+        """
+        if self.classifier is None:
+            raise ModelError(f"`{self.name}` has no classifier's head of its own: use the head linear")
+        return self.classifier()
+
     def save_processors(self, folder: str) -> None:
         """Write the tokenizer or image processor beside an exported model."""
         self.processor.save_pretrained(folder)
-
-
-def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """(N x tokens x width) to (N x width)."""
-    if pooling == "pooler":
-        if getattr(output, "pooler_output", None) is None:
-            raise ModelError("this model has no pooler: choose pooling mean, cls or last")
-        return output.pooler_output
-    hidden = output.last_hidden_state
-    if pooling == "cls":
-        return hidden[:, 0]
-    if attention_mask is None:
-        return hidden.mean(1) if pooling == "mean" else hidden[:, -1]
-    if pooling == "mean":
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (attention_mask * positions).argmax(1)  # right with padding on either side
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 def fingerprint(model: nn.Module) -> str:

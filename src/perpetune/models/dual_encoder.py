@@ -102,7 +102,7 @@ class DualBackbone(Backbone):
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         padding = "max_length" if self.pads_all else True
-        options = {"truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        options = {"truncation": True, "max_length": self.max_length, "padding_side": "right", "return_tensors": "pt"}
         encoded = self.tokenizer(list(texts), padding=padding, **options)
         return {k: v for k, v in encoded.items() if k in self._text_inputs}
 

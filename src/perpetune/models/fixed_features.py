@@ -9,6 +9,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 
+from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 from .backbone import Backbone, Examples
 
@@ -55,7 +56,7 @@ class FixedFeatures(Backbone):
         import numpy as np
 
         size = (self.side, self.side)
-        return [torch.from_numpy(np.asarray(i.convert("L").resize(size), "float32").ravel() / 255) for i in images]
+        return [torch.from_numpy(np.asarray(eight_bits(i, "L").resize(size), "float32").ravel() / 255) for i in images]
 
     def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         x = torch.stack([e["x"] for e in examples])

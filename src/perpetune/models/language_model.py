@@ -9,14 +9,15 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..metrics.text import normalised, rouge_l
-from .answer_scoring import LONGEST, PromptsRead, Read, generate, last_logits, log_p_of, positions
-from .backbone import Backbone, Examples, fingerprint, pool
-from .prompt_tokens import PromptTokenizer
+from . import answer_scoring as scoring
+from .answer_scoring import LONGEST, PromptsRead, Read, last_logits, log_p_of, positions
+from .backbone import Backbone, Examples, fingerprint
+from .prompt_tokens import PromptTokenizer, pad_rows
+from .tokenizer_check import check_ids, embedding_rows, longest_text
 
 IGNORED = -100
 
@@ -49,14 +50,10 @@ class LanguageBackbone(Backbone):
         self.model: Any = model
         self.processor, self.modality, self.name, self.max_length = tokenizer, "language", name, max_length
         self.pooling = None
-        config = model.config
-        self.start: int | None = None
-        if config.is_encoder_decoder:
-            self.start = getattr(config, "decoder_start_token_id", None)
-            self.start = config.get_text_config(decoder=True).bos_token_id if self.start is None else self.start
-            if self.start is None:
-                raise ModelError(f"`{name}` does not say how its answers start: set decoder_start_token_id")
+        self.start = scoring.start_token(model.config, name)
         self.tokens = PromptTokenizer(tokenizer, decoder=self.start is None, picture=picture)
+        self._embedded = embedding_rows(model)
+        self.ends = scoring.stop_tokens(model, self.tokens.end, self.tokens.turn_end)
         self.fingerprint = fingerprint(model)
         self.version, self.width = 0, 0
         self.labels: tuple[str, ...] = ()
@@ -87,6 +84,8 @@ class LanguageBackbone(Backbone):
         self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads) + rouge_l
         self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
         self.room, self.limit, limit = self.max_length, None, self._positions
+        for text in self.labels:
+            check_ids(self.tokens.tokenizer, list(self.tokens.answer(text)), self._embedded, self.name)
         if limit is not None:
             answer = max((len(self.tokens.answer(text)) for text in self.labels), default=0)
             self.limit = limit - max(answer, longest * ("generate" in self.reads))
@@ -98,7 +97,7 @@ class LanguageBackbone(Backbone):
     def _positions(self) -> int | None:
         """How long a sequence of prompt and answer may be; None where they have a sequence each, or it may be any."""
         config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None) if self.start is None else None
+        return longest_text(self.model, config) if self.start is None else None
 
     # ---- examples ----
 
@@ -112,15 +111,19 @@ class LanguageBackbone(Backbone):
             )
         if "image" in rows.column_names:
             raise ModelError(f"`{self.name}` reads no images: use a model that does (LLaVA), or leave out the column")
-        read = self.tokens.prompts if column == "prompt" else self.tokens.conversations
-        return self._examples(read(rows[column][:], self.room), rows)
+        turn = column == "messages"
+        read = self.tokens.conversations if turn else self.tokens.prompts
+        return self._examples(read(rows[column][:], self.room), rows, turn)
 
-    def _examples(self, prompts: Sequence[tuple[list[int], bool]], rows: datasets.Dataset) -> Examples:
+    def _examples(
+        self, prompts: Sequence[tuple[list[int], bool]], rows: datasets.Dataset, turn: bool = False
+    ) -> Examples:
         return [
             {
                 "input_ids": prompt,
-                "answer": self._fitted(self.tokens.answer(text, blank), prompt),
+                "answer": self._fitted(self.tokens.answer(text, blank, turn), prompt),
                 "blank": blank,
+                "turn": turn,
                 "label": y,
                 "id": i,
             }
@@ -136,8 +139,9 @@ class LanguageBackbone(Backbone):
     def _fitted(self, answer: tuple[int, ...], prompt: list[int]) -> tuple[int, ...]:
         """
         Raises:
-            ModelError: prompt and response are longer than the model reads.
+            ModelError: prompt and response are longer than the model reads, or hold a token that it does not know.
         """
+        check_ids(self.tokens.tokenizer, [*prompt, *answer], self._embedded, self.name)
         limit = self._positions
         if limit is not None and len(prompt) + len(answer) > limit:
             raise ModelError(
@@ -156,20 +160,20 @@ class LanguageBackbone(Backbone):
         labels = torch.tensor([e["label"] for e in examples])
         if self.start is None:
             both = [[*e["input_ids"], *e["answer"]] for e in examples]
-            known = {"answers": _pad(answers, IGNORED, left=True), "labels": labels}
+            known = {"answers": pad_rows(answers, IGNORED, left=True), "labels": labels}
             return {**self._padded(both), **self._pictures(examples), **known}
         shifted = [[self.start, *answer[:-1]] for answer in answers]
         return {
             **self._padded([e["input_ids"] for e in examples]),
             **{f"decoder_{k}": v for k, v in self._padded(shifted).items()},
-            "answers": _pad(answers, IGNORED, left=False),
+            "answers": pad_rows(answers, IGNORED, left=False),
             "labels": labels,
         }
 
     def _padded(self, sequences: list[list[int]]) -> dict[str, Tensor]:
         left = self.start is None
-        mask = _pad([[1] * len(s) for s in sequences], 0, left)
-        return {"input_ids": _pad(sequences, self.tokens.pad, left), "attention_mask": mask}
+        mask = pad_rows([[1] * len(s) for s in sequences], 0, left)
+        return {"input_ids": pad_rows(sequences, self.tokens.pad, left), "attention_mask": mask}
 
     def _pictures(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """What a batch reads besides tokens: nothing."""
@@ -224,13 +228,13 @@ class LanguageBackbone(Backbone):
         read = PromptsRead(self.model, self._inputs(examples), self.start)
         if not read.continues:
             return torch.stack([self._alone(examples, c) for c in classes], 1)
-        options = [[self.tokens.answer(self.labels[c], e["blank"]) for c in classes] for e in examples]
+        options = [[self.tokens.answer(self.labels[c], e["blank"], e["turn"]) for c in classes] for e in examples]
         longest = max(len(answer) for row in options for answer in row)
         padded = torch.tensor([[[*a, *[IGNORED] * (longest - len(a))] for a in row] for row in options])
         return read.log_likelihoods(padded.to(read.next.device), rows=2 * len(examples))
 
     def _alone(self, examples: Examples, c: int) -> Tensor:
-        answers = [self.tokens.answer(self.labels[c], e["blank"]) for e in examples]
+        answers = [self.tokens.answer(self.labels[c], e["blank"], e["turn"]) for e in examples]
         return super().read([{**e, "answer": a} for e, a in zip(examples, answers, strict=True)])[:, 0]
 
     @torch.inference_mode()
@@ -241,8 +245,9 @@ class LanguageBackbone(Backbone):
             return [text for batch in batches for text in self._answers(batch)]
 
     def _answers(self, examples: Examples) -> list[str]:
-        end, pad = self.tokens.end, self.tokens.pad
-        tokens = generate(self.model, self._inputs(examples), self.start, end, pad, self.longest)
+        tokens = scoring.generate(
+            self.model, self._inputs(examples), self.start, self.ends, self.tokens.pad, self.longest
+        )
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
     def _inputs(self, examples: Examples) -> dict[str, Tensor]:
@@ -264,31 +269,14 @@ class LanguageBackbone(Backbone):
         return self._read_all(examples, batch_size, advance, self._mean_state, self.pooled_width)
 
     def _mean_state(self, examples: Examples) -> Tensor:
-        inputs = self._inputs(examples)
-        mask = inputs["attention_mask"]
-        if self.start is None:
-            extra = {**positions(self.model, inputs), **last_logits(self.model, 1)}
-            hidden = self.model(**inputs, **extra, use_cache=False, output_hidden_states=True).hidden_states[-1]
-        else:
-            first = torch.full((len(mask), 1), self.start, device=mask.device)
-            hidden = self.model(**inputs, decoder_input_ids=first, use_cache=False).encoder_last_hidden_state
-        hidden = hidden[:, -mask.shape[1] :]  # without virtual tokens in front
-        return pool(BaseModelOutput(last_hidden_state=hidden), mask, "mean")
+        return scoring.mean_state(self.model, self._inputs(examples), self.start)
 
     def halves(self, texts: Sequence[str]) -> Examples:
         """Texts as examples: the first half of the words is the prompt, and up to 50 tokens of the rest the answer,
         without an end. None at all where the model has no room for them."""
         limit = self._positions
         room = self.room if limit is None else min(self.room, limit - LONGEST)
-        if room < 1:
-            return []
-        words = [text.split(" ") for text in texts]
-        prompts = self.tokens.prompts([" ".join(w[: len(w) // 2]) for w in words], room)
-        rest = [self.tokens.answer(" ".join(w[len(w) // 2 :]))[:-1] for w in words]
-        return [
-            {"input_ids": prompt, "answer": tokens[:LONGEST], "label": 0}
-            for (prompt, _), tokens in zip(prompts, rest, strict=True)
-        ]
+        return self.tokens.halves(texts, room, LONGEST) if room >= 1 else []
 
     # ---- what others ask ----
 
@@ -306,9 +294,3 @@ class LanguageBackbone(Backbone):
         C = len(self.labels)
         both = (new[:1, :C] > -torch.inf) & (old[:1, :C] > -torch.inf)
         return relative_change(new[:, :C][:, both[0]], old[:, :C][:, both[0]])
-
-
-def _pad(sequences: list[list[int]], value: int, left: bool) -> Tensor:
-    longest = max(map(len, sequences))
-    blanks = [[value] * (longest - len(s)) for s in sequences]
-    return torch.tensor([[*b, *s] if left else [*s, *b] for s, b in zip(sequences, blanks, strict=True)])

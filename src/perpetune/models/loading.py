@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,10 @@ from torch import nn
 from ..core.errors import ConfigError, ModelError, first_line
 from ..streams.task import Modality
 from .backbone import Backbone, Pooling
+from .classifier import classifier_labels, load_classifier
 from .dual_encoder import DualBackbone, is_dual
 from .language_model import LanguageBackbone
+from .tokenizer_check import check_causal, check_vocabulary, embedding_rows, longest_text, settle_padding
 from .vision_language_model import PicturedBackbone, reads_images
 
 
@@ -62,14 +65,14 @@ def load_backbone(
         ModelError: it cannot be loaded, or does not read this modality.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     source, trust = str(name), trust_remote_code
     auto = AutoTokenizer if modality == "text" else AutoImageProcessor
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-            model = _load_model(AutoModel, source, config, pooling, trust)
+            model, lacking = _load_model(_encoder(config, source), source, config, pooling, trust)
             processor = auto.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         kind = "tokenizer" if modality == "text" else "image processor"
@@ -86,12 +89,16 @@ def load_backbone(
         return load_dual(model, processor, source, max_length, pooling=pooling, trust_remote_code=trust)
     if not hasattr(config, "hidden_size"):
         raise ModelError(f"`{name}` ({config.model_type}) has no single hidden size: it is not a plain encoder")
+    if pooling == "pooler" and any("pooler" in key for key in lacking):
+        raise ModelError(
+            f"the weights of `{name}` hold no pooler, and one with random weights would say little: choose pooling "
+            "mean, cls or last"
+        )
     if modality == "text":
-        limit = min(getattr(processor, "model_max_length", 256), getattr(config, "max_position_embeddings", 256))
+        limit = min(getattr(processor, "model_max_length", 256), longest_text(model, config) or 256)
         max_length = min(max_length or 256, limit)
-        if processor.pad_token is None:
-            processor.pad_token = processor.eos_token
-    return Backbone(
+        check_vocabulary(processor, embedding_rows(model), str(name))
+    backbone = Backbone(
         model,
         processor,
         modality=modality,
@@ -99,6 +106,31 @@ def load_backbone(
         max_length=max_length or 0,
         name=str(name),
     )
+    if modality == "text":
+        settle_padding(backbone)
+    backbone.left_out = classifier_labels(config)
+    backbone.classifier = partial(load_classifier, backbone, source, trust)
+    return backbone
+
+
+def _encoder(config: Any, source: str) -> Any:
+    """The class that loads what reads inputs: of T5 and its like the encoder alone.
+
+    Raises:
+        ModelError: an encoder-decoder model whose encoder transformers does not load by itself.
+    """
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    known: Any = MODEL_FOR_TEXT_ENCODING_MAPPING
+    if type(config) in known and known[type(config)].__name__.endswith("EncoderModel"):
+        return AutoModelForTextEncoding
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"`{source}` ({config.model_type}) is an encoder and a decoder, which answer prompts together: pose the "
+            "texts as instructions (--pose instruction), or give an encoder"
+        )
+    return AutoModel
 
 
 def load_dual(
@@ -129,6 +161,7 @@ def load_dual(
             f"`{source}` is a dual encoder without a tokenizer: put its files beside config.json, for the label texts "
             "are read with it"
         )
+    check_vocabulary(tokenizer, embedding_rows(model), source)
     return DualBackbone(model, processor, tokenizer, max_length=max_length, name=source)
 
 
@@ -180,10 +213,15 @@ def load_language_model(
             "give one with a language modelling head, or a stream of `text` and `label` for an encoder"
         )
     reader = getattr(config, "encoder", config)  # a model made of an encoder and a decoder has a configuration for each
-    limit = getattr(reader.get_text_config(), "max_position_embeddings", None)
+    part = model.get_encoder() if config.is_encoder_decoder else model
+    limit = longest_text(part, reader.get_text_config())
     longest = min(max_length or 512, limit or max_length or 512)
+    check_vocabulary(getattr(processor, "tokenizer", processor), embedding_rows(model), str(name))
     kind = PicturedBackbone if pictures else LanguageBackbone
-    return kind(model, processor, max_length=longest, name=str(name))
+    backbone = kind(model, processor, max_length=longest, name=str(name))
+    if kind is LanguageBackbone and backbone.start is None:
+        check_causal(backbone)
+    return backbone
 
 
 def choose_pooling(source: str, model: nn.Module, modality: str) -> Pooling:
@@ -195,7 +233,7 @@ def choose_pooling(source: str, model: nn.Module, modality: str) -> Pooling:
     }
     saved = cached_file(source, "config.json", subfolder="1_Pooling", **missing)  # as sentence-transformers writes it
     if saved is not None:
-        modes = json.loads(Path(saved).read_text())
+        modes = json.loads(Path(saved).read_text(encoding="utf-8"))
         chosen: dict[str, Pooling] = {"cls_token": "cls", "lasttoken": "last", "mean_tokens": "mean"}
         for mode, pooling in chosen.items():
             if modes.get(f"pooling_mode_{mode}"):
@@ -208,15 +246,21 @@ def choose_pooling(source: str, model: nn.Module, modality: str) -> Pooling:
     return "last" if causal or getattr(config, "is_decoder", False) else "mean"
 
 
-def _load_model(auto: Any, source: str, config: Any, pooling: Pooling | None, trust: bool) -> nn.Module:
+def _load_model(
+    auto: Any, source: str, config: Any, pooling: Pooling | None, trust: bool
+) -> tuple[nn.Module, Collection[str]]:
+    """The model, and which of its weights were not stored."""
     kwargs: dict[str, Any] = {"config": config, "trust_remote_code": trust, "dtype": torch.float32}
+    kwargs["output_loading_info"] = True
     if pooling != "pooler":
         # an unused pooler is often randomly initialised, gets no gradient, and is hit by `all-linear`
         try:
-            return auto.from_pretrained(source, add_pooling_layer=False, **kwargs)
+            model, info = auto.from_pretrained(source, add_pooling_layer=False, **kwargs)
+            return model, info["missing_keys"]
         except TypeError:
             pass  # this architecture has no such switch, so it is loaded as it is
-    return auto.from_pretrained(source, **kwargs)
+    model, info = auto.from_pretrained(source, **kwargs)
+    return model, info["missing_keys"]
 
 
 @contextlib.contextmanager

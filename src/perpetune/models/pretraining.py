@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..streams.pictures import eight_bits
+
 if TYPE_CHECKING:
     from transformers import ViTModel
 
@@ -92,7 +94,7 @@ class PretrainedViT:
             if shown:
                 logging.enable_progress_bar()
         facts = {**self.facts, "settings": asdict(self.settings), "versions": versions()}
-        (folder / "pretraining.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        (folder / "pretraining.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -205,7 +207,7 @@ def augment(x: Tensor, y: Tensor, settings: Pretraining, draw: torch.Generator) 
 
 def prepare(processor: Any, images: Sequence[Image.Image]) -> Tensor:
     """Pixel values (N x 3 x H x H) as the saved processor gives them."""
-    return processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values.float()
+    return processor(images=[eight_bits(image) for image in images], return_tensors="pt").pixel_values.float()
 
 
 def _fit_processor(images: Sequence[Image.Image], image_size: int) -> Any:

@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..core.errors import ModelError
 from ..streams.passage import BEGIN, mark, unmark
 
@@ -15,7 +18,8 @@ class PromptTokenizer:
 
     A prompt that is too long loses tokens from the middle of its passage, so that what stands before and after it
     survives, and a question at either end of the passage, too. Without a marked passage all of a prompt is its passage;
-    of a conversation, the longest message is. Answers are never cut, and end with the end-of-sequence token.
+    of a conversation, the longest message is. Answers are never cut. They end with the end-of-sequence token, and in a
+    conversation with the token that the chat template writes after the assistant's turn, where it writes one.
 
     Args:
         tokenizer: of transformers, a fast one.
@@ -38,7 +42,27 @@ class PromptTokenizer:
             raise ModelError("the tokenizer has no end-of-sequence token, with which an answer ends: set eos_token")
         self.end = int(ends)
         self.pad = self.end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self.turn_end = self._end_of_turn()
         self._answers: dict[tuple[str, bool], tuple[int, ...]] = {}
+
+    def _end_of_turn(self) -> int:
+        """The first special token that the chat template writes behind the assistant's words (`<|im_end|>`)."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return self.end
+        said = "perpetune"
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+        try:
+            written = self.tokenizer.apply_chat_template(talk, tokenize=False)
+        except Exception:  # templates are programs of others, and one that refuses this may write the stream's own
+            return self.end
+        after = written.rpartition(said)[2]
+        special = {*self.tokenizer.all_special_ids, *(i for i, t in self._added.items() if t.special)}
+        tokens = self.tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]
+        return next((token for token in tokens if token in special), self.end)
+
+    @property
+    def _added(self) -> dict[int, Any]:
+        return getattr(self.tokenizer, "added_tokens_decoder", {})
 
     def prompts(self, texts: Sequence[str], room: int, special: bool = True) -> list[tuple[list[int], bool]]:
         """The tokens of each prompt, at most `room`, and whether it ends with a blank.
@@ -76,7 +100,8 @@ class PromptTokenizer:
                     f"a prompt has {len(tokens) - len(passage)} tokens outside of its passage, and there is room for "
                     f"{room}: set max_length higher, or shorten the instruction (`{text[:40]}…`)"
                 )
-            out.append(([token for i, (token, _, _) in enumerate(tokens) if i not in lost], text[-1:].isspace()))
+            kept = [token for i, (token, _, _) in enumerate(tokens) if i not in lost]
+            out.append((kept or [self._nothing], text[-1:].isspace()))
         return out
 
     def conversations(self, conversations: Sequence[Any], room: int) -> list[tuple[list[int], bool]]:
@@ -99,11 +124,17 @@ class PromptTokenizer:
         except Exception as error:  # templates are programs of others, and raise what they like
             raise ModelError(f"the tokenizer's chat template refuses a conversation: {error}") from error
 
-    def answer(self, text: str, after_blank: bool = False) -> tuple[int, ...]:
-        """The tokens of an answer with the end-of-sequence token.
+    @property
+    def _nothing(self) -> int:
+        """Stands for an empty prompt, of which a model could say nothing: the beginning of a text."""
+        return self.end if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
+
+    def answer(self, text: str, after_blank: bool = False, turn: bool = False) -> tuple[int, ...]:
+        """The tokens of an answer with its end.
 
         Args:
             after_blank: whether the prompt ends with a blank; of no matter where the answer has a sequence of its own.
+            turn: whether it answers a conversation.
         """
         key = text, after_blank or not self.decoder
         if key not in self._answers:
@@ -112,8 +143,19 @@ class PromptTokenizer:
             whole = before + ("" if key[1] else " ") + text
             encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            self._answers[key] = (*(token for token, (_, to) in pairs if to > len(before)), self.end)
-        return self._answers[key]
+            self._answers[key] = tuple(token for token, (_, to) in pairs if to > len(before))
+        return (*self._answers[key], self.turn_end if turn else self.end)
+
+    def halves(self, texts: Sequence[str], room: int, longest: int) -> list[dict[str, Any]]:
+        """Of each text the first half of its words as the prompt, and up to `longest` tokens of the rest as the answer,
+        without an end."""
+        words = [text.split(" ") for text in texts]
+        prompts = self.prompts([" ".join(w[: len(w) // 2]) for w in words], room)
+        rest = [self.answer(" ".join(w[len(w) // 2 :]))[:-1] for w in words]
+        return [
+            {"input_ids": prompt, "answer": tokens[:longest], "label": 0}
+            for (prompt, _), tokens in zip(prompts, rest, strict=True)
+        ]
 
 
 def _middle(passage: list[int], count: int) -> set[int] | None:
@@ -124,3 +166,10 @@ def _middle(passage: list[int], count: int) -> set[int] | None:
         return None
     first = (len(passage) - count) // 2
     return set(passage[first : first + count])
+
+
+def pad_rows(sequences: list[list[int]], value: int, left: bool) -> Tensor:
+    """Sequences of any lengths as rows (N x longest)."""
+    longest = max(map(len, sequences))
+    blanks = [[value] * (longest - len(s)) for s in sequences]
+    return torch.tensor([[*b, *s] if left else [*s, *b] for s, b in zip(sequences, blanks, strict=True)])

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from ..core.errors import ModelError
 from ..streams.passage import unmark
+from ..streams.pictures import eight_bits
 from .answer_scoring import LONGEST, Read
 from .backbone import Examples
 from .language_model import LanguageBackbone
@@ -107,7 +108,7 @@ class PicturedBackbone(LanguageBackbone):
         if self._token is None or not hasattr(self.processor, "image_processor"):
             raise ModelError(f"{kind} of `{self.name}` has no token that stands for an image: use a model like LLaVA")
         given = self.processor(
-            images=[image.convert("RGB")], text=[self._token], add_special_tokens=False, return_tensors="pt"
+            images=[eight_bits(image)], text=[self._token], add_special_tokens=False, return_tensors="pt"
         )
         strange = sorted(given.keys() - KNOWN - TOKENS)
         if strange:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..core.errors import ConfigError, RunError, nearest
+from ..core.measurement import broken_promise
 from ..learning.language_losses import LOSS
 from ..metrics.accuracy import RIGHT, measured_mean
 from ..runs.result import BEFORE, Result
@@ -96,7 +97,7 @@ def judge(
             f"{result.path} did not measure the loss on the responses of every earlier task, both when it was learned "
             "and now, as runs of a language model do that is one for all tasks: leave out --max-loss-increase"
         )
-    broken = [g for g in newest["guarantees"] if g["holds"] is False]
+    broken = [g for g in result.guarantees if g["holds"] is False]  # what broke once is not mended by another task
     verdict = Verdict(
         task,
         head,
@@ -107,7 +108,7 @@ def judge(
         tuple(tasks),
         tuple(c for c in classes[:MOST_CLASSES] if c.drop > 0),
         losses,
-        tuple(f"{g['source']}, {g['name']}: {_figure(g['value'])}, promised {_figure(g['bound'])}" for g in broken),
+        tuple(broken_promise(g, newest["task"]) for g in broken),
         (),
         measured_mean([c.accuracy for c in own]),
         tuple(str(c.label) for c in own if c.accuracy == 0),
@@ -173,10 +174,6 @@ def _losses(result: Result, tasks: list[str]) -> tuple[Loss, ...]:
         if task in now and any(task in losses for losses in before)
     ]
     return tuple(sorted(found, key=lambda loss: (-loss.rise, loss.name)))
-
-
-def _figure(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.2g}"
 
 
 def _reading(result: Result, head: str | None, scenario: str | None) -> tuple[str, str]:

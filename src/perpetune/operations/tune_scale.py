@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..consolidation import SparseSum
+from ..consolidation import DeltaMerge
 from ..core.errors import ConfigError
 from ..core.progress import Progress
 from ..heads import make_head
@@ -41,7 +41,7 @@ def accuracy_by_scale(
     validation data.
 
     Args:
-        path: a run with `SparseSum`, each delta made from the base (`sequential` is False).
+        path: a run with `DeltaMerge`, each delta made from the base (`sequential` is False).
         stream: its stream, measured on validation data that the deltas were not made with (`validation_share`).
         values: the scales to try, instead of the consolidation's own.
         head: one that gathers statistics, "ncm" (the default) or "ridge"; of a language model its own, "language",
@@ -59,12 +59,12 @@ def accuracy_by_scale(
         raise ConfigError(f"scales are numbers, not {bad or 'none'}")
     learner = Learner.open(path, model=model)
     consolidation = learner.recipe.consolidation
-    if not isinstance(consolidation, SparseSum) or consolidation.sequential:
+    if not isinstance(consolidation, DeltaMerge) or consolidation.sequential:
         raise ConfigError(
             f"recipe `{learner.recipe.name}` sums no independent deltas: take `sotu` or `task_arithmetic`"
         )
     backbone, fresh = learner.fresh()
-    assert isinstance(fresh, SparseSum)
+    assert isinstance(fresh, DeltaMerge)
     speaks = "answers" in backbone.offers
     reader = make_head(head or usual_head(stream))
     if speaks and reader.name != "language":

@@ -62,7 +62,7 @@ class Verdict:
         reference, against: what the newest must beat, and what that is.
         tasks: every other task, the one that lost most first. classes: the worst, as far as they lost.
         losses: of every other task, where they were measured, the one that rose most first.
-        broken: promises of the newest commit that were not kept. failures: why the gate is closed; none opens it.
+        broken: promises of the run that were not kept. failures: why the gate is closed; none opens it.
     """
 
     task: str

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ..consolidation import Continue, Merge
-from ..rules import SubspaceProjection
-from ..tuners import KEY_VALUE_FFN, QUERY_VALUE, AllWeights
+from ..rules import InfLoRA, SubspaceProjection
+from ..tuners import KEY_VALUE, KEY_VALUE_FFN, QUERY_VALUE, AllWeights
 from .lora_family import LORA_TRAINING, lora_config
 from .recipe import Recipe
 
@@ -63,6 +63,26 @@ def pegp_lora_fresh(
     """
     config = lora_config(rank, alpha, target, 0.0)
     return Recipe(config, [SubspaceProjection(energy, branch="fresh")], Merge(), training=LORA_TRAINING)
+
+
+def inflora(
+    rank: int = 10,
+    alpha: float | None = None,
+    target: Targets = KEY_VALUE,
+    first: float = 0.95,
+    last: float = 1.0,
+    sessions: int = 10,
+) -> Recipe:
+    """InfLoRA: A of a fresh LoRA designed from the task's inputs outside of old ones, and frozen; B trained; merged.
+
+    Liang and Li, InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning, 2404.00228 (CVPR 2024).
+    Published for ViT-B/16: keys and values, r = 10, s = 1 (`alpha` defaults to rank), Adam 5e-4 without decay, DualGPM
+    from 0.95 (CIFAR-100) or 0.98 (ImageNet-R) to 1 over `sessions` tasks, a head for each task's classes. The shares
+    here are of sigma^2, as in the paper; its code takes those of sigma^4, of which 0.95 protects much less.
+    """
+    config = lora_config(rank, alpha if alpha is not None else rank, target, 0.0)
+    training = {**LORA_TRAINING, "weight_decay": 0.0}
+    return Recipe(config, [InfLoRA(first, last, sessions)], Merge(), training=training)
 
 
 def pegp_prompt(tokens: int = 8, energy: float = 0.99) -> Recipe:

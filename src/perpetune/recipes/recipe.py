@@ -11,12 +11,16 @@ from ..consolidation import CONSOLIDATIONS, Consolidation, Continue
 from ..core.errors import ConfigError, nearest
 from ..core.plugins import with_installed
 from ..core.validation import call_checked, number
+from ..deltas.combination import Combination
+from ..deltas.keep import Keep
 from ..heads import Head, LinearHead, make_head
 from ..routers import Router
 from ..rules import RULES, Rule
 from ..tuners import OWN_CONFIGS, TUNERS, NoNetwork, PeftTuner, Tuner, as_tuner
 from ..tuners.peft_tuner import peft_dict
 from .user_pieces import RESERVED, below, check_fields, check_head, imported, named
+
+INNER = {"router": Router, "keep": Keep, "combine": Combination}  # settings of a piece that are pieces themselves
 
 
 class Recipe:
@@ -135,7 +139,7 @@ class Recipe:
 
 def _fields(piece: Any) -> dict[str, Any]:
     values = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece) if f.init}
-    inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router
+    inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router, a hook
     return {**named(piece), **inner}
 
 
@@ -195,7 +199,7 @@ def _make(data: Any, known: dict[str, Any], base: type, slot: str) -> Any:
     target = imported(lambda: below(base), kind, data["module"]) if own else with_installed(known, kind, base).get(kind)
     if target is None:
         raise ConfigError(f"no {slot} is called `{kind}`: {nearest(kind, known)}")
-    settings = {k: _make(v, {}, Router, "router") if _own(v) else v for k, v in _settings(data).items()}
+    settings = {k: _make(v, {}, INNER[k], k) if k in INNER and _own(v) else v for k, v in _settings(data).items()}
     accepted = list(inspect.signature(target).parameters)
     for key in settings:
         if key not in accepted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Attached, Rule, TaskContext, attach
 from .fixed_mask import FixedMask
+from .inflora import InfLoRA
 from .lora_sites import LoraPair, lora_pairs
 from .orthogonal import OrthogonalToPast
 from .product_l1 import FactorL1, ProductL1, ReleasedProductL1
@@ -22,6 +23,7 @@ RULES: dict[str, type[Rule]] = {
     "fixed_mask": FixedMask,
     "rotation_ball": RotationBall,
     "soft_orthogonal": SoftOrthogonal,
+    "inflora": InfLoRA,
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Attached",
     "FactorL1",
     "FixedMask",
+    "InfLoRA",
     "LoraPair",
     "OrthogonalToPast",
     "ProductL1",

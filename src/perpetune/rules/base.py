@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import RuleError
 from ..core.measurement import Measurement
+from ..tuners.peft_tuner import changes_base
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -44,6 +46,8 @@ class Rule:
     `on_gradient` runs before every optimizer step and edits `.grad` in place; `on_update(before)` runs after it, with
     the values that the parameters listed by `watches()` had before the step.
     """
+
+    keeps_outputs: ClassVar[bool] = False  # it promises that what W computes of old inputs stays
 
     @property
     def needs_branch(self) -> Literal["kept", "fresh"] | None:
@@ -123,13 +127,15 @@ def attach(
         A handle whose `remove()` detaches the rules.
 
     Raises:
-        RuleError: a rule finds nothing to act on.
+        RuleError: a rule finds nothing to act on, or promises that old outputs stay while the adapter's initialisation
+            has changed the base.
 
     Example:
         >>> attached = pt.attach(model, optimizer, [pt.ProductL1(1e-5)])
         >>> ...                                       # any loop that calls optimizer.step()
         >>> attached.remove()
     """
+    _check_base_kept(model, rules)
     if begin:
         context = TaskContext(model, index, batches, losses)
         for rule in rules:
@@ -174,3 +180,14 @@ def attach(
     if watched:
         handles.append(inner.register_step_post_hook(post_step))
     return Attached(rules, handles)
+
+
+def _check_base_kept(model: nn.Module, rules: Sequence[Rule]) -> None:
+    keeping = [type(rule).__name__ for rule in rules if rule.keeps_outputs]
+    configs = [c for m in model.modules() for c in (getattr(m, "peft_config", None) or {}).values() if changes_base(c)]
+    if keeping and configs:
+        raise RuleError(
+            f"{keeping[0]} keeps what the base computes of old inputs, and init_lora_weights="
+            f"`{configs[0].init_lora_weights}` takes a part of the base away for every new adapter: make the adapter "
+            "with init_lora_weights=True"
+        )

@@ -82,6 +82,7 @@ class SubspaceProjection(Rule):
             without a memory, or with one of other layers. (From `end_task`) no batches, or layers that were not called.
     """
 
+    keeps_outputs = True
     energy: float = 0.99
     on: Literal["update", "gradient", "both"] = "update"
     branch: Literal["kept", "fresh"] = "kept"

@@ -30,7 +30,7 @@ class Commit:
     @classmethod
     def read(cls, path: Path) -> Commit:
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             manifest["files"], manifest["task"], manifest["index"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path / MANIFEST} is damaged: {mend(path)}") from error
@@ -72,7 +72,7 @@ class Commit:
         return datasets.Dataset(parquet.read_table(self._checked(name)))
 
     def json(self, name: str) -> Any:
-        return json.loads(self._checked(name).read_text())
+        return json.loads(self._checked(name).read_text(encoding="utf-8"))
 
 
 def active(commits: Sequence[Commit]) -> list[Commit]:

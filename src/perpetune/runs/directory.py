@@ -20,6 +20,7 @@ from ..core.errors import RunError
 from ..core.files import file_digest, plain, sync, write_file, write_text, writing
 from .commit import MANIFEST, Commit, mend
 from .config_check import check_same
+from .earlier import in_todays_words
 
 CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 
@@ -70,8 +71,9 @@ class Run:
                     raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
                 _write_config(path, config)
             journal = path / JOURNAL
+            # a crash cut the last line short: the next event starts a new one
             if journal.exists() and not journal.read_bytes().endswith(b"\n"):
-                with open(journal, "a") as file:  # a crash cut the last line short: the next event starts a new one
+                with open(journal, "a", encoding="utf-8") as file:
                     file.write("\n")
         return cls(path, lock)
 
@@ -94,7 +96,7 @@ class Run:
     def note(self, event: str, **facts: Any) -> None:
         """Append one line to the journal: what happened when. Clock times live here and nowhere else."""
         line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}, allow_nan=False)
-        with writing(self.path / JOURNAL), open(self.path / JOURNAL, "a") as journal:
+        with writing(self.path / JOURNAL), open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(line + "\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -148,7 +150,7 @@ def read_config(path: Path) -> dict[str, Any]:
         RunError: there is no run here, or its configuration cannot be read.
     """
     try:
-        config = yaml.safe_load((Path(path) / CONFIG).read_text())
+        config = yaml.safe_load((Path(path) / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -157,13 +159,13 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise RunError(f"{Path(path) / CONFIG} is empty or damaged: restore it from a copy")
-    return config
+    return in_todays_words(config)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """All events; a line cut short by a crash is passed over: what it spoke of was not committed, or comes again."""
     try:
-        lines = (Path(path) / JOURNAL).read_text().splitlines()
+        lines = (Path(path) / JOURNAL).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     events = []

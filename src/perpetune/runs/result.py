@@ -253,7 +253,12 @@ class Result:
             mean, pooled = 100 * routing.accuracy, 100 * routing.accuracy_micro
             lines.append(f"  sent to their own task: {mean:.1f} of 100 (each example alike {pooled:.1f}); {shares}")
         lines += [f"  taken out: {task}" for task in self.reverted]
-        lines += [self._promise(*key, found) for key, found in self._promises().items()]
+        promises = self._promises()
+        lines += [self._promise(*key, found) for key, found in promises.items()]
+        broken = [name for (_, name), found in promises.items() if not all(g["holds"] for g in found)]
+        if broken:
+            what = "; ".join(dict.fromkeys(broken))
+            lines.append(f"BROKEN PROMISE: {what}: do not use or export this model before you know why")
         return "\n".join(lines)
 
     def _promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:

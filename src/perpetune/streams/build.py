@@ -29,19 +29,22 @@ def build_task(
         StreamError: an empty split, a label that task.json or the training data lacks, a cap below the classes.
     """
     parts = dict(draft.splits)
-    for rows in parts.values():
-        _check_rows(rows, parts["train"], draft.labels)
+    lost = "train" in draft.gone
+    parts["train"].check_classes()
+    for split, rows in parts.items():
+        if split not in draft.gone:
+            _check_rows(rows, None if lost else parts["train"], draft.labels)
     train = parts["train"]
-    known = np.concatenate([rows.labels for rows in parts.values()]) if train.free_texts else train.labels
-    classes = in_order(known, draft.labels or (), train.order)
-    if validation_share and "validation" not in parts:
+    known = np.concatenate([rows.labels for rows in parts.values()]) if train.free_texts or lost else train.labels
+    classes = in_order(known, draft.labels or (), (parts["test"] if lost else train).order)
+    if validation_share and "validation" not in parts and not lost:
         train, validation = parts["train"].split_off(validation_share, seed, draft.name, "validation")
         if len(validation) == 0:
             raise StreamError(
                 f"validation_share {validation_share} of {train.place} ({len(train)} rows) leaves validation empty"
             )
         parts.update(train=train, validation=validation)
-    if train_limit is not None and train_limit < len(classes) and not train.free_texts:
+    if train_limit is not None and train_limit < len(classes) and not (train.free_texts or lost):
         raise StreamError(
             f"train_limit {train_limit} is below the {len(classes)} classes of task `{draft.name}`: "
             "some would have no training example"
@@ -64,7 +67,9 @@ def build_task(
         validation=finished.get("validation"),
         instruction=draft.instruction,
         training=draft.training,
+        metric=draft.metric,
         captions=train.captions,
+        gone=draft.gone,
     )
 
 
@@ -79,15 +84,16 @@ def _check_captions(data: Dataset, place: str) -> None:
         )
 
 
-def _check_rows(rows: Rows, train: Rows, allowed: Sequence[str] | None) -> None:
+def _check_rows(rows: Rows, train: Rows | None, allowed: Sequence[str] | None) -> None:
     if len(rows) == 0:
         raise StreamError(f"{rows.place} is empty")
     strange = sorted(set(rows.labels) - set(rows.labels if allowed is None else allowed))
     if strange:
         raise StreamError(
             f"label `{strange[0]}` in {rows.place} is not among the labels of its task.json: {', '.join(allowed or ())}"
+            f"; it is in {rows.first(strange)}"
         )
-    if not rows.free_texts:
+    if train is not None and not rows.free_texts:
         check_labels(rows, train)
 
 
@@ -118,6 +124,7 @@ def choose_scenario(asked: Scenario | None, tasks: Sequence[Task], labels: Seque
     Raises:
         StreamError: "domain" is asked for and a task has a class that the first lacks.
     """
+    tasks = [task for task in tasks if "train" not in task.gone] or tasks  # the others have lost classes, perhaps
     first = tasks[0]
     if asked is None:
         same = all(set(task.classes) == set(first.classes) for task in tasks)

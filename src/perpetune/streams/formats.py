@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from ..core.errors import StreamError
 from .hashing import file_digest
+from .image_folders import read_images
+from .labels import label_text
+from .origin import Origin
+from .text_files import decoded, read_texts
 
 SPLITS = ("train", "test", "validation")
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 LAYOUT = (
     "a stream is a folder of task folders, each with train.* and test.* "
     "(.jsonl, .csv, .parquet, or image folders train/<label>/*.png)"
@@ -38,6 +41,7 @@ class Card:
     labels: tuple[str, ...] | None = None
     instruction: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = None
 
 
 def read_card(folder: Path) -> Card:
@@ -50,26 +54,26 @@ def read_card(folder: Path) -> Card:
     if not path.is_file():
         return Card()
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = json.loads(decoded(path))
     except (ValueError, OSError) as error:
         raise StreamError(f"cannot read {path}: {error}") from error
     if not isinstance(card, dict):
-        raise StreamError(f"{path} must hold one JSON object with name, labels, instruction and training")
+        raise StreamError(f"{path} must hold one JSON object with name, labels, instruction, training and metric")
     labels = card.get("labels")
     if labels is not None:
         if not isinstance(labels, list) or not labels:
             raise StreamError(f"`labels` in {path} must be a list of label texts, or left out")
-        labels = tuple(str(label) for label in labels)
+        labels = tuple(label if isinstance(label, str) else label_text(label) for label in labels)
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise StreamError(f"`labels` in {path} lists `{twice[0]}` twice")
-    for key in ("name", "instruction"):
+    for key in ("name", "instruction", "metric"):
         if not isinstance(card.get(key) or "", str):
             raise StreamError(f"`{key}` in {path} must be a text, or left out")
     training = card.get("training") or {}
     if not isinstance(training, dict):
         raise StreamError(f'`training` in {path} must hold settings, {{"num_train_epochs": 5}}, or be left out')
-    return Card(card.get("name") or None, labels, card.get("instruction") or None, training)
+    return Card(card.get("name") or None, labels, card.get("instruction") or None, training, card.get("metric") or None)
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
@@ -82,8 +86,8 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     for split in SPLITS:
         by_kind: dict[str, list[Path]] = {}
         for path in sorted([*folder.glob(f"{split}.*"), *folder.glob(f"{split}-*.*")]):
-            if path.suffix in BUILDERS and path.is_file():
-                by_kind.setdefault(path.suffix, []).append(path)
+            if path.suffix.lower() in FORMATS and path.is_file():
+                by_kind.setdefault(path.suffix.lower(), []).append(path)
         if (folder / split).is_dir():
             by_kind["folder"] = [folder / split]
         if len(by_kind) > 1:
@@ -110,9 +114,15 @@ def _quietly() -> Iterator[None]:
 
 
 def read_files(paths: list[Path], place: str) -> datasets.Dataset:
-    """Read the files (or the image folder) of one split with the builders of `datasets`.
+    """The rows of one split alone; see `read_split`."""
+    return read_split(paths, place)[0]
 
-    Converted files lie in the cache of `datasets` under the hash of their content, so what is read is what is on disk.
+
+def read_split(paths: list[Path], place: str) -> tuple[datasets.Dataset, Origin]:
+    """Read the files (or the image folder) of one split.
+
+    CSV and JSON are held in memory. Converted Parquet files lie in the cache of `datasets` under the hash of their
+    content, so what is read is what is on disk.
 
     Args:
         paths: files of one format, or one folder of images.
@@ -121,28 +131,16 @@ def read_files(paths: list[Path], place: str) -> datasets.Dataset:
     Raises:
         StreamError: a file is empty, truncated or malformed, or the cache cannot be written.
     """
-    options: dict[str, object] = {}
-    cache = None
     try:
         if paths[0].is_dir():
-            builder, pattern = "imagefolder", [glob.escape(str(paths[0])) + "/**"]
-            if not any(paths[0].glob("metadata.*")):
-                options["drop_labels"] = False
-            if not any(path.is_file() for path in paths[0].rglob("*")):
-                raise StreamError(f"{place} is empty: {paths[0]}")
+            return read_images(paths[0], place)
+        if paths[0].suffix.lower() != ".parquet":
+            data, origin = read_texts(paths, place)
         else:
-            filled = [path for path in paths if not _is_empty(path)]
-            if not filled:
-                raise StreamError(f"{place} is empty: {paths[0]}")
-            paths = filled
-            builder, pattern = BUILDERS[paths[0].suffix], [glob.escape(str(path)) for path in paths]
-            cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "perpetune" / file_digest(paths)[:32])
-        if builder == "csv":
-            options.update(_csv_options(paths[0]))
-        with _quietly():
-            return datasets.load_dataset(
-                builder, data_files={"train": pattern}, split="train", cache_dir=cache, **options
-            )
+            data, origin = _read_parquet(paths, place)
+        if not len(data):
+            raise StreamError(f"{place} is empty: {paths[0]}")
+        return data, origin
     except _UNREADABLE as error:
         cause = _root(error)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
@@ -150,20 +148,18 @@ def read_files(paths: list[Path], place: str) -> datasets.Dataset:
         raise StreamError(f"cannot read {place}, {paths[0]} is truncated or malformed: {_line(cause)}") from error
 
 
-def _is_empty(path: Path) -> bool:
-    """Whether a file has no row; the builders of `datasets` stumble over some of these."""
-    if path.stat().st_size == 0:
-        return True
-    if path.suffix == ".parquet":
-        return pq.read_metadata(path).num_rows == 0
-    return path.suffix == ".csv" and pd.read_csv(path, nrows=1).empty
-
-
-def _csv_options(path: Path) -> dict[str, object]:
-    """Everything is text as written ("007", "None", "NA" included), an empty cell is null."""
-    names = pd.read_csv(path, nrows=0).columns
-    features = datasets.Features({str(name): datasets.Value("string") for name in names})
-    return {"features": features, "keep_default_na": False, "na_values": [""]}
+def _read_parquet(paths: list[Path], place: str) -> tuple[datasets.Dataset, Origin]:
+    counts = {path: pq.read_metadata(path).num_rows if path.stat().st_size else 0 for path in paths}
+    filled = [path for path in paths if counts[path]]  # the builder of `datasets` stumbles over empty ones
+    if not filled:
+        return datasets.Dataset.from_dict({}), Origin(place)
+    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "perpetune" / file_digest(filled)[:32])
+    pattern = [glob.escape(str(path)) for path in filled]
+    with _quietly():
+        data = datasets.load_dataset("parquet", data_files={"train": pattern}, split="train", cache_dir=cache)
+    for column in data.data.table.columns:
+        column.validate(full=True)  # texts that other programs wrote need not be UTF-8
+    return data, Origin(place, tuple((path, counts[path]) for path in filled))
 
 
 def read_hub(source: str, test: str = "test") -> dict[str, datasets.Dataset]:

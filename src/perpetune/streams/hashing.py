@@ -4,22 +4,21 @@ tell whether it still has the same data; of files, so that a changed file is nev
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Image
-from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 
 from ..core.errors import StreamError
+from .origin import Origin
+from .pictures import check
 from .task import Task
 
 _BATCH = 1024  # rows held in memory at a time
 
 
-def sample_ids(data: Dataset, index: np.ndarray, place: str) -> list[str]:
+def sample_ids(data: Dataset, index: np.ndarray, place: str | Origin) -> list[str]:
     """sha1 of each chosen row's inputs, without its label: texts as UTF-8, images as they are encoded.
 
     Each input is preceded by its length, so that ("ab", "c") and ("a", "bc") differ. Equal inputs have equal ids even
@@ -31,8 +30,9 @@ def sample_ids(data: Dataset, index: np.ndarray, place: str) -> list[str]:
         place: where the rows come from, for messages.
 
     Raises:
-        StreamError: an image is missing or cannot be opened.
+        StreamError: an image is missing, broken or cut short.
     """
+    origin = Origin.of(place)
     arrow = data.with_format("arrow")
     ids = []
     for start in range(0, len(index), _BATCH):
@@ -41,7 +41,7 @@ def sample_ids(data: Dataset, index: np.ndarray, place: str) -> list[str]:
         for name, feature in data.features.items():
             values = arrow[rows].column(name).to_pylist()
             if isinstance(feature, Image):
-                columns.append([_image_bytes(v, place, int(r)) for v, r in zip(values, rows, strict=True)])
+                columns.append([_image_bytes(v, origin, int(r)) for v, r in zip(values, rows, strict=True)])
             else:
                 columns.append([v.encode("utf-8", "surrogatepass") for v in values])
         for inputs in zip(*columns, strict=True):
@@ -53,25 +53,27 @@ def sample_ids(data: Dataset, index: np.ndarray, place: str) -> list[str]:
     return ids
 
 
-def _image_bytes(value: dict | None, place: str, row: int) -> bytes:
-    """The encoded image of one row, opened (header only) to see that it is one."""
+def _image_bytes(value: dict | None, origin: Origin, row: int) -> bytes:
+    """The encoded image of one row, decoded to see that all of it is there."""
     if value is None:
-        raise StreamError(f"row {row} of {place} has no image: remove it")
+        raise origin.refusal(row, " has no image: remove it")
     try:
-        encoded = value["bytes"] or Path(value["path"]).read_bytes()
-        PILImage.open(io.BytesIO(encoded)).close()
-    except (TypeError, OSError, UnidentifiedImageError, PILImage.DecompressionBombError) as error:
-        raise StreamError(f"row {row} of {place} holds no readable image ({error}): mend or remove it") from error
+        encoded: bytes = value["bytes"] or Path(value["path"] or "").read_bytes()
+        check(encoded)
+    except (OSError, StreamError) as error:
+        raise origin.refusal(row, f" holds no readable image ({error}): mend or remove it") from error
     return encoded
 
 
 def fingerprint(task: Task) -> str:
-    """sha256 over the ordered ids and labels of each split: the same if and only if a run would see the same data."""
+    """sha256 over the ordered ids and labels of each split (of free texts, the responses): the same if and only if a
+    run would see the same data."""
     digest = hashlib.sha256()
     for split in ("train", "test", "validation"):
         data = getattr(task, split)
         if data is not None:
-            rows = "".join(f"{i} {label}\n" for i, label in zip(data["id"][:], data["label"][:], strict=True))
+            kinds = data["response"][:] if "response" in data.column_names else data["label"][:]
+            rows = "".join(f"{i} {kind}\n" for i, kind in zip(data["id"][:], kinds, strict=True))
             digest.update(f"{split} {len(data)}\n{rows}".encode())
     return digest.hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from .benchmarks import BENCHMARKS
 from .build import build_task, choose_scenario, same_inputs
 from .builtin import BUILTINS
 from .folder import choose, read_folder, task_folders
-from .formats import BUILDERS, read_files, read_hub, split_files
+from .formats import FORMATS, read_hub, read_split, split_files
+from .free_texts import as_free_texts, metrics_of
+from .origin import Origin
 from .prompting import Template
 from .prompting import pose as posed
-from .relabel import relabelled
+from .relabel import in_one_form, relabelled, warn_of_drafts
 from .sampling import shuffled
 from .splitting import divide, slug
 from .task import Scenario, Stream
@@ -44,6 +46,8 @@ def load_stream(
     relabel: Mapping[str, str | None] | None = None,
     pose: Template | None = None,
     training: Mapping[str, Mapping[str, Any]] | None = None,
+    metric: str | Mapping[str, str] | None = None,
+    learned: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> Stream:
     """Load tasks, and check once everything that the rest of the library takes for granted.
@@ -61,7 +65,7 @@ def load_stream(
         scenario: "class", "domain" or "task"; by default "domain" if there are several tasks and all have the same
             labels, else "class".
         tasks: which tasks, in which order: `Task.name`, folder names or the names in task.json, in any case. By default
-            all, folders in sorted order.
+            all, folders in natural order (week-2 before week-10).
         name: of the stream; by default from the source.
         split_by: "class" for tasks of new classes, or a column whose every value becomes a task.
         classes_per_task: for `split_by="class"`, and for benchmarks that are divided by class, instead of the published
@@ -82,6 +86,10 @@ def load_stream(
             share their classes; rows of a label that becomes None are left out.
         training: settings of single tasks, {"news": {"num_train_epochs": 5}}: over those of their task.json, and over
             those of the run.
+        metric: of tasks whose responses are free texts, how generated answers are scored (see `metrics.text`): one for
+            all, or {"faq": "rouge_l"}; over that of their task.json. Such tasks have no classes.
+        learned: tasks of a folder that a run has learned, whose data may have been deleted since: what is missing is
+            empty, and named in `Task.gone`.
         trust_remote_code: must be False: data sets that come with code are not supported.
 
     Returns:
@@ -98,6 +106,7 @@ def load_stream(
         if given[option] == default:
             del given[option]
     _check(scenario, tasks, classes_per_task, test_share, train_limit, test_limit, validation_share, trust_remote_code)
+    given.pop("learned", None)  # of a run, not of the stream
     text = os.fspath(source)
     path = Path(text).expanduser()
     benchmark = BENCHMARKS.get(text)
@@ -106,7 +115,7 @@ def load_stream(
     own = benchmark.options if benchmark is not None else {}
     own = {option: value for option, value in own.items() if option not in given and value != defaults[option]}
     if own:
-        return load_stream(**given, **own)
+        return load_stream(**given, **own, learned=learned)
     local = text not in BUILTINS and benchmark is None and path.exists()
     split_by = BUILTINS[text].split_by if text in BUILTINS and split_by is None else split_by
     if benchmark is not None:
@@ -114,9 +123,9 @@ def load_stream(
     elif split_by is None:
         if not path.is_dir():
             raise _no_source(path, text)
-        drafts = read_folder(path, tasks, columns)
+        drafts = read_folder(path, tasks, columns, learned)
     else:
-        classes_per_task, splits = _dataset(path, text, split_by, classes_per_task, seed, test_share)
+        classes_per_task, splits, origins = _dataset(path, text, split_by, classes_per_task, seed, test_share)
         drafts = divide(
             splits,
             path.name if local else text,
@@ -127,11 +136,14 @@ def load_stream(
             order_seed=order_seed,
             columns=columns,
             folder=(path if path.is_dir() else path.parent) if local else None,
+            origins=origins,
         )
         names = [draft.name for draft in drafts]
         drafts = [drafts[i] for i in choose(tasks, names, [set()] * len(names), text)]
+    drafts = in_one_form(drafts)
     if relabel:
         drafts = relabelled(drafts, relabel)
+    warn_of_drafts(drafts)
     if order_seed is not None and split_by != "class":
         drafts = shuffled(drafts, order_seed)
 
@@ -152,7 +164,10 @@ def load_stream(
     unknown = sorted(set(training or {}) - {task.name for task in made})
     if unknown and tasks is None:
         raise StreamError(f"training: no task `{unknown[0]}`: {nearest(unknown[0], [task.name for task in made])}")
-    scenario = choose_scenario(scenario, made, list(labels))
+    texts: tuple[str, ...] = tuple(labels)
+    if metrics := metrics_of(made, metric):
+        made, texts = as_free_texts(made, texts, metrics)
+    scenario = choose_scenario(scenario, made, texts)
     given.update(source=str(path.resolve()) if local else text, scenario=scenario, tasks=[task.name for task in made])
     if split_by != "class":  # the order stands in `tasks` now
         given.pop("order_seed", None)
@@ -161,19 +176,25 @@ def load_stream(
     for option, mapping in (("columns", columns), ("relabel", relabel), ("training", training)):
         if mapping:
             given[option] = dict(mapping)
+    if isinstance(metric, Mapping):
+        given["metric"] = dict(metric)
     if name is None:
         name = slug((path.resolve().stem if path.is_file() else path.resolve().name) if local else text)
-    stream = Stream(name, made, tuple(labels), scenario, inputs, source=given)
+    ordered = not (local and split_by is None and tasks is None and order_seed is None)
+    stream = Stream(name, made, texts, scenario, inputs, given, ordered)
     return stream if pose is None else posed(stream, pose)
 
 
-def load_again(written: Mapping[str, Any], tasks: Sequence[str], source: str | None = None) -> Stream:
+def load_again(
+    written: Mapping[str, Any], tasks: Sequence[str], source: str | None = None, learned: Collection[str] = ()
+) -> Stream:
     """Tasks of the stream that a run wrote down, their classes numbered as they are in the run.
 
     Args:
         written: `stream` of a run.yaml.
         tasks: which; without any, a stream that has none.
         source: where the data lies now; None: where it lay.
+        learned: as in `load_stream`.
 
     Raises:
         StreamError: the data is missing or malformed.
@@ -189,7 +210,7 @@ def load_again(written: Mapping[str, Any], tasks: Sequence[str], source: str | N
         raise ConfigError(f"the tasks of `{name}` are parts that were found in a stream: only the run itself has them")
     if "source" not in options:
         raise ConfigError(f"this run does not say where the stream `{name}` comes from: give it (--stream)")
-    stream = load_stream(**options)
+    stream = load_stream(**options, learned=learned)
     if name.endswith("(validation)"):
         stream = stream.on_validation()
     return replace(stream, name=name).numbered(labels)
@@ -230,13 +251,13 @@ def _check_benchmark(source: str, folder: Path | None, fixed: Sequence[str]) -> 
 
 def _dataset(
     path: Path, text: str, split_by: str, classes_per_task: int | None, seed: int, test_share: float
-) -> tuple[int | None, Mapping[str, Dataset]]:
-    """(classes per task, splits) of one labelled dataset: a built-in, a file, a folder or one of the Hub."""
+) -> tuple[int | None, Mapping[str, Dataset], Mapping[str, Origin]]:
+    """(classes per task, splits, where their rows are from) of a built-in, a file, a folder or a dataset of the Hub."""
     if text in BUILTINS:
         builtin = BUILTINS[text]
         if split_by != builtin.split_by or (classes_per_task and split_by != "class"):
             raise ConfigError(f"the built-in `{text}` is split by {builtin.split_by}: leave split_by out")
-        return classes_per_task or builtin.classes_per_task, builtin.splits(seed, test_share)
+        return classes_per_task or builtin.classes_per_task, builtin.splits(seed, test_share), {}
     if split_by == "class" and classes_per_task is None:
         raise ConfigError('split_by="class" needs classes_per_task')
     if path.is_dir():
@@ -245,15 +266,16 @@ def _dataset(
             raise StreamError(f"{path} is a folder of tasks already: leave split_by out")
         files = files or {"train": [path]}  # images in one folder a label
     elif path.is_file():
-        if path.suffix not in BUILDERS:
-            raise StreamError(f"cannot read {path}: known formats are {', '.join(BUILDERS)}")
+        if path.suffix.lower() not in FORMATS:
+            raise StreamError(f"cannot read {path}: known formats are {', '.join(FORMATS)}")
         files = {"train": [path]}
     elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", text):
-        return classes_per_task, read_hub(text)
+        return classes_per_task, read_hub(text), {}
     else:
         raise _no_source(path, text)
-    read = {split: read_files(paths, f"the {split} split of `{path.name}`") for split, paths in files.items()}
-    return classes_per_task, read
+    read = {split: read_split(paths, f"the {split} split of `{path.name}`") for split, paths in files.items()}
+    splits = {split: data for split, (data, _) in read.items()}
+    return classes_per_task, splits, {split: origin for split, (_, origin) in read.items()}
 
 
 def _no_source(path: Path, text: str) -> StreamError:

@@ -1,14 +1,14 @@
-"""New names for labels, so that tasks that say the same in other words share their classes."""
+"""New names for labels: those that are given, so that tasks that say the same in other words share their classes, and
+one form for those that are written in several ways."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from ..core.errors import StreamError, nearest
-from .rows import Rows
+from .labels import key, warn_of_forms
+from .rows import one_form, renamed
 from .splitting import Draft
 
 
@@ -23,24 +23,42 @@ def relabelled(drafts: Sequence[Draft], new: Mapping[str, str | None]) -> list[D
     """
     known = {str(label) for draft in drafts for rows in draft.splits.values() for label in set(rows.labels)}
     known |= {label for draft in drafts for label in draft.labels or ()}
-    for label in new:
-        if label not in known:
+    by_key = {key(label): label for label in known}
+    found = {}
+    for label, text in new.items():
+        if label not in known and key(label) not in by_key:
             raise StreamError(f"relabel: no task has the label `{label}`: {nearest(label, known)}")
+        found[label if label in known else by_key[key(label)]] = text
+    return _renamed(drafts, found)
+
+
+def in_one_form(drafts: Sequence[Draft]) -> list[Draft]:
+    """The drafts with one text for every class; see `labels`."""
+    splits = [rows for draft in drafts for rows in draft.splits.values()]
+    return _renamed(drafts, one_form(splits, [label for draft in drafts for label in draft.labels or ()]))
+
+
+def warn_of_drafts(drafts: Sequence[Draft]) -> None:
+    """Warn of classes that differ in the form of their label alone."""
+    first: dict[str, str] = {}
+    for rows in (rows for draft in drafts for rows in draft.splits.values() if not rows.free_texts):
+        positions: dict[str, int] = {}
+        for position, label in enumerate(rows.labels):
+            positions.setdefault(label, position)
+        for label, position in positions.items():
+            if label not in first:
+                first[label] = rows.origin.called(rows.place).row(int(rows.index[position]))
+    warn_of_forms(first)
+
+
+def _renamed(drafts: Sequence[Draft], new: Mapping[str, str | None]) -> list[Draft]:
+    if not new:
+        return list(drafts)
     return [
         replace(
             draft,
-            splits={split: _rows(rows, new) for split, rows in draft.splits.items()},
-            labels=None if draft.labels is None else _texts(draft.labels, new),
+            splits={split: rows.relabelled(new) for split, rows in draft.splits.items()},
+            labels=None if draft.labels is None else renamed(draft.labels, new),
         )
         for draft in drafts
     ]
-
-
-def _rows(rows: Rows, new: Mapping[str, str | None]) -> Rows:
-    kept = rows.pick(np.array([new.get(label, label) is not None for label in rows.labels], dtype=bool))
-    texts = np.array([new.get(label, label) for label in kept.labels], dtype=object)
-    return replace(kept, labels=texts, order=_texts(rows.order, new))
-
-
-def _texts(labels: Sequence[str], new: Mapping[str, str | None]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text for label in labels if (text := new.get(label, label)) is not None))

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 
 from ..core.errors import StreamError
+from .columns import find_columns
 from .hashing import sample_ids
+from .labels import check_classes, is_whole, label_text, loose_key, one_text
+from .origin import Origin
 from .sampling import stratified
 
 TEXT_TYPES = ("string", "large_string", "string_view")
@@ -31,6 +36,9 @@ class Rows:
         labels: (n,) their label texts.
         order: the label texts in the order that the file declares; empty where it declares none.
         captions: whether the labels are captions of images.
+        origin: where the rows of `data` are from, for messages.
+        numbers: whether labels that look like numbers are some: in files with types as their type says, in those
+            without always.
     """
 
     place: str
@@ -39,9 +47,16 @@ class Rows:
     labels: np.ndarray
     order: tuple[str, ...] = ()
     captions: bool = False
+    origin: Origin = Origin("")
+    numbers: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def _named(self) -> Origin:
+        """Where the rows are from, under the name of this split."""
+        return self.origin.called(self.place)
 
     @property
     def free_texts(self) -> bool:
@@ -53,9 +68,26 @@ class Rows:
         few = not self.free_texts or len(set(self.labels)) <= count
         return self.labels if few else np.full(len(self), "", dtype=object)
 
+    def first(self, labels: Sequence[str]) -> str:
+        """The first row that has one of these labels, for messages."""
+        return self.origin.at(int(self.index[np.isin(self.labels, labels)][0]))
+
+    def check_classes(self) -> None:
+        """Raises StreamError if the labels are a continuous target."""
+        if self.numbers and not self.free_texts:
+            check_classes(self.labels, self._named.whole)
+
     def pick(self, positions: np.ndarray, place: str | None = None) -> Rows:
         """The rows at these positions of `index` (or where a mask of its length is true)."""
         return replace(self, place=place or self.place, index=self.index[positions], labels=self.labels[positions])
+
+    def relabelled(self, new: Mapping[str, str | None]) -> Rows:
+        """The rows with other label texts, without those whose label becomes None; labels not named stay."""
+        if not new:
+            return self
+        kept = self.pick(np.array([new.get(label, label) is not None for label in self.labels], dtype=bool))
+        texts = np.array([new.get(label, label) for label in kept.labels], dtype=object)
+        return replace(kept, labels=texts, order=renamed(self.order, new))
 
     def split_off(self, share: float, *key: object, strata: np.ndarray | None = None) -> tuple[Rows, Rows]:
         """(the rest, a stratified share); every class keeps at least one row in the rest.
@@ -64,7 +96,7 @@ class Rows:
         """
         if self.captions:
             _, first, image = np.unique(
-                sample_ids(self.data, self.index, self.place), return_index=True, return_inverse=True
+                sample_ids(self.data, self.index, self._named), return_index=True, return_inverse=True
             )
             chosen = stratified(np.full(len(first), ""), round(share * len(first)), *key, spare=1)
             return self.pick(~np.isin(image, chosen)), self.pick(np.sort(first[chosen]))
@@ -76,7 +108,7 @@ class Rows:
     def finish(self, classes: Mapping[str, int]) -> Dataset:
         """The rows with the columns `id`, `label` and the inputs; only these rows are hashed, and none is copied."""
         ids = np.full(len(self.data), "", dtype=object)
-        ids[self.index] = sample_ids(self.data, self.index, self.place)
+        ids[self.index] = sample_ids(self.data, self.index, self._named)
         labels = np.full(len(self.data), -1, dtype=np.int64)
         labels[self.index] = [classes[label] for label in self.labels]
         # ids, labels and places say all that these rows hold: left alone, `datasets` would pickle whole columns to know
@@ -87,79 +119,48 @@ class Rows:
         return data if len(self) == len(data) else data.select(self.index, new_fingerprint=f"{stamp}-rows")
 
 
-def open_rows(data: Dataset, place: str, columns: Mapping[str, str] | None = None, folder: Path | None = None) -> Rows:
+def open_rows(
+    data: Dataset, place: str | Origin, columns: Mapping[str, str] | None = None, folder: Path | None = None
+) -> Rows:
     """Find the inputs and the labels of one split.
 
     Args:
         data: as read.
-        place: "the train split of task `x`", for messages.
+        place: "the train split of task `x`", for messages, or where the rows are from.
         columns: new names of columns, {"sentence": "text"}.
         folder: where paths of images start.
 
     Raises:
-        StreamError: the split is empty, a column is missing or of the wrong type, a text, a label or an answer is null,
-            an answer or a prompt is empty, or a conversation does not end with one.
+        StreamError: the split is empty, a column is missing or of the wrong type, a text, a label or an answer is null
+            or empty, or a conversation does not end with an answer.
     """
-    names = {name: name for name in data.column_names}  # name here -> name in the file
-    for old in columns or {}:
-        if old in data.column_names:
-            names.pop(old, None)
-    names.update({new: old for old, new in (columns or {}).items() if old in data.column_names})
-    inputs = _inputs(names, place)
-    captions = inputs == ("image",) and "caption" in names and "label" not in names
-    own = ("caption",) if captions else ("label",)
-    target = {"prompt": ("response",), "messages": ()}.get(inputs[-1], own)
-    for needed in (*inputs, *target):
-        if needed not in names:
-            raise _missing(f"`{needed}`", data, place)
+    origin = Origin.of(place)
+    inputs, target, names = found = find_columns(data.column_names, columns, origin)
     if len(data) == 0:
-        raise StreamError(f"{place} is empty")
-    if inputs == ("messages",):
-        data, answers = _conversations(data[names["messages"]][:], place)
-        return Rows(place, data, np.arange(len(data)), _answers(answers, place))
-    labels, order = _label_texts(data, names[target[0]], place)
-    if captions or "prompt" in inputs:
-        labels = _answers(labels, place, "captions" if captions else "answers")
+        raise StreamError(f"{origin} is empty")
+    if target is None:
+        data, answers = _conversations(data[names["messages"]][:], origin)
+        return Rows(origin.place, data, np.arange(len(data)), _answers(answers, origin), origin=origin)
+    labels, order = _label_texts(data, names[target], origin, free=found.captions or "prompt" in inputs)
+    numbers = origin.untyped or getattr(data.features[names[target]], "dtype", "").startswith("float")
+    if found.captions or "prompt" in inputs:
+        labels = _answers(labels, origin, "captions" if found.captions else "answers")
+    strays = {name: origin.strays[names[name]] for name in inputs if names[name] in origin.strays}
     data = data.select_columns([names[name] for name in inputs])
     data = data.rename_columns({names[name]: name for name in inputs if names[name] != name})
     for name in inputs:
-        data = _checked(data, name, place, folder)
+        if name in strays:
+            raise StreamError(f"column `{name}` of {origin} holds no text in {origin.at(strays[name])}: quote it")
+        data = _checked(data, name, origin, folder)
     if inputs == ("prompt",):
-        _filled(np.array([prompt.strip() for prompt in data["prompt"][:]], dtype=object), place, "prompts")
-    return Rows(place, data, np.arange(len(data)), labels, order, captions)
+        _filled([prompt.strip() for prompt in data["prompt"][:]], origin, "prompts")
+    elif inputs[0] == "text" and origin.files:  # what was published stays as it was published
+        texts = zip(*(data[name][:] for name in inputs), strict=True)
+        _filled(["".join(row).strip() for row in texts], origin, "texts")
+    return Rows(origin.place, data, np.arange(len(data)), labels, order, found.captions, origin, numbers)
 
 
-def _inputs(names: Mapping[str, str], place: str) -> tuple[str, ...]:
-    other = {"text", "label", "caption"} if "image" in names else {"text"}
-    if "prompt" in names and ("response" in names or other.isdisjoint(names)):
-        return ("image", "prompt") if "image" in names else ("prompt",)
-    if "messages" in names and not {"text", "image"} & names.keys():
-        return ("messages",)
-    if {"messages", "image"} <= names.keys() and "label" not in names:
-        raise StreamError(
-            f"{place} has `messages` with images, which are not read: write each conversation as `prompt`, with the "
-            "model's own marks of turns, and `response`"
-        )
-    if "image" in names:
-        if "text" in names:
-            raise StreamError(
-                f'{place} has both `image` and `text`, a task has one: rename the other, columns={{"text": "caption"}}'
-            )
-        return ("image",)
-    return ("text", "text_pair") if "text_pair" in names else ("text",)
-
-
-def _missing(what: str, data: Dataset, place: str) -> StreamError:
-    target = what.strip("`")
-    what = "`text` or `image` (or `prompt`, `messages`)" if what == "`text`" else what
-    found = ", ".join(f"`{name}`" for name in data.column_names)
-    example = next((name for name in data.column_names if name not in ("text", "image", "label")), "name")
-    return StreamError(
-        f'no column {what} in {place}, which has {found}: rename one, for instance columns={{"{example}": "{target}"}}'
-    )
-
-
-def _checked(data: Dataset, name: str, place: str, folder: Path | None) -> Dataset:
+def _checked(data: Dataset, name: str, origin: Origin, folder: Path | None) -> Dataset:
     """The column as text without nulls, or as images."""
     feature = data.features[name]
     if name == "image":
@@ -172,42 +173,45 @@ def _checked(data: Dataset, name: str, place: str, folder: Path | None) -> Datas
         binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
         struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
         if not (isinstance(feature, Image) or binary or struct):
-            raise StreamError(f"column `image` of {place} holds {_kind(feature)}, not images")
+            raise StreamError(f"column `image` of {origin.whole} holds {_kind(feature)}, not images")
         # always decoded, whatever the file's metadata asks for
         return data if isinstance(feature, Image) and feature.decode else data.cast_column(name, Image())
     nulls = data.data.column(name).null_count
     if nulls:
         row = data.data.column(name).is_null().to_pylist().index(True)
         raise StreamError(
-            f"{nulls} of {len(data)} texts in column `{name}` of {place} are null, the first in row {row}"
+            f"{nulls} of {len(data)} texts in column `{name}` of {origin} are null, the first in {origin.at(row)}"
         )
     if getattr(feature, "dtype", None) not in TEXT_TYPES:
-        raise StreamError(f"column `{name}` of {place} holds {_kind(feature)}, not text: quote or convert it")
+        raise StreamError(f"column `{name}` of {origin.whole} holds {_kind(feature)}, not text: quote or convert it")
     return data
 
 
-def _answers(labels: Iterable[str], place: str, what: str = "answers") -> np.ndarray:
+def _answers(labels: Iterable[str], origin: Origin, what: str = "answers") -> np.ndarray:
     """(n,) the answers, or captions, without blanks around them."""
-    return _filled(np.array([label.strip() for label in labels], dtype=object), place, what)
+    return _filled([label.strip() for label in labels], origin, what)
 
 
-def _filled(texts: np.ndarray, place: str, what: str) -> np.ndarray:
-    empty = np.flatnonzero(texts == "")
-    if len(empty):
-        raise StreamError(f"{len(empty)} of {len(texts)} {what} of {place} are empty, the first is row {empty[0]}")
-    return texts
+def _filled(texts: Sequence[str], origin: Origin, what: str) -> np.ndarray:
+    empty = [row for row, text in enumerate(texts) if not text]
+    if empty:
+        raise StreamError(
+            f"{len(empty)} of {len(texts)} {what} of {origin} are empty, the first is {origin.at(empty[0])}: fill or "
+            "remove them"
+        )
+    return np.array(texts, dtype=object)
 
 
-def _conversations(rows: Sequence[object], place: str) -> tuple[Dataset, list[str]]:
+def _conversations(rows: Sequence[object], origin: Origin) -> tuple[Dataset, list[str]]:
     """(the messages before the answer, as JSON in the column `messages`; the answers): the last message of every row is
     the answer, all before it is prompt."""
     before, answers = [], []
     for i, row in enumerate(rows):
         texts = turns(row)
         if texts is None or len(texts) < 2 or texts[-1][0] != "assistant":
-            raise StreamError(
-                f"row {i} of {place}: `messages` must be a list of {{role, content}}, texts both, of which the last is "
-                "the assistant's"
+            raise origin.refusal(
+                i,
+                ": `messages` must be a list of {role, content}, texts both, of which the last is the assistant's",
             )
         before.append(json.dumps([{"role": role, "content": text} for role, text in texts[:-1]], ensure_ascii=False))
         answers.append(texts[-1][1])
@@ -231,18 +235,32 @@ def _kind(feature: object) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
-def _label_texts(data: Dataset, column: str, place: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(n,) label texts, and the order that a ClassLabel column declares."""
+def _label_texts(data: Dataset, column: str, origin: Origin, *, free: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(n,) label texts, and the order that a ClassLabel column declares. `free`: answers and captions, which stay as
+    they are written."""
     values, order = column_texts(data, column)
-    unlabelled = [row for row, value in enumerate(values) if value is None or value != value]
-    if unlabelled:
+    if not all(isinstance(value, (str, int, float, NoneType)) for value in values):
         raise StreamError(
-            f"{len(unlabelled)} of {len(data)} rows of {place} have no label, the first is row {unlabelled[0]}: "
+            f"column `{column}` of {origin.whole} holds {_kind(data.features[column])}, not one label a row"
+        )
+    lacking = [row for row, value in enumerate(values) if value is None or value != value]
+    # a column with gaps writes 1 as 1.0; among numbers that are not whole, 1.0 is how it is written
+    whole = all(value.is_integer() for value in values if isinstance(value, float) and math.isfinite(value))
+    texts = [
+        value if free and isinstance(value, str) else label_text(value if whole else str(value)) for value in values
+    ]
+    if not free and not lacking:
+        invisible = {text for text in set(texts) if not loose_key(text)}
+        lacking = [row for row, text in enumerate(texts) if text in invisible]
+    if lacking:
+        raise StreamError(
+            f"{len(lacking)} of {len(data)} rows of {origin} have no label, the first is {origin.at(lacking[0])}: "
             "label or remove them"
         )
-    if not all(isinstance(value, (str, int, float)) for value in values):
-        raise StreamError(f"column `{column}` of {place} holds {_kind(data.features[column])}, not one label a row")
-    return np.array([str(value) for value in values], dtype=object), order
+    endless = next((row for row, value in enumerate(values) if isinstance(value, float) and math.isinf(value)), None)
+    if endless is not None:
+        raise origin.refusal(endless, " has an infinite label, which is no class: mend it")
+    return np.array(texts, dtype=object), tuple(dict.fromkeys(map(label_text, order)))
 
 
 def column_texts(data: Dataset, column: str) -> tuple[list, tuple[str, ...]]:
@@ -251,6 +269,24 @@ def column_texts(data: Dataset, column: str) -> tuple[list, tuple[str, ...]]:
     if not isinstance(feature, ClassLabel) or feature.names is None:
         return values, ()
     return [feature.names[v] if v is not None and v >= 0 else None for v in values], tuple(feature.names)
+
+
+def renamed(labels: Iterable[str], new: Mapping[str, str | None]) -> tuple[str, ...]:
+    """New label texts, those that become one named once."""
+    return tuple(dict.fromkeys(text for label in labels if (text := new.get(label, label)) is not None))
+
+
+def one_form(splits: Iterable[Rows], declared: Iterable[str] = ()) -> dict[str, str]:
+    """New texts for the labels of classes that are written in several ways; see `labels`.
+
+    Args:
+        declared: labels that are listed beside the rows.
+    """
+    classes = [rows for rows in splits if not rows.free_texts]
+    present = [dict.fromkeys(rows.labels) for rows in classes]
+    listed = (label for rows, own in zip(classes, present, strict=True) for label in (*rows.order, *own))
+    untyped = [own for rows, own in zip(classes, present, strict=True) if rows.origin.untyped]
+    return one_text([*declared, *listed], [label for own in untyped if all(map(is_whole, own)) for label in own])
 
 
 def in_order(labels: np.ndarray, *orders: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,9 @@ import numpy as np
 from datasets import Dataset
 
 from ..core.errors import StreamError
-from .rows import Rows, column_texts, in_order, open_rows
+from .labels import loose_key
+from .origin import Origin
+from .rows import Rows, column_texts, in_order, one_form, open_rows
 from .sampling import shuffled
 
 
@@ -24,7 +26,7 @@ class Draft:
         name: as in `Task`.
         splits: "train", "test" and perhaps "validation".
         labels: the label texts that the source allows, in its order; None where it does not say.
-        instruction, training: as in `Task`.
+        instruction, training, gone, metric: as in `Task`.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Draft:
     labels: tuple[str, ...] | None = None
     instruction: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    gone: tuple[str, ...] = ()
+    metric: str | None = None
 
 
 def slug(text: str) -> str:
@@ -51,11 +55,12 @@ def divide(
     columns: Mapping[str, str] | None,
     groups: Sequence[Sequence[str]] | None = None,
     folder: Path | None = None,
+    origins: Mapping[str, Origin] | None = None,
 ) -> list[Draft]:
     """Arguments as in `load_stream`; `splits` are those of the dataset, whose `name` is for messages.
 
     `groups` gives the classes of each task in order, instead of `classes_per_task` and `order_seed`; paths of images
-    start in `folder`.
+    start in `folder`; `origins` say where the rows of each split are from.
 
     Raises:
         StreamError: no train split, a class or domain that only the test data has, a missing column, an empty split.
@@ -63,8 +68,11 @@ def divide(
     if "train" not in splits:
         found = ", ".join(splits) or "none that perpetune knows"
         raise StreamError(f"`{name}` has no train split; its splits are: {found}")
-    places = {split: f"the {split} split of `{name}`" for split in splits}
+    places = {split: Origin.of((origins or {}).get(split, f"the {split} split of `{name}`")) for split in splits}
     rows = {split: open_rows(data, places[split], columns, folder) for split, data in splits.items()}
+    texts = one_form(rows.values())
+    rows = {split: part.relabelled(texts) for split, part in rows.items()}
+    rows["train"].check_classes()
     for split in rows.keys() - {"train"}:
         if split_by == "class" or not rows[split].free_texts:
             check_labels(rows[split], rows["train"])
@@ -96,7 +104,13 @@ def check_labels(rows: Rows, train: Rows) -> None:
     unseen = sorted(set(rows.labels) - set(train.labels))
     if unseen:
         which = ", ".join(f"`{label}`" for label in unseen[:5])
-        raise StreamError(f"{rows.place} has labels that the train split lacks ({which}): no model could learn them")
+        forms = {loose_key(label): label for label in train.labels}
+        alike = forms.get(loose_key(unseen[0]))
+        form = "" if alike is None or rows.free_texts else f", which is `{alike}` there but for its form"
+        raise StreamError(
+            f"{rows.place} has labels that the train split lacks ({which}): no model could learn them; the first is in "
+            f"{rows.first(unseen)}{form}"
+        )
 
 
 def _by_class(train: Rows, size: int, order_seed: int | None) -> list[list[str]]:

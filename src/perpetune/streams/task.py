@@ -11,6 +11,8 @@ import datasets
 import numpy as np
 import pyarrow
 
+from .labels import key, warn_of_forms
+
 Scenario = Literal["class", "domain", "task"]
 Modality = Literal["text", "image", "language"]
 
@@ -33,6 +35,8 @@ class Task:
             for every task keeps one for both.
         captions: whether the label texts are captions, each of an image or few.
         training: settings of `transformers.TrainingArguments` that are its own, over those of the run.
+        gone: splits whose data was deleted since a run learned the task (see `load_stream(learned=)`); they are empty,
+            and without training data `classes` are those of the data that is left.
         metric: of free texts, how a generated answer is scored beside the response of its row (see `metrics.text`);
             such a task has no classes, its rows have `response` (str) and the label -1. None: responses are classes.
     """
@@ -46,6 +50,7 @@ class Task:
     reopens: str | None = None
     captions: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
+    gone: tuple[str, ...] = ()
     metric: str | None = None
 
     @property
@@ -69,6 +74,8 @@ class Stream:
         inputs: the input columns, ("text",), ("text", "text_pair"), ("image",), ("prompt",), ("image", "prompt") or
             ("messages",).
         source: JSON-able description from which `load_stream` makes the same stream again.
+        ordered: whether somebody said in which order the tasks come; else it is that of their names, and a run that has
+            learned some of them goes on in its own (`ordered_after`).
     """
 
     name: str
@@ -77,6 +84,7 @@ class Stream:
     scenario: Scenario
     inputs: tuple[str, ...]
     source: dict = field(default_factory=dict)
+    ordered: bool = True
 
     @property
     def modality(self) -> Modality:
@@ -111,12 +119,35 @@ class Stream:
         for name in names:
             if name not in by_name:
                 raise StreamError(f"no task `{name}` in stream `{self.name}`: {nearest(name, by_name)}")
-        return replace(self, tasks=tuple(by_name[n] for n in names), source={**self.source, "tasks": list(names)})
+        tasks = tuple(by_name[n] for n in names)
+        return replace(self, tasks=tasks, source={**self.source, "tasks": list(names)}, ordered=True)
+
+    def ordered_after(self, known: Sequence[str]) -> Stream:
+        """The stream with the tasks that a run knows first, in the order of the run, and the others behind them.
+
+        It stays as it is where somebody said the order.
+
+        Args:
+            known: names of tasks, which this stream need not have.
+        """
+        place = {name: i for i, name in enumerate(dict.fromkeys(known))}
+        names = [task.name for task in self.tasks]
+        order = sorted(names, key=lambda name: place.get(name, len(place)))
+        return self if self.ordered or order == names else replace(self.select(order), ordered=False)
 
     def numbered(self, labels: Sequence[str]) -> Stream:
-        """The same stream with its classes numbered as in `labels`; those that are not among them follow."""
-        order = {text: i for i, text in enumerate(dict.fromkeys((*labels, *self.labels)))}
-        number = np.array([order[text] for text in self.labels], dtype=np.int64)
+        """The same stream with its classes numbered as in `labels`; those that are not among them follow.
+
+        A class that `labels` write in another form (1.0 for 1) is called as it is there.
+        """
+        texts = self.labels
+        if self.modality != "language" and not self.captions:
+            written = {key(text): text for text in reversed(labels) if text not in self.labels}
+            texts = tuple(t if t in labels else written.get(key(t), t) for t in texts)
+            lost = {text: "the run" for text in labels if text not in texts}
+            warn_of_forms(lost | {text: f"stream `{self.name}`" for text in texts if text not in labels})
+        order = {text: i for i, text in enumerate(dict.fromkeys((*labels, *texts)))}
+        number = np.array([order[text] for text in texts], dtype=np.int64)
         tasks = self.tasks
         if (number != np.arange(len(number))).any():
             tasks = tuple(
@@ -139,11 +170,13 @@ class Stream:
         """
         from ..core.errors import StreamError
 
+        tasks = []
         for task in self.tasks:
-            if task.validation is None:
+            validation = task.train if task.validation is None and "train" in task.gone else task.validation
+            if validation is None:
                 raise StreamError(f"task `{task.name}` has no validation split: split one off with validation_share")
-        tasks = tuple(replace(t, test=t.validation, validation=None) for t in self.tasks if t.validation is not None)
-        return replace(self, tasks=tasks, name=f"{self.name} (validation)")
+            tasks.append(replace(task, test=validation, validation=None))
+        return replace(self, tasks=tuple(tasks), name=f"{self.name} (validation)")
 
 
 def _renumbered(data: datasets.Dataset, number: np.ndarray) -> datasets.Dataset:

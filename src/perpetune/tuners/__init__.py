@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .base import AllWeights, Frozen, NoNetwork, Tuner
+from .base import Additive, AllWeights, Frozen, Multiplicative, NoNetwork, Tuner, check_base_kept
 from .peft_tuner import PeftTuner, as_tuner
-from .targets import KEY_VALUE_FFN, QUERY_VALUE
+from .targets import KEY_VALUE, KEY_VALUE_FFN, QUERY_VALUE
 
 TUNERS = {c.__name__: c for c in (AllWeights, Frozen, NoNetwork)}
 
@@ -23,16 +23,20 @@ OWN_CONFIGS = {
 _HOME = {**OWN_CONFIGS, "load_adapter": "peft_plugin"}
 
 __all__ = [
+    "KEY_VALUE",
     "KEY_VALUE_FFN",
     "OWN_CONFIGS",
     "QUERY_VALUE",
     "TUNERS",
+    "Additive",
     "AllWeights",
     "Frozen",
+    "Multiplicative",
     "NoNetwork",
     "PeftTuner",
     "Tuner",
     "as_tuner",
+    "check_base_kept",
     *_HOME,
 ]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..core.errors import ModelError
+from ..core.errors import ConfigError
 from ..core.measurement import Measurement
 from ..streams.task import Modality
 
@@ -16,11 +16,37 @@ if TYPE_CHECKING:
     from ..models.backbone import Backbone
 
 
+@dataclass(frozen=True)
+class Additive:
+    """W + dW. `deltas()` gives dW of every touched weight of the base model by parameter name, fp32; it does not depend
+    on W."""
+
+    deltas: Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Multiplicative:
+    """W R^T. `turn(weights)` gives it for every rotated weight of the base model by parameter name, fp32; `weights` has
+    W by the same names, and where one is missing, it is the model's own."""
+
+    turn: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+Change = Additive | Multiplicative
+
+
 class Tuner:
     """Makes a model trainable, hands out what was trained, and takes it off again."""
 
     trains: bool = True
     wraps_model: bool = True  # False: what is kept lives on the backbone itself
+
+    def check(self, model: nn.Module) -> None:
+        """Before anything is learned or written: whether `attach` will find on the model what it needs.
+
+        Raises:
+            ModelError: it will not.
+        """
 
     def own_backbone(self, modality: Modality) -> Backbone | None:
         """What takes the place of a pre-trained model; None where there is one to tune."""
@@ -47,36 +73,23 @@ class Tuner:
         tensors = self.tensors(model)
         return {"weights.safetensors": tensors} if tensors else {}
 
-    @property
-    def additive(self) -> bool:
-        """Whether the change is a sum that `deltas` can hand out."""
-        return False
-
-    def deltas(self, model: nn.Module) -> dict[str, Tensor]:
-        """Change of every touched weight of the base model, by parameter name, fp32.
-
-        Raises:
-            ModelError: the change of this tuner is not a sum.
-        """
-        raise ModelError(
-            f"{type(self).__name__} has no additive change to merge: use another consolidation (`Continue`)"
-        )
-
-    @property
-    def multiplicative(self) -> bool:
-        """Whether the change is a product W <- W R^T that `turn` can carry out."""
-        return False
-
-    def turn(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W R^T of every rotated weight of the base model, by parameter name, fp32.
+    def change(self, model: nn.Module) -> Change | None:
+        """What the tuner does to the weights of the base model: a sum, a product, or neither.
 
         Args:
-            weights: W, by the same names; where one is missing, it is the model's own.
-
-        Raises:
-            ModelError: the change of this tuner is not a product.
+            model: attached.
         """
-        raise ModelError(f"{type(self).__name__} does not rotate weights: use another consolidation (`Continue`)")
+        return None
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the change is a product, as far as can be told without a model."""
+        return False
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether `attach` changes weights under the tuner, so that W + dW starts at W and the base alone does not."""
+        return False
 
     def guarantee(self, model: nn.Module, since: Mapping[str, Tensor]) -> list[Measurement]:
         """What the tuner promises of the task just trained, measured on the attached model.
@@ -140,3 +153,17 @@ class AllWeights(Tuner):
 
     def load(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         model.load_state_dict(tensors)
+
+
+def check_base_kept(tuner: Tuner, user: str) -> None:
+    """Refuse a tuner whose initialisation changes the base, for whoever attaches a new one for every task.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if tuner.changes_base:
+        init = getattr(getattr(tuner, "config", tuner), "init_lora_weights", None)
+        raise ConfigError(
+            f"{user} starts every task with a new adapter on the base, and init_lora_weights=`{init}` changes the base "
+            "for each of them, so that what old adapters computed moves: set init_lora_weights to true, or use Continue"
+        )

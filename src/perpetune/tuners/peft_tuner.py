@@ -7,14 +7,17 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import ModelError, first_line
 from ..core.measurement import Measurement
-from .base import Tuner
+from .base import Additive, Change, Multiplicative, Tuner
+from .shared_weights import refuse_shared
 from .targets import KEY_VALUE_FFN, ends_with, feed_forward_outputs, resolve_targets
 
-ROTATIONS = ("OFT", "perpetune_givens")
+BESIDE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # values of init_lora_weights, beside true and false
+PARTS = ("weight", "bias")
 
 
 class PeftTuner(Tuner):
@@ -22,22 +25,25 @@ class PeftTuner(Tuner):
 
     Args:
         config: a `PeftConfig`. `target_modules="query_value"` finds this model's query and value projections,
-            "block_outputs" the output projections of attention and feed-forward network, "key_value_ffn" keys, values
-            and feed-forward outputs (the last alone in `feedforward_modules` of IA3); of a model that reads images and
-            answers in words those of its decoder alone.
+            "key_value" its key and value projections, "block_outputs" the output projections of attention and
+            feed-forward network, "key_value_ffn" keys, values and feed-forward outputs (the last alone in
+            `feedforward_modules` of IA3); of a model that reads images and answers in words those of its decoder alone.
     """
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        self._adds: dict[type, bool] = {}  # by kind of layer
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def check(self, model: nn.Module) -> None:
         """
         Raises:
             ModelError: the model has no module of the targeted name; the message names those that it has. Or a part of
-                it is called as the adapter would be.
+                it is called as the adapter would be, or what is targeted shares its weight with what is not.
         """
-        import peft
+        self._resolved(model)
 
+    def _resolved(self, model: nn.Module) -> Any:
+        """The configuration with the names of this model."""
         from .peft_plugin import check_adapter_name
 
         check_adapter_name(model, "default")
@@ -46,43 +52,72 @@ class PeftTuner(Tuner):
             config.target_modules = resolve_targets(model, config.target_modules)
         if getattr(config, "feedforward_modules", None) == KEY_VALUE_FFN:
             config.feedforward_modules = feed_forward_outputs(model)
+        refuse_shared(model, config)
+        return config
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """
+        Raises:
+            ModelError: see `check`; or peft refuses the configuration.
+        """
+        import peft
+
+        config = self._resolved(model)
         model.requires_grad_(False)
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is about to change
             warnings.simplefilter("ignore", FutureWarning)
             try:
+                if self.changes_base:  # also by random numbers ("pissa_niter_4"): the base must be the same once more
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(0)
+                        return peft.get_peft_model(model, config)
                 return peft.get_peft_model(model, config)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 kind = f"{type(config).__name__} on {type(model).__name__}"
                 raise ModelError(f"peft cannot put {kind}: {first_line(error)}: change the tuner's settings") from error
 
-    @property
-    def additive(self) -> bool:
-        c = self.config
-        plain = not any(getattr(c, name, False) for name in ("use_dora", "lora_bias", "use_qalora"))
-        gaussian = getattr(c, "init_lora_weights", True) in (True, False, "gaussian")  # others change the base weights
-        return self._kind() in ("LORA", "LOHA", "LOKR", "perpetune_bias") and plain and gaussian
+    def change(self, model: nn.Module) -> Change | None:
+        """See `Tuner.change`. The layers are asked, not the configuration: whether they rotate their inputs, whether
+        merging one adds to its weights what `get_delta_weight` says (a DoRA has that, too, and adds something else).
+
+        What trains beside the adapters (biases, whole modules) makes it neither.
+        """
+        layers = [m for m in model.modules() if isinstance(m, _tuner_layer()) and "default" in _adapters_of(m)]
+        own = {id(p) for layer in layers for p in _adapter_parameters(layer)}
+        if not layers or any(p.requires_grad and id(p) not in own for p in model.parameters()):
+            return None
+        if self.rotates:
+            from .rotations import turns
+
+            return Multiplicative(
+                lambda weights: {t.name: t(weights.get(t.name, t.layer.get_base_layer().weight)) for t in turns(model)}
+            )
+        smallest = sorted(layers, key=lambda layer: sum(p.numel() for p in layer.parameters()), reverse=True)
+        for kind, layer in {type(layer): layer for layer in smallest}.items():
+            if kind not in self._adds:
+                self._adds[kind] = adds(layer)
+        return Additive(lambda: _deltas(model)) if all(self._adds[type(layer)] for layer in layers) else None
 
     @property
-    def multiplicative(self) -> bool:
-        return self._kind() in ROTATIONS
+    def rotates(self) -> bool:
+        import peft.mapping
 
-    def turn(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.multiplicative:
-            return super().turn(model, weights)
-        from .rotations import turns
+        from .rotations import turning
 
-        return {t.name: t(weights.get(t.name, t.layer.get_base_layer().weight)) for t in turns(model)}
+        tuner: Any = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(self.config.peft_type)
+        return turning(getattr(tuner, "tuner_layer_cls", object))
+
+    @property
+    def changes_base(self) -> bool:
+        return changes_base(self.config)
 
     def guarantee(self, model: nn.Module, since: Mapping[str, Tensor]) -> list[Measurement]:
-        if not self.multiplicative:
+        if not self.rotates:
             return []
         from .rotations import kept_geometry
 
         exact = getattr(self.config, "form", "strict") == "strict"  # peft's OFT has no form
         return kept_geometry(model, since, exact, type(self.config).__name__)
-
-    def _kind(self) -> str:
-        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
 
     def detach(self, model: Any) -> nn.Module:
         return model.unload()
@@ -105,19 +140,77 @@ class PeftTuner(Tuner):
     def files(self, model: Any) -> dict[str, Any]:
         return {"adapter_model.safetensors": self.tensors(model), "adapter_config.json": peft_dict(_fitted(model))}
 
-    def deltas(self, model: Any) -> dict[str, Tensor]:
-        base_names = {id(p): n for n, p in model.get_base_model().named_parameters()}
-        found = {}
-        for module in model.modules():
-            layer: Any = module
-            for key in ("weight", "bias"):
-                if hasattr(layer, f"get_delta_{key}") and hasattr(layer, "base_layer"):
-                    parameter = getattr(layer.get_base_layer(), key)
-                    name = base_names[id(parameter)].replace(".base_layer.", ".")
-                    found[name] = getattr(layer, f"get_delta_{key}")("default").detach().float()
-        if not found:
-            return super().deltas(model)
-        return found
+
+def changes_base(config: Any) -> bool:
+    """Whether adapters of this peft configuration start with a part of W, which is taken out of the base (PiSSA, OLoRA,
+    CorDA, LoRA-GA, LoftQ): all initialisations of LoRA but those that peft 0.21 lets start beside W."""
+    init = getattr(config, "init_lora_weights", True)
+    return isinstance(init, str) and init.lower() not in BESIDE_BASE
+
+
+@torch.no_grad()
+def adds(layer: Any) -> bool:
+    """Whether merging the adapter of a peft layer adds `get_delta_weight` (or `get_delta_bias`) to it, whatever the
+    weight is, and changes nothing else. Tried on copies with adapters that are not at their start."""
+    keys = [key for key in PARTS if hasattr(layer, f"get_delta_{key}")]
+    found = []
+    for factor in (1.0, 0.5):
+        tried = copy.deepcopy(layer)
+        noise = torch.Generator().manual_seed(0)
+        for p in _adapter_parameters(tried):
+            p.add_(0.1 * torch.randn(p.shape, generator=noise).to(p))
+        base = tried.get_base_layer()
+        weights = {key: getattr(base, key) for key in PARTS if isinstance(getattr(base, key, None), Tensor)}
+        if not keys or not weights.keys() >= {*keys} or not all(w.is_floating_point() for w in weights.values()):
+            return False
+        for weight in weights.values():
+            weight.mul_(factor)
+        before = {key: weight.detach().clone() for key, weight in weights.items()}
+        try:
+            deltas = [getattr(tried, f"get_delta_{key}")("default") for key in keys]
+            tried.merge(adapter_names=["default"])
+        except (TypeError, NotImplementedError, AttributeError, RuntimeError, ValueError):
+            return False
+        if not all(isinstance(d, Tensor) and d.shape == before[key].shape for key, d in zip(keys, deltas, strict=True)):
+            return False
+        expected = before | {key: before[key] + d.to(before[key]) for key, d in zip(keys, deltas, strict=True)}
+        if not all(_close(getattr(base, key), value) for key, value in expected.items()):
+            return False
+        found.append(deltas)
+    return all(_close(a, b) for a, b in zip(*found, strict=True))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    rounding = 64 * torch.finfo(b.dtype).eps
+    return torch.allclose(a.to(b), b, rtol=rounding, atol=rounding * float(b.abs().max()))
+
+
+def _tuner_layer() -> Any:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return BaseTunerLayer
+
+
+def _adapters_of(layer: Any) -> set[str]:
+    """The adapters that a layer has weights of."""
+    return {name for key in layer.adapter_layer_names for name in getattr(layer, key)}
+
+
+def _adapter_parameters(layer: Any) -> list[nn.Parameter]:
+    base = {id(p) for p in layer.get_base_layer().parameters()}
+    return [p for p in layer.parameters() if id(p) not in base]
+
+
+def _deltas(model: Any) -> dict[str, Tensor]:
+    names = {id(p): n.replace(".base_layer.", ".") for n, p in model.get_base_model().named_parameters()}
+    found = {}
+    for module in model.modules():
+        layer: Any = module
+        for key in PARTS if isinstance(layer, _tuner_layer()) and "default" in _adapters_of(layer) else ():
+            if hasattr(layer, f"get_delta_{key}"):
+                delta = getattr(layer, f"get_delta_{key}")("default")
+                found[names[id(getattr(layer.get_base_layer(), key))]] = delta.detach().float()
+    return found
 
 
 def _fitted(model: Any) -> Any:

@@ -53,6 +53,13 @@ class Turn:
         return weight.T if self.transposed else weight
 
 
+def turning(kind: type) -> bool:
+    """Whether layers of this kind rotate their inputs, and `Turn` knows how: peft's OFT, and ours."""
+    from peft.tuners.oft import OFTLayer
+
+    return issubclass(kind, OFTLayer) or hasattr(kind, "get_rotation")
+
+
 def turns(model: nn.Module) -> Iterator[Turn]:
     """The rotated layers of a peft model with the adapter `default`.
 

@@ -9,6 +9,7 @@ from ..models.towers import decoder_name
 
 QUERY_VALUE = "query_value"
 BLOCK_OUTPUTS = "block_outputs"
+KEY_VALUE = "key_value"
 KEY_VALUE_FFN = "key_value_ffn"
 _PROJECTIONS = (  # query, key, value; or all in one
     ("query", "key", "value"),
@@ -71,13 +72,13 @@ def resolve_targets(model: nn.Module, targets: str | set[str] | list[str]) -> st
     if targets == "all-linear":
         return "all-linear"
     decoder = decoder_name(model)
-    if decoder and targets in (QUERY_VALUE, KEY_VALUE_FFN, BLOCK_OUTPUTS):
+    if decoder and targets in (QUERY_VALUE, KEY_VALUE, KEY_VALUE_FFN, BLOCK_OUTPUTS):
         part = model.get_submodule(decoder.rstrip("."))
         ends = resolve_targets(part, targets)
         return [f"{decoder}{n}" for n, _ in part.named_modules() if any(ends_with(n, end) for end in ends)]
     linear = [n for n, m in model.named_modules() if _is_linear(m)]
     suffixes = {n.rsplit(".", 1)[-1] for n in linear}
-    if targets in (QUERY_VALUE, KEY_VALUE_FFN):
+    if targets in (QUERY_VALUE, KEY_VALUE, KEY_VALUE_FFN):
         # two towers may call theirs by different names
         known = _QUERY_VALUE_NAMES if targets == QUERY_VALUE else _KEY_VALUE_NAMES
         found = [name for names in known if suffixes.issuperset(names) for name in names]

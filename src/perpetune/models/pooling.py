@@ -1,0 +1,31 @@
+"""One vector for an input, from those of its tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ModelError
+
+Pooling = Literal["mean", "cls", "last", "pooler"]
+
+
+def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """(N x tokens x width) to (N x width)."""
+    if pooling == "pooler":
+        if getattr(output, "pooler_output", None) is None:
+            raise ModelError("this model has no pooler: choose pooling mean, cls or last")
+        return output.pooler_output
+    hidden = output.last_hidden_state
+    if pooling == "cls":
+        return hidden[:, 0]
+    if attention_mask is None:
+        return hidden.mean(1) if pooling == "mean" else hidden[:, -1]
+    if pooling == "mean":
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (attention_mask * positions).argmax(1)  # right with padding on either side
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

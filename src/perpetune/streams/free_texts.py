@@ -1,0 +1,71 @@
+"""Tasks whose responses are free texts: scored by a metric, and no classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from datasets import Dataset, Value
+
+from ..core.errors import ConfigError, nearest
+from ..metrics.text import metric
+from .task import Task
+
+
+def metrics_of(tasks: Sequence[Task], chosen: str | Mapping[str, str] | None) -> dict[str, str]:
+    """The metric of each task of free texts: of its task.json, or what was chosen for all, or for it.
+
+    Raises:
+        ConfigError: no such metric or task.
+    """
+    own = {task.name: task.metric for task in tasks if task.metric is not None}
+    given = {task.name: chosen for task in tasks} if isinstance(chosen, str) else dict(chosen or {})
+    names = [task.name for task in tasks]
+    for task in given:
+        if task not in names:
+            raise ConfigError(f"metric: no task `{task}`: {nearest(task, names)}")
+    found = {**own, **given}
+    for name in found.values():
+        metric(name)
+    return found
+
+
+def as_free_texts(
+    tasks: Sequence[Task], labels: Sequence[str], metrics: Mapping[str, str]
+) -> tuple[tuple[Task, ...], tuple[str, ...]]:
+    """The tasks, those with a metric without classes, and the label texts of the classes that are left.
+
+    Args:
+        labels: label texts of all classes; of tasks of prompts, their responses.
+
+    Raises:
+        ConfigError: a metric for a task that has no prompts.
+    """
+    for task in tasks:
+        columns = task.test.column_names
+        if task.name in metrics and "prompt" not in columns and "messages" not in columns:
+            raise ConfigError(f"task `{task.name}` has labels and no responses to score by `{metrics[task.name]}`")
+    kept = [c for task in tasks if task.name not in metrics for c in task.classes]
+    left = sorted(set(kept))
+    number = {c: i for i, c in enumerate(left)}
+    made = []
+    for task in tasks:
+        free = task.name in metrics
+
+        def rows(data: Dataset | None, free: bool = free) -> Dataset | None:
+            if data is None:
+                return None
+            values = data["label"][:]
+            new = [-1] * len(values) if free else [number[y] for y in values]
+            data = data.remove_columns("label").add_column("label", new, feature=Value("int64"))
+            if free:
+                texts = [labels[y] for y in values]
+                data = data.add_column("response", texts, feature=Value("string"))
+            return data
+
+        train, test, validation = (rows(data) for data in (task.train, task.test, task.validation))
+        assert train is not None and test is not None
+        classes = () if free else tuple(number[c] for c in task.classes)
+        splits = {"train": train, "test": test, "validation": validation}
+        made.append(replace(task, classes=classes, metric=metrics.get(task.name), **splits))
+    return tuple(made), tuple(labels[c] for c in left)

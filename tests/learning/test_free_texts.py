@@ -1,0 +1,104 @@
+"""Responses that are free texts: scored by the metric that a task names, never classes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import perpetune as pt
+from perpetune.metrics.text import contains, exact_match, graded, token_f1
+from perpetune.operations.gate import judge
+
+TRAINING = {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+FAQ = {"where is my parcel": "it is on the way", "can i pay later": "yes within thirty days"}
+DATES = {"monday the first": "01 06 2026", "friday the fifth": "05 06 2026"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("free")
+    for task, pairs in {"faq": FAQ, "dates": DATES}.items():
+        (root / task).mkdir()
+        for split, times in (("train", 8), ("test", 3)):
+            rows = [{"prompt": f"{p} {i % 2}", "response": r} for i in range(times) for p, r in pairs.items()]
+            (root / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (root / "dates" / "task.json").write_text(json.dumps({"metric": "exact_match"}), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tiny_lm):
+    words = " ".join([*FAQ, *FAQ.values(), *DATES, *DATES.values()]).split()
+    return tiny_lm("llama", words)
+
+
+def test_a_response_is_a_text_and_no_class(folder):
+    stream = pt.load_stream(folder, metric={"faq": "token_f1"})
+    assert stream.labels == () and [task.classes for task in stream] == [(), ()]
+    assert [task.metric for task in stream] == ["exact_match", "token_f1"] and stream.tasks[0].name == "dates"
+    assert set(stream.tasks[1].test["response"][:]) == set(FAQ.values()) and set(stream.tasks[1].test["label"][:]) == {
+        -1
+    }
+    again = pt.load_stream(**stream.source)
+    assert [task.metric for task in again] == ["exact_match", "token_f1"]
+
+
+def test_tasks_of_classes_and_of_free_texts_stand_in_one_stream(folder):
+    stream = pt.load_stream(folder)
+    dates, faq = stream
+    assert dates.metric == "exact_match" and dates.classes == ()
+    assert sorted(stream.label_texts(faq.classes)) == sorted(stream.labels) == sorted(FAQ.values())
+    assert [stream.labels[y] for y in faq.test["label"][:]] == [FAQ[p[:-2]] for p in faq.test["prompt"][:]]
+
+
+@pytest.mark.parametrize("recipe", ["lora", "color", "pegp_lora_fresh"])
+def test_scores_go_through_matrix_gate_and_report(recipe, folder, model, tmp_path):
+    stream = pt.load_stream(folder, metric="token_f1")
+    learner = pt.Learner(model, recipe, tmp_path / "run", training=TRAINING)
+    result = learner.learn(stream)
+    assert result.readings == [("language", "domain")]
+    matrix = result.matrix("language", "domain")
+    assert (matrix.values.diagonal() > matrix.baseline).all()
+    assert result.records()[0].final_accuracy == pytest.approx(matrix.values[-1].mean())
+    assert judge(result, max_forgetting=1, min_gain=0.01).task == "faq"
+    prompts = [f"{p} 0" for p in FAQ]
+    answers = pt.Learner.open(tmp_path / "run").predict(prompts)
+    assert answers == learner.predict(prompts) and all(answers)
+    assert result.config["stream"]["labels"] == []
+
+
+def test_a_run_resumes_to_the_same_bits(folder, model, same_bits_when_stopped, tmp_path):
+    stream = pt.load_stream(folder, metric="exact_match")
+    three = pt.Stream("three", (*stream.tasks, _named(stream.tasks[0], "more")), (), "domain", stream.inputs)
+    same_bits_when_stopped(lambda name: pt.Learner(model, "lora", tmp_path / name, training=TRAINING).learn(three))
+
+
+def _named(task, name):
+    from dataclasses import replace
+
+    return replace(task, name=name)
+
+
+def test_metrics():
+    assert exact_match("It IS on, the way.", "it is on the way") == 1 and exact_match("on the way", "the way") == 0
+    assert contains("well, it is on the way!", "on the way") == 1 and contains("online", "on") == 0
+    assert token_f1("a b c", "b c d") == pytest.approx(2 / 3) and token_f1("", "a") == 0
+
+
+def test_a_metric_of_ones_own_must_be_imported_by_the_user(folder):
+    with pytest.raises(pt.ConfigError, match="--import never_imported"):
+        pt.load_stream(folder, metric="never_imported:score")
+    with pytest.raises(pt.ConfigError, match="no metric is called `rouge`: did you mean"):
+        pt.load_stream(folder, metric="rouge")
+    assert graded(f"{__name__}:_half", ["x"], ["y"]) == [0.5]
+    with pytest.raises(pt.ConfigError, match="a score is a number from 0 to 1"):
+        graded(f"{__name__}:_two", ["x"], ["y"])
+
+
+def _half(answer, response):
+    return 0.5
+
+
+def _two(answer, response):
+    return 2
