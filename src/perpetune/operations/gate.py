@@ -10,7 +10,7 @@ import numpy as np
 from ..core.errors import ConfigError, RunError, nearest
 from ..core.measurement import broken_promise
 from ..learning.language_losses import LOSS
-from ..metrics.accuracy import RIGHT, measured_mean
+from ..metrics.accuracy import RIGHT, AccuracyMatrix, measured_mean
 from ..runs.result import BEFORE, Result
 from .verdict import MOST_CLASSES, Before, Loss, Verdict, nats
 
@@ -36,7 +36,8 @@ def judge(
     With a(i, j) as in `metrics.accuracy`, and T-1 the commit before: a(T-1, j) - a(T, j) <= max_forgetting for every
     earlier task j, and a(T, T) - r >= min_gain, where r is a(T-1, T) if the head could name the classes then, else b_T,
     else the share of the task's most frequent class (in an older run also where the head could, but was not evaluated:
-    `against` then tells). Where a task was taken out, the first of these for all others.
+    `against` then tells). Earlier tasks whose test data is gone are not judged, and named. Where a task was taken out,
+    the first of these for all others.
 
     Args:
         max_forgetting, min_gain: fractions, 0.02 is two points.
@@ -80,6 +81,8 @@ def judge(
         reference, against = next(known, _constant(result, targets.get(task), untouched))
     own = [] if accuracy is None else result.per_class(head, scenario, [task])
     tasks, classes = [], []
+    gone = [j for j in earlier if j in newest.get("not_evaluated", ())]
+    earlier = [j for j in earlier if j not in gone]
     if missing := [j for j in earlier if j not in old or j not in new]:
         raise ConfigError(
             f"`{missing[0]}` was not evaluated both before and after the newest task: learn with evaluate_every: 1"
@@ -112,6 +115,7 @@ def judge(
         (),
         measured_mean([c.accuracy for c in own]),
         tuple(str(c.label) for c in own if c.accuracy == 0),
+        tuple(_last_measured(result.matrix(head, scenario), j) for j in gone),
     )
     low = [c for c in own if min_class_accuracy is not None and c.accuracy < min_class_accuracy - ROUNDING]
     rare = [
@@ -121,6 +125,15 @@ def judge(
     ]
     failures = _failures(verdict, max_forgetting, min_gain, max_flips, max_loss_increase)
     return replace(verdict, failures=(*rare, *failures))
+
+
+def _last_measured(matrix: AccuracyMatrix, task: str) -> str:
+    """The task, and its accuracy when it was last evaluated."""
+    column = matrix.values[:, matrix.tasks.index(task)]
+    measured = np.flatnonzero(~np.isnan(column))
+    if not len(measured):
+        return f"`{task}`"
+    return f"`{task}` (last {100 * column[measured[-1]]:.1f}, after `{matrix.tasks[measured[-1]]}`)"
 
 
 def _failures(

@@ -58,6 +58,7 @@ class Verdict:
     Attributes:
         task: the newest, or the one that was taken out last. accuracy: of the newest; None where one was taken out.
         macro: mean over its classes of their accuracies; None where it has none, or one was taken out.
+        unjudged: earlier tasks whose test data is gone, and their last accuracies.
         never: classes of the newest of whose test examples none is right.
         reference, against: what the newest must beat, and what that is.
         tasks: every other task, the one that lost most first. classes: the worst, as far as they lost.
@@ -78,6 +79,7 @@ class Verdict:
     failures: tuple[str, ...]
     macro: float | None = None
     never: tuple[str, ...] = ()
+    unjudged: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -113,13 +115,16 @@ class Verdict:
         if len(losers) > MOST_TASKS:
             lines.append(f"{len(losers) - MOST_TASKS} more {others} tasks got worse, by no more")
         if not losers:
-            lines.append(f"no {others} task got worse" if self.tasks else f"there is no {others} task")
+            none = f"no {others} task could be judged" if self.unjudged else f"there is no {others} task"
+            lines.append(f"no {others} task got worse" if self.tasks else none)
         if self.accuracy is not None and self.reference is not None:
             gain = f"{100 * (self.accuracy - self.reference):+.1f} against {self.against}"
             lines.append(
                 f"`{self.task}`: {100 * self.accuracy:.1f}, {gain} ({100 * self.reference:.1f}){self._macro()}"
             )
         lines.append(f"examples of {others} tasks right before and wrong now: {self.flips}")
+        if self.unjudged:
+            lines.append(f"not judged, since their test data is gone: {', '.join(self.unjudged)}")
         lines += [f"FAIL: {reason}" for reason in self.failures] or ["PASS"]
         return Group(*([table] if losers else []), *self._spoken(), *map(escape, lines))
 

@@ -252,6 +252,8 @@ class Result:
             shares = ", ".join(f"{task} {100 * share:.1f}" for task, share in each)
             mean, pooled = 100 * routing.accuracy, 100 * routing.accuracy_micro
             lines.append(f"  sent to their own task: {mean:.1f} of 100 (each example alike {pooled:.1f}); {shares}")
+        if gone := self.commits[-1].manifest.get("not_evaluated") if self.commits else None:
+            lines.append(f"  not evaluated any more, since the test data is gone: {', '.join(gone)}")
         lines += [f"  taken out: {task}" for task in self.reverted]
         promises = self._promises()
         lines += [self._promise(*key, found) for key, found in promises.items()]
