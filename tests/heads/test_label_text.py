@@ -100,3 +100,14 @@ def test_embeddings_of_another_model_are_refused_and_saved_ones_replace_ours_to_
     assert torch.equal(near.embeddings, saved["embeddings"])
     with pytest.raises(HeadError, match="embedding of `.*` has cosine"):
         opened(embeddings=E.flip(1)).load_state(saved)
+
+
+def test_one_new_class_is_told_from_all_texts_seen():
+    head = opened(temperature=0.1)
+    head.begin_task([0, 1])
+    head.end_task()
+    head.begin_task([3])
+    f, y = batch([3])
+    cosine = torch.nn.functional.cosine_similarity(f[:, None], E[None, [0, 1, 3]], dim=2)
+    expected = torch.nn.functional.cross_entropy(cosine / 0.1, torch.full((len(f),), 2))
+    assert torch.allclose(head.loss(f, y), expected, atol=1e-5) and float(expected) > 0

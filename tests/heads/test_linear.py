@@ -161,7 +161,6 @@ def test_low_precision_features_are_read():
         (lambda h: (h.begin_task([0, 1]), h.begin_task([2, 3])), "begun already"),
         (lambda h: (h.begin_task([0, 1]), h.loss(*batch([2]))), "class `cat` is not a class of the current loss"),
         (lambda h: (h.begin_task([0, 1]), h.state()), "in the middle of a task"),
-        (lambda h: h.begin_task([0]), "one class, `ant`: the loss over the current classes is always 0"),
         (lambda h: h.begin_task([0, 5]), "class 5 is not one of the 5"),
         (lambda h: h.begin_task([0, 0]), "each once"),
         (lambda h: h.scores(torch.zeros(2, 9)), r"shape \(N, 6\), found \(2, 9\)"),
@@ -184,3 +183,40 @@ def test_a_reopened_task_goes_on_from_its_own_rows():
     head.begin_task([0, 1])
     assert torch.equal(head.active_weight, own[1]) and torch.equal(head.active_bias, own[2])
     assert torch.equal(head.weight[2], other)
+
+
+def test_one_new_class_is_told_from_all_seen_and_trains_its_row_alone():
+    """Cross entropy over W = (w_0, w_1, w_new), of which w_new is the only parameter."""
+    head = opened()
+    head.begin_task([0, 1])
+    with torch.no_grad():
+        head.active_weight.add_(torch.randn_like(head.active_weight))
+    head.end_task()
+    old = head.weight.clone()
+    head.begin_task([3])
+    assert head.in_loss == [0, 1, 3] and [tuple(p.shape) for p in head.parameters()] == [(1, head.width), (1,)]
+    f, y = batch([3], n=3)
+    f.requires_grad_()
+    w, b = head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(f @ w[[0, 1, 3]].T + b[[0, 1, 3]], torch.tensor([2, 2, 2]))
+    loss = head.loss(f, y)
+    assert torch.allclose(loss, expected) and loss.item() > 0.1
+    loss.backward()
+    of_features = f.grad.clone()
+    f.grad = None
+    expected.backward()
+    assert torch.allclose(of_features, f.grad)
+    assert torch.allclose(head.active_weight.grad, w.grad[[3]]) and torch.allclose(head.active_bias.grad, b.grad[[3]])
+    with torch.no_grad():
+        head.active_weight.add_(1.0)
+    head.end_task()
+    assert torch.equal(head.weight[3], old[3] + 1) and torch.equal(head.weight[:3], old[:3])
+    assert [m.value for m in head.guarantee()] == [0.0]
+
+
+def test_the_first_class_of_all_is_predicted():
+    head = opened()
+    head.begin_task([2])
+    assert head.loss(*batch([2, 2])).item() == 0
+    head.end_task()
+    assert (head.scores(batch([2])[0]).argmax(1) == 2).all()

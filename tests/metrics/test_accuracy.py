@@ -124,7 +124,7 @@ def test_intransigence_against_a_joint_run():
 
 
 def test_every_figure_carries_its_formula():
-    assert set(summary(matrix([[0.5]]))) | {"flips", "routing_accuracy"} == set(FORMULAS)
+    assert set(summary(matrix([[0.5]]))) | {"flips", "routing_accuracy", "final_accuracy_macro"} == set(FORMULAS)
 
 
 TARGETS = {"a": np.array([0, 0, 1, 1]), "b": np.array([2, 3])}

@@ -136,6 +136,9 @@ def gate(
             metavar="NATS", help="By how much a language model's loss on any earlier task's responses may have risen."
         ),
     ] = None,
+    min_class_accuracy: Annotated[
+        float | None, typer.Option(help="What every class of the newest task must reach: 0.5 is half of its examples.")
+    ] = None,
     head: Annotated[str | None, typer.Option(help="Which head; default the first.")] = None,
     scenario: Annotated[str | None, typer.Option(help="class, task or domain; default that of the stream.")] = None,
     json: AsJson = False,
@@ -145,8 +148,9 @@ def gate(
     `perpetune run week.yaml && perpetune gate runs/weekly --max-forgetting 0.02 --min-gain 0.01`
 
     No earlier task may lose more than --max-forgetting. The newest must gain --min-gain over the model before it; over
-    the untouched model, or else chance, where the head could not name the classes before. A broken promise of the
-    newest task closes the gate too. Reads the predictions stored in the run; no model is loaded.
+    the untouched model, or else always predicting its most frequent class, where the head could not name the classes
+    before. A broken promise of the newest task closes the gate too. Reads the predictions stored in the run; no model
+    is loaded. Tasks whose test data is gone are not judged, and named.
 
     Where responses are free text that nobody repeats word for word, --min-gain 0 --max-loss-increase 0.1: the loss on
     the test responses of an earlier task, in nats a token, may be so much higher than when the task was learned.
@@ -162,6 +166,7 @@ def gate(
         min_gain=min_gain,
         max_flips=max_flips,
         max_loss_increase=max_loss_increase,
+        min_class_accuracy=min_class_accuracy,
         head=head,
         scenario=scenario,
     )

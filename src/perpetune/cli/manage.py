@@ -107,7 +107,7 @@ def revert(
     learner = Learner.described(run, model=model, progress=RichProgress())
     tied, shaped = ties(learner.recipe, before), stale(learner.recipe, before, task)
     left = [name for name in before.tasks if name != task]
-    after = learner.revert(load_again(before.config["stream"], left, stream), task)
+    after = learner.revert(load_again(before.config["stream"], left, stream, learned=left), task)
     parts = f"the base and {', '.join(left)}" if left else "the base alone"
     reasons = [text for text in (tied and f"of these deltas {tied}", shaped) if text]
     if reasons:

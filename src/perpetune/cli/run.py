@@ -46,10 +46,11 @@ def run(
     `perpetune run week.yaml --seed 1`. First see what it will take: `perpetune run week.yaml --plan`.
     """
     from ..core.progress import RichProgress
+    from ..learning.gone_data import learned_tasks
     from ..learning.learner import Learner
 
-    loaded = settings.stream.load()
     learner = Learner.from_config(settings, progress=RichProgress())
+    loaded = settings.stream.load(learned_tasks(learner.path))
     if plan:
         from ..learning.task_free import parts, told_segments
         from ..operations.plan import make_plan

@@ -38,6 +38,7 @@ class Head(nn.Module):
     refresh: bool = False  # statistics are gathered anew from all tasks, after every task
     reads: Reads = "features"
     blocks: bool = False
+    weighs: bool = False  # whether its loss may weigh classes, see `weigh`
 
     @property
     def observes(self) -> bool:
@@ -83,6 +84,10 @@ class Head(nn.Module):
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Scalar training loss; features (N x width), labels (N,) global class indices."""
+        raise NotImplementedError
+
+    def weigh(self, weights: Tensor) -> None:
+        """Weights of all classes (C,) in the loss of the task that has begun, of heads with `weighs`."""
         raise NotImplementedError
 
     def end_task(self) -> None:

@@ -31,6 +31,7 @@ class LabelTextHead(TrainedHead):
     """
 
     name = "label_text"
+    weighs = True
     embeddings: Tensor  # e, (C, L), rows of length 1
     needs_label_embeddings = True
 
@@ -64,8 +65,8 @@ class LabelTextHead(TrainedHead):
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         self.check_features(features)
-        targets = self.targets(labels)
-        return F.cross_entropy(self.similarities(features, self.embeddings[self.in_loss]), targets)
+        self._check_begun()
+        return self.cross_entropy(self.similarities(features, self.embeddings[self.in_loss]), labels)
 
     @torch.no_grad()
     def scores(self, features: Tensor, task: int | None = None) -> Tensor:

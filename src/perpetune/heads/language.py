@@ -119,7 +119,7 @@ class LanguageHead(TrainedHead):
 
     def end_task(self) -> None:
         self._check_begun()
-        self.in_loss, self.task_classes, self._begun = [], [], False
+        self.in_loss, self.in_training, self.task_classes, self._begun = [], [], [], False
 
     def _check_begun(self) -> None:
         if not self._begun:

@@ -21,7 +21,8 @@ class LinearHead(TrainedHead):
 
     During a task only the rows of the classes in the loss are parameters; all other rows are plain buffers, so that no
     optimizer, weight decay or momentum can touch them. A new class starts from N(0, 0.02^2) drawn from (seed, label
-    text), whatever the order of tasks; a class that reappears goes on from its row.
+    text), whatever the order of tasks; a class that reappears goes on from its row. A task of one class trains its row
+    alone, in a loss over all classes seen: the other rows stand in it as constants.
 
     Each finished task leaves a copy of its own rows: `scores(features, task=j)` reads them, the task-incremental view.
 
@@ -33,10 +34,11 @@ class LinearHead(TrainedHead):
     """
 
     name = "linear"
+    weighs = True
     weight: Tensor  # W, (C, L)
     bias: Tensor  # b, (C,)
-    active_weight: nn.Parameter  # (classes in the loss, L); None outside of a task
-    active_bias: nn.Parameter  # (classes in the loss,)
+    active_weight: nn.Parameter  # (classes in training, L); None outside of a task
+    active_bias: nn.Parameter  # (classes in training,)
 
     def __init__(self, loss: Classes = "current") -> None:
         super().__init__(loss)
@@ -59,18 +61,26 @@ class LinearHead(TrainedHead):
 
     def begin_task(self, classes: Sequence[int]) -> None:
         super().begin_task(classes)
-        self.active_weight = nn.Parameter(self.weight[self.in_loss].clone())
-        self.active_bias = nn.Parameter(self.bias[self.in_loss].clone())
+        self.active_weight = nn.Parameter(self.weight[self.in_training].clone())
+        self.active_bias = nn.Parameter(self.bias[self.in_training].clone())
         self._before = self.weight.clone(), self.bias.clone()
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         self.check_features(features)
-        targets = self.targets(labels)
-        return F.cross_entropy(F.linear(features.to(self.weight.dtype), self.active_weight, self.active_bias), targets)
+        self._check_begun()
+        return self.cross_entropy(F.linear(features.to(self.weight.dtype), *self._rows_in_loss()), labels)
+
+    def _rows_in_loss(self) -> tuple[Tensor, Tensor]:
+        """Rows (k x L) and biases (k,) of the k classes in the loss; those that are not trained are constants."""
+        if self.in_training == self.in_loss:
+            return self.active_weight, self.active_bias
+        place = torch.tensor([self.in_loss.index(c) for c in self.in_training], device=self.weight.device)
+        weight, bias = self.weight[self.in_loss], self.bias[self.in_loss]
+        return weight.index_copy(0, place, self.active_weight), bias.index_copy(0, place, self.active_bias)
 
     @torch.no_grad()
     def end_task(self) -> None:
-        own, rows = torch.tensor(self.task_classes), self.in_loss
+        own, rows = torch.tensor(self.task_classes), self.in_training
         super().end_task()
         self.weight[rows], self.bias[rows] = self.active_weight, self.active_bias
         self._drop_parameters()
@@ -100,7 +110,7 @@ class LinearHead(TrainedHead):
             return self.tasks[task]
         weight, bias = self.weight, self.bias
         if self.in_loss:
-            index = torch.tensor(self.in_loss, device=weight.device)
+            index = torch.tensor(self.in_training, device=weight.device)
             weight = weight.index_copy(0, index, self.active_weight)
             bias = bias.index_copy(0, index, self.active_bias)
         if task is None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.errors import ConfigError, HeadError, nearest
 from .base import Head
@@ -18,8 +19,12 @@ Classes = Literal["current", "seen"]
 class TrainedHead(OpenedHead):
     """A head whose cross entropy runs over the current task's classes ("current") or over all seen so far ("seen").
 
+    A task of one class is told from all classes seen so far, which themselves are not trained: among the current
+    classes alone there would be nothing to choose.
+
     `loss_over` holds the constructor's `loss`, as `loss` is the method. Between `begin_task` and `end_task`, `in_loss`
-    lists the classes of the loss; outside of a task it is empty.
+    lists the classes of the loss, and `in_training` those of them whose rows it trains; outside of a task both are
+    empty.
     """
 
     trains = True
@@ -31,7 +36,9 @@ class TrainedHead(OpenedHead):
             raise ConfigError(f"{type(self).__name__}: loss={loss!r}; {nearest(str(loss), ('current', 'seen'))}")
         self.loss_over: Classes = loss
         self.in_loss: list[int] = []
+        self.in_training: list[int] = []
         self.task_classes: list[int] = []
+        self.weights: Tensor | None = None
 
     def config(self) -> dict[str, Any]:
         return {name: self.loss_over if name == "loss" else value for name, value in super().config().items()}
@@ -39,7 +46,7 @@ class TrainedHead(OpenedHead):
     def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
         super().open(width, labels, seed=seed)
         self.seen = torch.zeros(len(labels), dtype=torch.bool)
-        self.in_loss, self.task_classes = [], []
+        self.in_loss, self.in_training, self.task_classes = [], [], []
 
     def trainer(self) -> Head:
         return self
@@ -48,25 +55,43 @@ class TrainedHead(OpenedHead):
         """See `Head.begin_task`.
 
         Raises:
-            HeadError: the last task has not ended, a class is unknown, or the loss would run over one class alone.
+            HeadError: the last task has not ended, or a class is unknown.
         """
         classes = self.checked_classes(classes)
         if self.in_loss:
             raise HeadError(f"head `{self.name}`: a task has begun already; call `end_task` first")
-        if self.contrasts and self.loss_over == "current" and len(classes) == 1:
-            raise HeadError(
-                f"head `{self.name}`: a task of one class, `{self.labels[classes[0]]}`: the loss over the current "
-                'classes is always 0; use loss="seen", or a head that does not train'
-            )
         self.seen[classes] = True
         self.task_classes = classes
-        self.in_loss = classes if self.loss_over == "current" else self.seen.nonzero().flatten().tolist()
+        seen = self.seen.nonzero().flatten().tolist()
+        single = self.contrasts and self.loss_over == "current" and len(classes) == 1
+        self.in_loss = seen if single or self.loss_over == "seen" else classes
+        self.in_training = classes if single else self.in_loss
         self._position = torch.full((len(self.labels),), -1, dtype=torch.long)
         self._position[self.in_loss] = torch.arange(len(self.in_loss))
 
     def end_task(self) -> None:
         self._check_begun()
-        self.in_loss, self.task_classes = [], []
+        self.in_loss, self.in_training, self.task_classes, self.weights = [], [], [], None
+
+    def weigh(self, weights: Tensor) -> None:
+        self._check_begun()
+        self.weights = weights
+
+    def cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the batch of w_y (-log softmax_y), y the true class, w the weights of classes: 1 without `weigh`.
+
+        The sum is divided by the size of the batch and not by the sum of its weights, so that a batch without a rare
+        class does not weigh the others more.
+
+        Args:
+            scores: of the k classes in the loss, (N x k); labels: global class indices, (N,).
+        """
+        targets = self.targets(labels)
+        if self.weights is None:
+            return F.cross_entropy(scores, targets)
+        if self.weights.device != labels.device:
+            self.weights = self.weights.to(labels.device)
+        return (self.weights[labels] * F.cross_entropy(scores, targets, reduction="none")).mean()
 
     def targets(self, labels: Tensor) -> Tensor:
         """Global class indices (N,) as positions in `in_loss`.

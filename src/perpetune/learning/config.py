@@ -62,7 +62,7 @@ class RunConfig(pydantic.BaseModel):
         Shortcut("learning_rate", "--learning-rate", float, "Of the tuner; each recipe has its own default.", "1e-3"),
     ] = setting(
         {},
-        "Any setting of transformers.TrainingArguments, or head_learning_rate.",
+        "Any setting of transformers.TrainingArguments, head_learning_rate, or class_weights (balanced, or by label).",
         panel="Training",
         option="--set",
         example="warmup_steps=10",

@@ -58,6 +58,7 @@ def language_losses(state: LearnerState, tasks: Sequence[Task], untouched: float
     found: list[Measurement] = []
     if not measured_language(state):
         return []
+    tasks = [task for task in tasks if len(task.test)]  # the data of others is gone
     classified = [task for task in tasks if task.metric is None]
     if backbone.rouge_l and classified:
         alike = {task.name: float(evaluator.features(task, "test")[:, -2].double().mean()) for task in classified}

@@ -43,7 +43,8 @@ class Learner:
         run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
         heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the
             features.
-        training: names of `transformers.TrainingArguments`, and `head_learning_rate`.
+        training: names of `transformers.TrainingArguments`, `head_learning_rate`, and `class_weights`: "balanced", or a
+            weight by label.
         seed: decides everything random.
         pooling, max_length, trust_remote_code: see `load_backbone`.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream

@@ -15,7 +15,9 @@ from ..heads import OwnClassifierHead
 from ..runs.commit import active, reverted
 from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
-from ..streams import Stream, fingerprint
+from ..streams import Stream
+from .class_weights import SETTING, check_class_weights
+from .gone_data import check_needed, completed, told, with_known_scenario
 from .setup import Setup, task_settings
 from .state import LearnerState
 from .training_settings import check_training
@@ -55,21 +57,30 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
             "left out, and the recipe's is trained; to go on from its rows, choose heads: [own_classifier]"
         )
     for each in stream:  # before anything is written
-        check_training(task_settings(setup.training, each), backbone)
+        settings = task_settings(setup.training, each)
+        check_training(settings, backbone)
+    stream = with_known_scenario(stream, setup.path)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
         written = read_config(setup.path)["stream"]
         known = [*(run.commits[-1].manifest["learned"] if run.commits else ()), *written["tasks"]]
         whole = stream.ordered_after(known).numbered(written["labels"])
         out = [*reverted(run.commits), without]
+        for each in whole:
+            setting = task_settings(setup.training, each).get(SETTING)
+            check_class_weights(setup.recipe, setting, whole.labels)
+        learned = [name for name in (run.commits[-1].manifest["learned"] if run.commits else ()) if name != without]
         stream = replace(whole, tasks=tuple(task for task in whole if task.name not in out))
-        learned = _check_learned(run, stream, without)
+        stream = completed(run, stream, learned, every=without is not None)
+        whole = replace(whole, tasks=(*stream.tasks, *(task for task in whole if task.name in out)))
+        if without is not None or len(learned) < len(stream):
+            check_needed(run, stream, learned, setup.recipe.heads)
         sessions = setup.recipe.consolidation.schedule(stream)
         done = len(active(run.commits))
         if done and done >= len(sessions) and len(learned) < len(stream):
             raise RunError(
-                f"{setup.path} learned all tasks of its stream at once; the stream has grown since: use another run "
-                "directory (--out)"
+                f"{setup.path} learned all tasks of its stream at once; the stream has grown since, and the training "
+                "data of all tasks is needed to learn them at once again: use another run directory (--out)"
             )
 
         def untouched(labels: tuple[str, ...]) -> LearnerState:
@@ -82,6 +93,8 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         if without is None:
             run.grow(setup.config(whole, backbone))
             _note_start(setup, run)
+            for line in told(run, stream, learned):
+                setup.progress.say(line)
             for task in (task.name for task in whole if task.name in out):
                 setup.progress.say(
                     f"task `{task}` was taken out of {setup.path} and is passed over: to learn it again, give it "
@@ -126,30 +139,3 @@ def task_of(key: str) -> str:
 def filed(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """The predictions of heads among these, under a prefix."""
     return {prefix + key: value for key, value in found.items() if not key.startswith(NO_READING)}
-
-
-def _check_learned(run: Run, stream: Stream, without: str | None = None) -> list[str]:
-    """A stream may have grown since; what was learned, and is not taken out, must still be what it was."""
-    tasks = {task.name: task for task in stream}
-    learned = [name for name in (run.commits[-1].manifest["learned"] if run.commits else ()) if name != without]
-    now = [task.name for task in stream.tasks[: len(learned)]]
-    if now != learned:
-        raise RunError(
-            f"{run.path} has learned {', '.join(learned)} in this order; the stream now starts with "
-            f"{', '.join(now) or 'nothing'}: append new tasks at its end, or use another run directory (--out)"
-        )
-    for commit in active(run.commits):
-        for name, digest in commit.manifest.get("data", {}).items():
-            if name != without and fingerprint(tasks[name]) != digest:
-                raise RunError(
-                    f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run "
-                    "directory (--out)"
-                )
-            own = commit.manifest.get("training", {}).get(name, {})
-            if name != without and own != dict(tasks[name].training):
-                raise RunError(
-                    f"task `{name}` was learned with training settings {own or 'of the run'} of its own, now they are "
-                    f"{dict(tasks[name].training) or 'those of the run'}: restore them, or use another run directory "
-                    "(--out)"
-                )
-    return learned

@@ -44,6 +44,7 @@ def revert(setup: Setup, stream: Stream, task: str) -> LearnerState:
                 "learned": learned,
                 "classes": classes,
                 "guarantees": [{**m.to_dict(), "task": name} for m in measured],
+                "not_evaluated": [task.name for task in stream if not len(task.test)],
                 "heads": [head.name for head in state.heads],
             }
             commit = run.commit(name, state.files(predictions), facts)

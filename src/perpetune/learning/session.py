@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..consolidation import Session
+from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
 from ..streams import Task
+from .class_weights import SETTING, class_weights
 from .setup import task_settings
 from .state import LearnerState
 from .trainer import TaskModel, TrainingLog, train_task
@@ -39,6 +41,21 @@ class Training:
             if earlier is not None:
                 head.reopen(earlier)
             head.begin_task(consolidation.classes(self.session))
+        trained = self.state.training_head
+        if weights := self.state.setup.training_of(self.session.tasks).get(SETTING):
+            drawn = consolidation.rows(self.session)["label"][:]
+            trained.weigh(class_weights(weights, drawn, self.state.known.labels))
+        if isinstance(trained, TrainedHead) and trained.contrasts and len(trained.task_classes) == 1:
+            self._tell_one(trained)
+
+    def _tell_one(self, head: TrainedHead) -> None:
+        """A session of one class: what it is told from, if there is anything yet."""
+        self.examples = self.state.backbone.contrasted(self.examples, head.in_loss)
+        if len(head.in_loss) == 1:
+            self.state.setup.progress.say(
+                f"task `{self.session.name}` has one class, `{head.labels[head.in_loss[0]]}`, and there is no other to "
+                "tell it from: its loss is 0, and this class is predicted until a task brings another"
+            )
 
     def train(self, of: int, step_limit: int | None = None) -> TrainingLog:
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
@@ -195,13 +196,16 @@ class StreamConfig(pydantic.BaseModel):
     )
     drift: DriftConfig | None = None
 
-    def load(self) -> Stream:
+    def load(self, learned: Collection[str] = ()) -> Stream:
         """The stream; with a validation share, measured on that instead of the test data.
+
+        Args:
+            learned: tasks that the run has learned, whose data may be gone.
 
         Raises:
             StreamError: see `load_stream`.
         """
         from ..streams import load_stream
 
-        stream = load_stream(**self.model_dump(exclude={"drift"}))
+        stream = load_stream(**self.model_dump(exclude={"drift"}), learned=learned)
         return stream.on_validation() if self.validation_share else stream

@@ -18,7 +18,7 @@ from ..rules import TaskContext
 from ..runs.commit import Commit, active
 from ..runs.directory import Run
 from ..runs.result import BEFORE
-from ..streams import Task, fingerprint
+from ..streams import Task, fingerprint, split_fingerprints
 from .evaluator import choices
 from .language_losses import general_loss, language_losses, measured_language
 from .opening import Opened, filed, task_of
@@ -117,7 +117,7 @@ class TaskLoop:
         """What an undisturbed run would still hold of the model before this session: features and label texts."""
         state, learned = self.state, self.stream.tasks[: session.first]
         seen = {c for task in learned for c in task.classes}
-        classified = [task for task in learned if task.metric is None]
+        classified = [task for task in learned if task.metric is None and len(task.test)]
         for task in classified if self.setup.evaluate_every == 1 and state.consolidation.states is None else ():
             state.evaluator.features(task, "test", choices(self.stream, task, seen))
         state.evaluator.embed(state.heads, self.stream.labels, [task.candidates for task in classified])
@@ -168,6 +168,9 @@ class TaskLoop:
             "learned": [task.name for task in learned],
             "classes": sorted({c for task in learned for c in task.classes}),
             "data": {task.name: fingerprint(task) for task in session.tasks},
+            "splits": {task.name: split_fingerprints(task) for task in session.tasks},
+            "task_classes": {task.name: list(task.classes) for task in session.tasks},
+            "not_evaluated": [task.name for task in learned if not len(task.test)],
             "training": {task.name: dict(task.training) for task in session.tasks if task.training},
             "guarantees": [{**m.to_dict(), "task": session.name} for m in measured],
             "heads": [head.name for head in self.state.heads],

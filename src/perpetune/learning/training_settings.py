@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from ..core.errors import ConfigError, first_line, nearest
 from ..core.validation import number
 from ..models.backbone import Backbone
+from .class_weights import SETTING, checked
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -32,8 +33,8 @@ QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_ste
 
 _LENGTH = "per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps dataloader_drop_last"
 _STEP = (
-    "learning_rate head_learning_rate weight_decay warmup_steps lr_scheduler_type lr_scheduler_kwargs max_grad_norm "
-    "optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha"
+    "learning_rate head_learning_rate class_weights weight_decay warmup_steps lr_scheduler_type lr_scheduler_kwargs "
+    "max_grad_norm optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha"
 )
 _NUMBERS = "bf16 fp16 tf32 full_determinism debug torch_empty_cache_steps accelerator_config"
 _MEMORY = (
@@ -107,7 +108,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
         ConfigError: a name that `transformers.TrainingArguments` does not have, one that has no effect here, or one
             that the run sets itself.
     """
-    known = {*inspect.signature(TrainingArguments.__init__).parameters, "head_learning_rate"} - {"self"}
+    known = {*inspect.signature(TrainingArguments.__init__).parameters, "head_learning_rate", SETTING} - {"self"}
     settings = dict(DEFAULTS)
     for layer in layers:
         for key, value in layer.items():
@@ -120,6 +121,8 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
             if key not in HONOURED:
                 raise ConfigError(f"`{key}` is new in transformers, and not known to have an effect here: leave it out")
             settings[key] = number(value)
+    if SETTING in settings and (weights := checked(settings.pop(SETTING))) is not None:
+        settings[SETTING] = weights
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if key in settings:
             settings[key] = _above_zero(key, settings[key], whole=True)
@@ -142,7 +145,7 @@ def training_arguments(settings: dict[str, Any], folder: str, seed: int, use_cpu
     Raises:
         ConfigError: a value that TrainingArguments refuses.
     """
-    own = {k: v for k, v in settings.items() if k != "head_learning_rate"}
+    own = {k: v for k, v in settings.items() if k not in ("head_learning_rate", SETTING)}
     with one_line(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return TrainingArguments(

@@ -22,6 +22,7 @@ Predictions = Sequence["Mapping[str, np.ndarray] | None"]
 FORMULAS: dict[str, str] = {
     "final_accuracy": "mean over j of a(T, j)",
     "final_accuracy_micro": "sum over j of n_j a(T, j) / sum over j of n_j",
+    "final_accuracy_macro": "mean over classes c of the share of the test examples of c, in all tasks, right at T",
     "average_incremental_accuracy": "mean over i of [mean over j <= i of a(i, j)]",
     "average_incremental_accuracy_micro": "mean over i of [sum over j <= i of n_j a(i, j) / sum over j <= i of n_j]",
     "forgetting": "mean over j < T of [max over j <= i < T of a(i, j) - a(T, j)]",
@@ -39,8 +40,7 @@ class AccuracyMatrix:
     """Accuracies of one run, read by one head in one scenario. The arrays are read-only.
 
     Attributes:
-        values: (T, T), row i is the state after task i; nan where not measured. Entries above the diagonal may be
-            measured; only forward transfer reads them.
+        values: (T, T), row i after task i; nan where not measured; above the diagonal only forward transfer reads.
         test_sizes: (T,) number of test examples n_j.
         baseline: (T,) accuracy b_j of the untouched model; nan where its head cannot name the classes.
         tasks: names, in the order of learning.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator, with_config
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..core.errors import ConfigError, RunError, nearest
 from .accuracy import FORMULAS, AccuracyMatrix, summary
+from .record_parts import ClassShare, TaskCost, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,18 +23,6 @@ if TYPE_CHECKING:
 COSTS = ("train_seconds", "evaluate_seconds", "steps", "trainable_parameters")
 ROUTED, ROUTES = "routing_accuracy", "sent to its own task"  # a metric, and the heading of its column
 NO_LOSS = ("forgetting", ROUTED)  # metrics that forgetting is not told beside
-
-
-@with_config(ConfigDict(extra="forbid"))
-class TaskCost(TypedDict):
-    """What one task took; None where it was not measured."""
-
-    task: str
-    train_seconds: float | None
-    evaluate_seconds: float | None
-    steps: int | None
-    peak_memory_bytes: int | None
-    disk_bytes: int | None
 
 
 class ResultRecord(BaseModel):
@@ -55,6 +42,7 @@ class ResultRecord(BaseModel):
     test_sizes: list[int]
     final_accuracy: float | None
     final_accuracy_micro: float | None
+    final_accuracy_macro: float | None = None
     average_incremental_accuracy: float | None
     average_incremental_accuracy_micro: float | None
     forgetting: float | None
@@ -70,6 +58,7 @@ class ResultRecord(BaseModel):
     trainable_parameters: int
     guarantees: list[dict[str, Any]] = Field(default_factory=list)
     per_task: list[TaskCost] = Field(default_factory=list)
+    per_class: list[ClassShare] = Field(default_factory=list)
     run: str | None = None
     formulas: dict[str, str] = Field(default_factory=lambda: dict(FORMULAS))
 
@@ -91,21 +80,6 @@ class ResultRecord(BaseModel):
         return AccuracyMatrix(values, np.array(self.test_sizes), baseline, tuple(self.tasks))
 
 
-def plain(value: Any) -> Any:
-    """The value in JSON's own types; numbers that are not finite become None."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return plain(value.to_dict()) if hasattr(value, "to_dict") else value
-
-
 def make_record(
     matrix: AccuracyMatrix, facts: Mapping[str, Any], *, reference: Mapping[str, float | None] | None = None
 ) -> ResultRecord:
@@ -114,7 +88,7 @@ def make_record(
     Args:
         facts: the remaining fields: recipe, seed, scenario, head, model, stream, train_seconds, evaluate_seconds,
             steps, trainable_parameters, and where there are any guarantees (`Measurement`s or their dicts), per_task,
-            flips and routing_accuracy (shares), run.
+            per_class, final_accuracy_macro, flips and routing_accuracy (shares), run.
         reference: a*(j) by task name, for intransigence.
 
     Raises:

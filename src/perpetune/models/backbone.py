@@ -140,6 +140,10 @@ class Backbone(nn.Module):
             return self.processor(images=pictures, input_data_format="channels_first", return_tensors="pt").pixel_values
         return self.processor(images=pictures, return_tensors="pt").pixel_values
 
+    def contrasted(self, examples: Examples, classes: Sequence[int]) -> Examples:
+        """Prepared rows of one class, to be told from these classes, where the loss reads the texts of others."""
+        return examples
+
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch: model inputs, padded to the longest, and `labels` (N,)."""
         labels = torch.tensor([e["label"] for e in examples])

@@ -78,6 +78,9 @@ class DualBackbone(Backbone):
         among = tuple(classes) if len(classes) <= FEW else ()
         return [{**example, "among": among} for example in super().prepare(rows)]
 
+    def contrasted(self, examples: Examples, classes: Sequence[int]) -> Examples:
+        return [{**example, "among": tuple(classes[:FEW])} for example in examples]
+
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch: N images, T texts in question, the number of each image's own text as `own` (N,), and `labels`.
 

@@ -3,139 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import numpy as np
 
 from ..core.errors import ConfigError, RunError, nearest
-from ..core.measurement import broken_promise, finite
+from ..core.measurement import broken_promise
 from ..learning.language_losses import LOSS
-from ..metrics.accuracy import RIGHT
+from ..metrics.accuracy import RIGHT, AccuracyMatrix, measured_mean
 from ..runs.result import BEFORE, Result
-
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
+from .verdict import MOST_CLASSES, Before, Loss, Verdict, nats
 
 ROUNDING = 1e-9  # accuracies are quotients of whole numbers: far apart, but a difference of two may miss 0.02 by a bit
-MOST_CLASSES, MOST_TASKS = 5, 10
 MAJORITY = "its most frequent class alone"
+ONE_CLASS = "a model that does not know its one class"
 NOT_EVALUATED = f"{MAJORITY} (the model before it was not evaluated)"
-
-
-@dataclass(frozen=True)
-class Before:
-    """Accuracy of a task, or of one class of it, before and after the newest commit.
-
-    Attributes:
-        name: of the task, or "task: class". examples: in its test set.
-        flips: examples that were right and are wrong now.
-    """
-
-    name: str
-    before: float
-    now: float
-    flips: int
-    examples: int
-
-    @property
-    def drop(self) -> float:
-        return self.before - self.now
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Loss of a language model on the test responses of a task, in nats a token.
-
-    Attributes:
-        learned: the first that was measured, when the task was learned; now: the last. None: not a number.
-    """
-
-    name: str
-    learned: float | None
-    now: float | None
-
-    @property
-    def rise(self) -> float:
-        return math.inf if self.now is None or self.learned is None else self.now - self.learned
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """
-    Attributes:
-        task: the newest, or the one that was taken out last. accuracy: of the newest; None where one was taken out.
-        reference, against: what the newest must beat, and what that is.
-        tasks: every other task, the one that lost most first. classes: the worst, as far as they lost.
-        losses: of every other task, where they were measured, the one that rose most first.
-        broken: promises of the run that were not kept. failures: why the gate is closed; none opens it.
-    """
-
-    task: str
-    head: str
-    scenario: str
-    accuracy: float | None
-    reference: float | None
-    against: str
-    tasks: tuple[Before, ...]
-    classes: tuple[Before, ...]
-    losses: tuple[Loss, ...]
-    broken: tuple[str, ...]
-    failures: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
-
-    @property
-    def gain(self) -> float | None:
-        return None if self.accuracy is None or self.reference is None else self.accuracy - self.reference
-
-    @property
-    def flips(self) -> int:
-        return sum(t.flips for t in self.tasks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        lists = {k: [{**asdict(b), "drop": b.drop} for b in getattr(self, k)] for k in ("tasks", "classes")}
-        lists["losses"] = [{**asdict(x), "rise": finite(x.rise)} for x in self.losses]
-        return {"passed": self.passed, **asdict(self), **lists, "gain": self.gain, "flips": self.flips}
-
-    def table(self) -> Group:
-        """For a terminal: who got worse, and the verdict."""
-        from rich.console import Group
-        from rich.markup import escape
-        from rich.table import Table
-
-        losers = [t for t in self.tasks if t.drop > 0 or t.flips]
-        table = Table("", "before", "now", "worse by", "right before, wrong now", box=None)
-        for entry in (*losers[:MOST_TASKS], *self.classes):
-            points = (f"{100 * x:.1f}" for x in (entry.before, entry.now, entry.drop))
-            table.add_row(escape(entry.name), *points, f"{entry.flips} of {entry.examples}")
-        what, others = ("task taken out:", "other") if self.gain is None else ("newest task", "earlier")
-        lines = [f"{what} `{self.task}`, read by {self.head}, {self.scenario}-incremental"]
-        if len(losers) > MOST_TASKS:
-            lines.append(f"{len(losers) - MOST_TASKS} more {others} tasks got worse, by no more")
-        if not losers:
-            lines.append(f"no {others} task got worse" if self.tasks else f"there is no {others} task")
-        if self.accuracy is not None and self.reference is not None:
-            gain = f"{100 * (self.accuracy - self.reference):+.1f} against {self.against}"
-            lines.append(f"`{self.task}`: {100 * self.accuracy:.1f}, {gain} ({100 * self.reference:.1f})")
-        lines.append(f"examples of {others} tasks right before and wrong now: {self.flips}")
-        lines += [f"FAIL: {reason}" for reason in self.failures] or ["PASS"]
-        return Group(*([table] if losers else []), *self._spoken(), *map(escape, lines))
-
-    def _spoken(self) -> list[Table]:
-        from rich.markup import escape
-        from rich.table import Table
-
-        if not self.losses:
-            return []
-        table = Table("loss on responses, nats a token", "learned", "now", "rose by", box=None)
-        for entry in self.losses[:MOST_TASKS]:
-            table.add_row(escape(entry.name), *(_nats(x) for x in (entry.learned, entry.now, finite(entry.rise))))
-        return [table]
 
 
 def judge(
@@ -145,6 +27,7 @@ def judge(
     min_gain: float,
     max_flips: int | None = None,
     max_loss_increase: float | None = None,
+    min_class_accuracy: float | None = None,
     head: str | None = None,
     scenario: str | None = None,
 ) -> Verdict:
@@ -153,13 +36,15 @@ def judge(
     With a(i, j) as in `metrics.accuracy`, and T-1 the commit before: a(T-1, j) - a(T, j) <= max_forgetting for every
     earlier task j, and a(T, T) - r >= min_gain, where r is a(T-1, T) if the head could name the classes then, else b_T,
     else the share of the task's most frequent class (in an older run also where the head could, but was not evaluated:
-    `against` then tells). Where a task was taken out, the first of these for all others.
+    `against` then tells). Earlier tasks whose test data is gone are not judged, and named. Where a task was taken out,
+    the first of these for all others.
 
     Args:
         max_forgetting, min_gain: fractions, 0.02 is two points.
         max_flips: examples of all earlier tasks together that may be wrong now and were right before.
         max_loss_increase: nats a token by which the loss of a language model on the responses of an earlier task may
             have risen since the task was learned.
+        min_class_accuracy: what every class of the newest task must reach at least, a fraction.
         head, scenario: which reading; None takes the first head, and the scenario of the stream.
 
     Raises:
@@ -167,8 +52,9 @@ def judge(
             tasks that were not evaluated (evaluate_every), or a limit on losses that were not measured.
         RunError: nothing is learned yet.
     """
-    for name, value in (("max-forgetting", max_forgetting), ("min-gain", min_gain)):
-        if not -1 <= value <= 1:
+    shares = {"max-forgetting": max_forgetting, "min-gain": min_gain, "min-class-accuracy": min_class_accuracy}
+    for name, value in shares.items():
+        if value is not None and not -1 <= value <= 1:
             raise ConfigError(f"{name} is a fraction, 0.02 for two points, not {value}")
     if max_flips is not None and max_flips < 0:
         raise ConfigError(f"max-flips is a number of examples, not {max_flips}")
@@ -193,7 +79,10 @@ def judge(
         references = ((before if earlier else {}, "the model before it"), (untouched, "the untouched model"))
         known = ((float(found[task].mean()), what) for found, what in references if task in found)
         reference, against = next(known, _constant(result, targets.get(task), untouched))
+    own = [] if accuracy is None else result.per_class(head, scenario, [task])
     tasks, classes = [], []
+    gone = [j for j in earlier if j in newest.get("not_evaluated", ())]
+    earlier = [j for j in earlier if j not in gone]
     if missing := [j for j in earlier if j not in old or j not in new]:
         raise ConfigError(
             f"`{missing[0]}` was not evaluated both before and after the newest task: learn with evaluate_every: 1"
@@ -201,8 +90,8 @@ def judge(
     for j in earlier:
         tasks.append(_before(j, old[j], new[j]))
         for c in np.unique(targets[j]) if j in targets else ():
-            name, own = f"{j}: {result.config['stream']['labels'][c]}", targets[j] == c
-            classes.append(_before(name, old[j][own], new[j][own]))
+            name, where = f"{j}: {result.config['stream']['labels'][c]}", targets[j] == c
+            classes.append(_before(name, old[j][where], new[j][where]))
     tasks.sort(key=lambda b: (-b.drop, -b.flips, b.name))
     classes.sort(key=lambda b: (-b.drop, -b.flips, b.name))
     losses = _losses(result, earlier)
@@ -224,8 +113,27 @@ def judge(
         losses,
         tuple(broken_promise(g, newest["task"]) for g in broken),
         (),
+        measured_mean([c.accuracy for c in own]),
+        tuple(str(c.label) for c in own if c.accuracy == 0),
+        tuple(_last_measured(result.matrix(head, scenario), j) for j in gone),
     )
-    return replace(verdict, failures=_failures(verdict, max_forgetting, min_gain, max_flips, max_loss_increase))
+    low = [c for c in own if min_class_accuracy is not None and c.accuracy < min_class_accuracy - ROUNDING]
+    rare = [
+        f"of class `{c.label}` of `{task}` {100 * c.accuracy:.1f} % are right ({c.examples} examples), asked for are "
+        f"{100 * (min_class_accuracy or 0):g}"
+        for c in low[:MOST_CLASSES]
+    ]
+    failures = _failures(verdict, max_forgetting, min_gain, max_flips, max_loss_increase)
+    return replace(verdict, failures=(*rare, *failures))
+
+
+def _last_measured(matrix: AccuracyMatrix, task: str) -> str:
+    """The task, and its accuracy when it was last evaluated."""
+    column = matrix.values[:, matrix.tasks.index(task)]
+    measured = np.flatnonzero(~np.isnan(column))
+    if not len(measured):
+        return f"`{task}`"
+    return f"`{task}` (last {100 * column[measured[-1]]:.1f}, after `{matrix.tasks[measured[-1]]}`)"
 
 
 def _failures(
@@ -242,7 +150,7 @@ def _failures(
         found.append(f"{v.flips} examples were right before and are wrong now, allowed are {max_flips}")
     limit = math.inf if max_loss_increase is None else max_loss_increase + ROUNDING
     found += [
-        f"the loss of `{x.name}` rose from {_nats(x.learned)} to {_nats(x.now)} nats a token since it was learned, "
+        f"the loss of `{x.name}` rose from {nats(x.learned)} to {nats(x.now)} nats a token since it was learned, "
         f"allowed are {max_loss_increase:g} more"
         for x in v.losses
         if x.rise > limit
@@ -255,6 +163,8 @@ def _constant(result: Result, target: np.ndarray | None, untouched: dict[str, np
     one, so that an imbalanced task is not passed for its largest class. Free texts: 0."""
     if target is None:
         return 0.0, "no answer"
+    if target.min() == target.max():  # always predicting its one class is right, and what that costs, the others tell
+        return 0.0, ONE_CLASS
     # a head that named classes of a task before it was learned knows them by their texts
     nameable = bool(untouched) or {*target.tolist()} <= {*result.commits[-2].manifest["classes"]}
     return float(np.bincount(target).max() / len(target)), NOT_EVALUATED if nameable else MAJORITY
@@ -277,10 +187,6 @@ def _losses(result: Result, tasks: list[str]) -> tuple[Loss, ...]:
         if task in now and any(task in losses for losses in before)
     ]
     return tuple(sorted(found, key=lambda loss: (-loss.rise, loss.name)))
-
-
-def _nats(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.3f}"
 
 
 def _reading(result: Result, head: str | None, scenario: str | None) -> tuple[str, str]:

@@ -90,6 +90,8 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         PerpetuneError: whatever would stop the run from starting.
     """
     started = perf_counter()
+    here = tuple(task for task in stream if len(task.train) and len(task.test))
+    stream = replace(stream, tasks=here)  # of what is learned already, the data may be gone
     size = int(learner.setup.training["per_device_train_batch_size"])
     with tempfile.TemporaryDirectory() as folder:
         setup = replace(learner.setup, path=Path(folder), evaluate_every=1)

@@ -87,22 +87,23 @@ def _labels(result: Result) -> dict[str, list[str]]:
 def _flips(result: Result) -> list[dict[str, Any]] | None:
     """A few test examples that were right at some point and are wrong at the end; None where the stream is gone."""
     from ..core.errors import PerpetuneError
+    from ..learning.gone_data import unchanged
     from ..metrics.accuracy import flips
-    from ..streams import fingerprint, load_again
+    from ..streams import load_again
 
     if not result.readings:
         return None
     try:
-        stream = load_again(result.config["stream"], result.tasks)
-        learned = {k: v for c in result.active for k, v in c.manifest.get("data", {}).items()}
+        stream = load_again(result.config["stream"], result.tasks, learned=result.tasks)
+        commits = {name: c for c in result.active for name in c.manifest.get("data", {})}
     except (PerpetuneError, TypeError):
         return None
-    if any(fingerprint(task) != learned.get(task.name) for task in stream):
+    if not all(task.name in commits and unchanged(commits[task.name], task) for task in stream):
         return None  # the data is not what was learned any more
     rows, targets = result.predictions(*result.readings[0])
     found, flipped = [], flips(rows, targets, result.tasks)
     for task in stream:
-        _, indices = flipped.get(task.name, (None, []))
+        _, indices = flipped.get(task.name, (None, [])) if len(task.test) else (None, [])  # its data may be gone
         for i in list(indices)[: max(1, MOST_FLIPS // max(1, len(stream.tasks)))]:
             example = task.test[int(i)]
             was = next(r[task.name][i] for r in rows if task.name in r and r[task.name][i] == targets[task.name][i])

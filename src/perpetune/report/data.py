@@ -12,6 +12,7 @@ from ..core.errors import RunError
 FIGURES = (
     "final_accuracy",
     "final_accuracy_micro",
+    "final_accuracy_macro",
     "average_incremental_accuracy",
     "average_incremental_accuracy_micro",
     "forgetting",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..core.errors import ConfigError
 from ..metrics.accuracy import AccuracyMatrix, class_scores, flips_share, score_flips, summary
+from ..metrics.per_class import ClassAccuracy, class_accuracies, final_accuracy_macro, worst_first
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
 from .commit import Commit, active, reverted
@@ -20,6 +20,7 @@ from .directory import Run, read_config, read_journal
 # stream after the first commit, by the untouched one.
 BEFORE, JOINED = "before/", "untouched/"
 SCORE = "score/"  # of examples without classes; those with classes are scored by their predicted class
+MOST_CLASSES = 10  # that a summary names
 NO_READING = ("target/", "route/", "asked/", BEFORE, JOINED)  # stored beside the predictions of heads
 
 
@@ -143,6 +144,19 @@ class Result:
             self._matrices[head, scenario] = AccuracyMatrix.from_scores(scores, sizes, self.tasks, baseline)
         return self._matrices[head, scenario]
 
+    def per_class(self, head: str, scenario: str, tasks: Sequence[str] | None = None) -> list[ClassAccuracy]:
+        """The accuracy at the end of every class (by its text) in the test data of these tasks, or of all; the worst
+        first."""
+        rows, targets = self.predictions(head, scenario)
+        texts = self.config["stream"]["labels"]
+        found = class_accuracies(rows[-1] if rows else {}, targets, self.tasks if tasks is None else tasks)
+        return worst_first([c._replace(label=texts[int(c.label)]) for c in found])
+
+    def macro(self, head: str, scenario: str) -> float | None:
+        """The mean over classes of their accuracy at the end; None where a task was not measured then."""
+        rows, targets = self.predictions(head, scenario)
+        return final_accuracy_macro(rows[-1] if rows else {}, targets, self.tasks)
+
     def routing(self) -> Routing | None:
         """Where the router sends the test examples of each task; None where the model has no state for every task."""
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
@@ -186,6 +200,8 @@ class Result:
                 "head": head,
                 "model": str(self.config["model_name"] or self.config["model"]["fingerprint"]),
                 "stream": self.config["stream"]["name"],
+                "final_accuracy_macro": self.macro(head, scenario),
+                "per_class": [c._asdict() for c in self.per_class(head, scenario)],
                 "flips": flips_share(score_flips(self.scores(head, scenario), self.tasks)),
                 "routing_accuracy": routing.accuracy if routing else None,
                 "train_seconds": sum(t["train_seconds"] or 0 for t in per_task),
@@ -208,31 +224,9 @@ class Result:
         Raises:
             ConfigError: the run has no LoRA adapter of its own for every task.
         """
-        from ..metrics import geometry as g
+        from .geometry import geometry
 
-        name, config = "adapter_model.safetensors", "adapter_config.json"
-        if self.config["recipe"]["consolidation"]["type"] not in ("Merge", "Stack") or not all(
-            c.has(name) and c.json(config).get("peft_type") == "LORA" for c in self.active
-        ):
-            raise ConfigError(f"{self.path} keeps no LoRA update of every task: geometry is for recipes such as `lora`")
-        tasks = []
-        for commit in self.active:
-            tensors, settings = commit.tensors(name), commit.json(config)
-            if settings.get("use_rslora") or settings.get("rank_pattern"):
-                raise ConfigError("geometry needs one rank and the scale alpha / r for all layers")
-            scale = settings["lora_alpha"] / settings["r"]
-            names = sorted(k for k in tensors if "lora_A" in k)
-            tasks.append([g.Factors(tensors[k.replace("lora_A", "lora_B")], tensors[k], scale) for k in names])
-        layers = list(zip(*tasks, strict=True))
-        last = [updates[-1] for updates in layers]
-        return {
-            "average_collision_rate": g.pooled_collision_rate(layers, tolerance),
-            "subspace_overlap": sum(g.subspace_overlap([u.A for u in past], now.A) for *past, now in layers),
-            "awom": sum(g.awom(torch.cat([u.A for u in past]), now.A) for *past, now in layers if past),
-            "nuclear_norm": sum(g.nuclear_norm(*u) for task in tasks for u in task) / (len(tasks) * len(last)),
-            "zero_share": sum(g.sparsity(u).zero_share for u in last) / len(last),
-            "above_share": sum(g.sparsity(u).above_share for u in last) / len(last),
-        }
+        return geometry(self, tolerance)
 
     def summary(self) -> str:
         """The accuracy matrix, the metrics and the guarantees, as text."""
@@ -246,12 +240,20 @@ class Result:
                 if not np.isnan(row).all():
                     lines.append(f"  after {matrix.tasks[i]:<{width}}  {cells}")
             figures = [f"{k} {100 * v:.1f}" for k, v in summary(matrix).items() if v is not None and "micro" not in k]
+            if (macro := self.macro(head, scenario)) is not None:
+                figures.insert(1, f"final_accuracy_macro {100 * macro:.1f}")
             lines.append("  " + ", ".join(figures).replace("_", " "))
+            if classes := self.per_class(head, scenario):
+                shown = [f"{c.label} {100 * c.accuracy:.1f} ({c.examples})" for c in classes[:MOST_CLASSES]]
+                more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""
+                lines.append(f"  classes, worst first (test examples): {', '.join(shown)}{more}")
         if routing := self.routing():
             each = zip(routing.tasks, routing.matrix.values[-1], strict=True)
             shares = ", ".join(f"{task} {100 * share:.1f}" for task, share in each)
             mean, pooled = 100 * routing.accuracy, 100 * routing.accuracy_micro
             lines.append(f"  sent to their own task: {mean:.1f} of 100 (each example alike {pooled:.1f}); {shares}")
+        if gone := self.commits[-1].manifest.get("not_evaluated") if self.commits else None:
+            lines.append(f"  not evaluated any more, since the test data is gone: {', '.join(gone)}")
         lines += [f"  taken out: {task}" for task in self.reverted]
         promises = self._promises()
         lines += [self._promise(*key, found) for key, found in promises.items()]

@@ -2,7 +2,7 @@
 
 from .builtin import BUILTINS, Digits, digits_halves
 from .drift import Drift, drift
-from .hashing import fingerprint
+from .hashing import fingerprint, split_fingerprints
 from .load import load_again, load_stream
 from .prompting import pose
 from .task import Modality, Scenario, Stream, Task
@@ -21,4 +21,5 @@ __all__ = [
     "load_again",
     "load_stream",
     "pose",
+    "split_fingerprints",
 ]

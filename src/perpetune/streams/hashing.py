@@ -69,13 +69,25 @@ def fingerprint(task: Task) -> str:
     """sha256 over the ordered ids and labels of each split (of free texts, the responses): the same if and only if a
     run would see the same data."""
     digest = hashlib.sha256()
+    for rows in _splits(task).values():
+        digest.update(rows)
+    return digest.hexdigest()
+
+
+def split_fingerprints(task: Task) -> dict[str, str]:
+    """The same of each split by itself, so that what is left of a task can be told when the rest is gone."""
+    return {split: hashlib.sha256(rows).hexdigest() for split, rows in _splits(task).items()}
+
+
+def _splits(task: Task) -> dict[str, bytes]:
+    found = {}
     for split in ("train", "test", "validation"):
         data = getattr(task, split)
         if data is not None:
             kinds = data["response"][:] if "response" in data.column_names else data["label"][:]
             rows = "".join(f"{i} {kind}\n" for i, kind in zip(data["id"][:], kinds, strict=True))
-            digest.update(f"{split} {len(data)}\n{rows}".encode())
-    return digest.hexdigest()
+            found[split] = f"{split} {len(data)}\n{rows}".encode()
+    return found
 
 
 def file_digest(paths: Iterable[Path]) -> str:
