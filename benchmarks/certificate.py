@@ -49,7 +49,7 @@ class Row:
 
     def rule(self) -> SubspaceProjection:
         special: dict[str, Any] = {"sketch": {"wide": WIDTH - 1, "sketch_rows": SKETCH}, "cap 0.5": {"cap": 0.5}}
-        return SubspaceProjection(self.energy, **special.get(self.memory, {}))
+        return SubspaceProjection(self.energy, unit_tokens=False, **special.get(self.memory, {}))
 
 
 ROWS = [
@@ -166,7 +166,7 @@ def measure(row: Row, tasks: int, rounds: int) -> Found:
         for rule in rules:
             if index:
                 promises = rule.guarantee()
-                _, drift, _, used = promises
+                _, drift, _, used, *_ = promises
                 found.claimed.append(drift.value)
                 found.bound.append(math.nan if drift.bound is None else drift.bound)
                 found.broken += sum(promise.holds is False for promise in promises)

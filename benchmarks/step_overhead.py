@@ -191,6 +191,8 @@ def measure_wide(width: int, steps: int) -> dict:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=WIDE_RANK, lora_alpha=32, target_modules=["q", "v"])
     model = peft.get_peft_model(Wide(width), config)
+    for pair in lora_pairs(model):
+        nn.init.normal_(pair.B)  # as in a task: what a B of 0 reads is not protected
     # As many old tokens as half of the directions: a sketch of as many rows holds them exactly, and is made in seconds.
     old = {"x": torch.randn(width // 2, width)}
     rule = at_task(SubspaceProjection(1, cap=0.5, wide=width - 1, sketch_rows=width // 2), model, 2, old)

@@ -74,7 +74,7 @@ def test_projection_protects_half_of_the_directions_of_every_input(model, branch
     (row,) = (r for r in step_overhead.rows("all linear") if r.name == f"subspace_projection, {branch}")
     rule = step_overhead.at_task(row.make(), adapted, row.task, step_overhead.random_batch(adapted))
     assert {tuple(kept.M.shape) for kept in rule._memory.inputs} == {(8, 4), (16, 8)}  # d x k
-    protected = [site.weight for site in rule._sites(adapted)[0]]
+    protected = [site.weight for group in rule._groups for site in group.sites]
     moved = [weight.detach() + torch.randn_like(weight) for weight in protected]
     for weight, value in zip(protected, moved, strict=True):
         weight.data.copy_(value)

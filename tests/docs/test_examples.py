@@ -132,6 +132,6 @@ def test_an_encoder_learns_to_answer(tiny_bert, word_stream, tmp_path, monkeypat
     model = load_language_model(tmp_path / "a")
     stream = pt.load_stream(word_stream, tasks=["films"], pose="instruction")
     model.open(stream.labels, ["options"])
-    scores = model.features(model.prepare(stream.tasks[0].test), 8)
+    scores = model.outputs(model.prepare(stream.tasks[0].test), 8)
     assert (scores.argmax(1) == torch.tensor(stream.tasks[0].test["label"][:])).float().mean() > 0.7
     assert teach("a", "--seed", "1") == first

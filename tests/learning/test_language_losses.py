@@ -55,7 +55,7 @@ def test_halves_are_continued_without_an_end(tiny_lm, kind):
 
 def test_passages_have_two_halves_and_a_model_without_room_reads_none(tiny_lm, monkeypatch):
     assert len(passages()) == 6 and all(len(p.split()) >= 30 for p in passages())
-    assert "passages.txt" in {f.name for f in files("perpetune").iterdir()}
+    assert "passages.txt" in {f.name for f in files("perpetune.learning").iterdir()}
     backbone = load_language_model(tiny_lm("llama"))
     backbone.open(["yes", "no"], ["options"])
     assert general_loss(backbone, 4) > 0

@@ -247,9 +247,9 @@ def _bytes(
     known = trials[1:] if len(trials) > 2 else trials
     first = len(trials) - len(known)
     for name in names:
-        sizes = [t.commit.get(name, 0) for t in known]
-        weights = np.linalg.lstsq(np.array(facts[first : len(trials)]), np.array(sizes, dtype=float), rcond=None)[0]
-        total += round(sum(max(0.0, float(weights @ np.array(f))) for f in facts))
+        sizes = [t.commit.get(name, 0) for t in trials]
+        weights = np.linalg.lstsq(np.array(facts[first : len(trials)]), np.array(sizes[first:], dtype=float))[0]
+        total += sum(sizes) + round(sum(max(0.0, float(weights @ np.array(f))) for f in facts[len(trials) :]))
     header, held, seen = known[-1].commit["header"] / known[-1].keys["all"], known[-1].keys, 0
     for session in sessions:
         own = sum(len(task.test) for task in session.tasks)

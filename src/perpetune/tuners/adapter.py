@@ -46,7 +46,8 @@ class AdapterConfig(OwnConfig):
     )
     activation: str = field(default="gelu", metadata={"help": "Name in `transformers.activations.ACT2FN`."})
     kaiming_a: float = field(
-        default=0.0, metadata={"help": "W_d starts as U(+-sqrt(6 / ((1 + a^2) d))); sqrt(5) as `nn.Linear` does."}
+        default=0.0,
+        metadata={"help": "W_d starts as U(+-sqrt(6 / ((1 + a^2) d))); sqrt(5) as `nn.Linear` does.", "unwritten": 0.0},
     )
 
     def __post_init__(self) -> None:

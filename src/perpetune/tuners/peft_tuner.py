@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -242,7 +243,10 @@ def peft_dict(config: Any) -> dict[str, Any]:
             return [plain(v) for v in value]
         return getattr(value, "value", value)
 
-    return {**plain(config.to_dict()), "inference_mode": True}
+    # a setting that came later is left out where it says what was so before: adapters stored then are the same
+    old = {f.name: f.metadata["unwritten"] for f in dataclasses.fields(config) if "unwritten" in f.metadata}
+    kept = {k: v for k, v in plain(config.to_dict()).items() if k not in old or v != old[k]}
+    return {**kept, "inference_mode": True}
 
 
 def as_tuner(tuner: Any) -> Tuner:
