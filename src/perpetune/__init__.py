@@ -58,6 +58,7 @@ _HOME = {
     "AdapterConfig": "tuners",
     "BiasConfig": "tuners",
     "DeepPromptConfig": "tuners",
+    "FusedLoraConfig": "tuners",
     "GivensConfig": "tuners",
     "PrefixConfig": "tuners",
     "load_adapter": "tuners",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +37,11 @@ def pins() -> dict[str, Requirement]:
 
 def written() -> list[Path]:
     inside = (p for room in ROOMS for p in (ROOT / room).rglob("*") if p.is_file())
-    files = [*(p for p in ROOT.iterdir() if p.is_file()), *inside]
+    files = [*(p for p in ROOT.iterdir() if p.is_file() and p.name != ".git"), *inside]  # .git: of a worktree
     return [p for p in files if p.suffix in TEXT and "__pycache__" not in p.parts and ".egg-info" not in str(p)]
 
 
-@pytest.mark.parametrize("group", ["dependencies", "dev"])
+@pytest.mark.parametrize("group", ["dependencies", "dev", "docs"])
 def test_every_dependency_is_pinned_within_its_range(group):
     declared = project()["project"]
     names = declared["dependencies"] if group == "dependencies" else declared["optional-dependencies"][group]
@@ -85,12 +87,19 @@ def test_the_search_for_machine_paths_finds_them():
     assert not MACHINE.search("../shared/streams") and not MACHINE.search("src/work/x")
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "venv", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "docs", "venv", "clean"])
 def test_make_knows_its_targets(target):
     shown = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    command = {"demo": "perpetune demo", "test": "pytest", "lint": "ruff check", "clean": "rm -rf", "venv": ""}[target]
-    assert command in shown.stdout
+    commands = {
+        "demo": ["perpetune demo"],
+        "test": ["pytest"],
+        "lint": ["ruff check", "ruff format --check", "mypy", "lint-imports"],
+        "docs": ["zensical build --strict"],
+        "clean": ["rm -rf"],
+        "venv": [],
+    }
+    assert all(command in shown.stdout for command in commands[target])
 
 
 def test_ci_runs_what_people_run():
@@ -106,7 +115,45 @@ def test_licence_is_whole():
     assert project()["project"]["license"] == "Apache-2.0"
 
 
-def test_templates_travel_with_the_package():
-    for template in (ROOT / "src" / "perpetune").rglob("*.j2"):
-        patterns = project()["tool"]["setuptools"]["package-data"]["perpetune"]
-        assert any(template.relative_to(ROOT / "src" / "perpetune").match(p) for p in patterns), template
+PACKAGE = ROOT / "src" / "perpetune"
+
+
+def test_the_root_of_the_package_holds_rooms_alone():
+    assert [p.name for p in PACKAGE.glob("*.py")] == ["__init__.py"]
+    rooms = [p for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"]
+    assert len(rooms) > 10 and all((room / "__init__.py").is_file() for room in rooms)
+
+
+def test_no_file_is_longer_than_300_lines():
+    lengths = {p.relative_to(PACKAGE).as_posix(): len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert not {name: n for name, n in lengths.items() if n > 300}
+
+
+def contract(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`lint-imports` on the copy of the package in `folder`."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as main; main()", "--no-cache"]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "src"}, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "broken"),
+    [
+        ("", "", ""),
+        ("core/errors.py", "from ..learning import config", "perpetune.core"),
+        ("rules/base.py", "import perpetune.recipes.recipe", "perpetune.rules"),
+        ("heads/linear.py", "def late():\n    from ..tuners import QUERY_VALUE", "perpetune.heads"),
+        ("loose.py", "", "perpetune.loose"),
+    ],
+    ids=["as it is", "the lowest layer", "from outside", "in a function, a neighbour", "a module in no room"],
+)
+def test_a_broken_layer_fails_the_contract(module, line, broken, tmp_path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(PACKAGE, tmp_path / "src" / "perpetune", ignore=shutil.ignore_patterns("__pycache__"))
+    if module:
+        with (tmp_path / "src" / "perpetune" / module).open("a") as file:
+            file.write(f"\n{line}\n")
+    found = contract(tmp_path)
+    assert found.returncode == (1 if module else 0), found.stdout + found.stderr
+    assert broken in found.stdout + found.stderr and ("KEPT" in found.stdout or module)

@@ -183,7 +183,7 @@ def test_a_prompt_without_tokens_is_answered(made):
     prompts = datasets.Dataset.from_dict({"prompt": ["", "good movie"], "label": [0, 1], "id": ["", ""]})
     examples = model.prepare(prompts)
     assert len(examples[0]["input_ids"]) == 1
-    alone, together = (model.features(examples, size, classes=[0, 1]) for size in (1, 2))
+    alone, together = (model.outputs(examples, size, classes=[0, 1]) for size in (1, 2))
     assert together.isfinite().all() and apart(together, alone) < 1e-4
 
 
@@ -203,7 +203,7 @@ def test_a_padding_token_beyond_the_embedding_is_replaced(made):
     model.open(["yes", "no"], ["options"])
     assert model.tokens.pad == model.tokens.end
     asked = datasets.Dataset.from_dict({"prompt": ["a", "good movie"], "label": [0, 1], "id": ["", ""]})
-    assert model.features(model.prepare(asked), 2).isfinite().all()
+    assert model.outputs(model.prepare(asked), 2).isfinite().all()
 
 
 def made_again(made, words):
@@ -246,7 +246,7 @@ def test_a_decoder_whose_positions_start_behind_the_padding_index(made):
     assert model.max_length == 64 and model.limit == 64 - 5  # ` yes` byte by byte, and an end
     asked = datasets.Dataset.from_dict({"prompt": ["a", "good movie " * 20], "label": [0, 1], "id": ["", ""]})
     examples = model.prepare(asked)
-    found = model.eval().features(examples, 2, classes=[0, 1])
+    found = model.eval().outputs(examples, 2, classes=[0, 1])
     for example, row in zip(examples, found, strict=True):
         for c in (0, 1):
             prompt, answer = example["input_ids"], list(model.tokens.answer(model.labels[c], example["blank"]))

@@ -282,7 +282,7 @@ def test_the_texts_are_read_by_the_model_as_it_is_now(classes, tiny_clip, tmp_pa
         assert one.backbone.texts[0] == f"a photo of a {stream.labels[0]}."
         now = one.backbone.label_embeddings(one.backbone.texts)
         assert torch.allclose(head.embeddings, now, atol=1e-5)
-        untouched = load_backbone(learner.model_name, "image").label_embeddings(stream.labels)
+        untouched = load_backbone(learner.setup.model, "image").label_embeddings(stream.labels)
         cosine = torch.nn.functional.cosine_similarity(fixed.embeddings, untouched)
         assert (
             torch.allclose(cosine, torch.ones(4)) and (now / now.norm(dim=1)[:, None] - fixed.embeddings).norm() > 0.1

@@ -1,4 +1,4 @@
-"""Pieces of a user's own: docs/own_pieces.md does what it says, and what cannot be written down is refused."""
+"""Pieces of a user's own: docs/how-to/own-rule.md does what it says, and what cannot be written down is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from perpetune.recipes.user_pieces import home
 from perpetune.routers import KMeansRouter
 from perpetune.tuners import Frozen, Tuner
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_pieces.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "own-rule.md"
 RULE, HEAD, TUNER, LEARN, OPEN = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 

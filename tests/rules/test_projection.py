@@ -80,12 +80,15 @@ def test_bf16_weights_leak_by_one_rounding():
     assert {p.dtype for p in trained(course.model)} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
-def test_certificate_bounds_the_drift_of_each_layer(energy):
+def test_certificate_bounds_the_drift_of_each_layer(energy, unit):
     """Section 4 E: sum_old |dW x|^2 <= ||dW||_2^2 (1 - kept) sum_old |x|^2 for the tokens themselves."""
-    course = Course("adapter", rule=SubspaceProjection(energy)).first()
+    course = Course("adapter", rule=SubspaceProjection(energy, unit_tokens=unit)).first()
     sites, X = linear_sites(course.model)[0], {}
     see_inputs(course.model, sites, [{"x": course.old[0]}], lambda site, x, _: X.update({site.name: x.clone()}))
+    single = {name: x / x.norm(dim=1, keepdim=True) for name, x in X.items()}
+    X = single if unit else X
     before = {site.name: site.weight.detach().clone() for site in sites}
     course.learn(1, 30)
     found = {c.name: c for c in certificates(course.rule._memory, course.rule._split_references())}
@@ -94,6 +97,8 @@ def test_certificate_bounds_the_drift_of_each_layer(energy):
         drift = (X[site.name] @ (site.weight.detach() - before[site.name]).mT).norm() / X[site.name].norm()
         assert math.isclose(found[site.name].drift, drift, rel_tol=1e-9)
         assert 0 < drift <= found[site.name].drift_bound
+        change = site.weight.detach() - before[site.name]
+        assert (single[site.name] @ change.mT).norm(dim=1).max() <= found[site.name].token <= 1.001 * change.norm()
         D, M = site.weight.detach() - before[site.name], course.rule._memory.of(site).M
         kept = (X[site.name] @ M).norm() / X[site.name].norm()
         tight = torch.linalg.matrix_norm(D, 2) * (1 - kept.square()).clamp_min(0).sqrt()
@@ -109,7 +114,7 @@ def test_certificate_turns_red_where_the_promise_is_broken():
     course.learn(1, 3)
     with torch.no_grad():
         trained(course.model)[3].add_(1e-3)  # behind the rule's back
-    assert [m.holds for m in course.rule.guarantee()] == [False, False, True, None]
+    assert [m.holds for m in course.rule.guarantee()] == [False, False, True, None, None]
     assert linear_sites(course.model)[0][3].name in course.rule.guarantee()[0].note
 
 
@@ -447,3 +452,71 @@ def test_padding_alone_is_refused():
     model.forward = lambda x, attention_mask: model[0](x)
     with pytest.raises(RuleError, match="padding alone"):
         SubspaceProjection().observe(model, lambda: [{"x": torch.randn(2, 3, 4), "attention_mask": torch.zeros(2, 3)}])
+
+
+# ---- long tokens ----
+
+
+class Sink(nn.Module):
+    """A layer whose first token is a hundred times as long as the others, as in decoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def sink(seed: int, rows: int = 6) -> Tensor:
+    x = torch.randn(rows, 8, 32, generator=torch.Generator().manual_seed(seed)).double()
+    x[..., :24] *= 0.05  # few directions matter
+    x[:, 0] = 100 * torch.eye(32, dtype=torch.float64)[31]
+    return x
+
+
+@pytest.mark.parametrize("unit", [None, True, False])
+def test_a_long_first_token_does_not_take_the_energy_of_the_others(unit):
+    torch.manual_seed(0)
+    model, rule = Sink().double(), SubspaceProjection(0.99, unit_tokens=unit)
+    rule.observe(model, lambda: [{"x": sink(0)}])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = model(sink(0)[:, 1:]).detach()
+    attach(model, optimizer, [rule], index=1, batches=lambda: [{"x": sink(1)}])
+    for _ in range(100):
+        optimizer.zero_grad()
+        (model(sink(1)) - 1)[:, 1:].square().mean().backward()
+        optimizer.step()
+    moved = float((model(sink(0)[:, 1:]).detach() - before).norm() / before.norm())
+    measured = {m.name: m for m in rule.guarantee()}
+    assert all(m.holds is not False for m in measured.values())
+    limit = measured["what the drift |dW x| / |x| of any one old token cannot pass"].value
+    x = sink(0).flatten(0, 1)
+    W_ref = rule._split_references()[0][1]
+    change = (x @ (model.layer.weight.detach() - W_ref).mT).norm(dim=1) / x.norm(dim=1)
+    assert change.max() <= limit
+    if unit is False:
+        assert moved > 1 and measured["drift of a layer on old inputs |dW X| / |X|"].value < 0.1 < limit
+    else:
+        assert moved < 0.6
+    assert ("counts alike" in measured["old inputs left unprotected"].note) == (unit is not False)
+
+
+def test_a_memory_goes_on_with_the_setting_that_it_was_made_with():
+    """Memories of versions that knew no unit tokens are by length, whatever the default is now."""
+    old = SubspaceProjection(0.9, unit_tokens=False)
+    old.observe(Sink().double(), lambda: [{"x": sink(0)}])
+    state = load(save(old.state()))
+    assert "unit" not in state
+    rule, new = SubspaceProjection(0.9), SubspaceProjection(0.9)
+    rule.load_state(state)
+    for going_on in (old, rule):
+        going_on.observe(Sink().double(), lambda: [{"x": sink(1)}])
+    assert all(torch.equal(value, rule.state()[key]) for key, value in old.state().items())
+    new.observe(Sink().double(), lambda: [{"x": sink(0)}])
+    assert "unit" in new.state()
+    with pytest.raises(RuleError, match="unit_tokens=False"):
+        SubspaceProjection(0.9, unit_tokens=True).load_state(state)
+    again = SubspaceProjection(0.9)
+    again.load_state(new.state())
+    assert again._memory.unit and again.state().keys() == new.state().keys()

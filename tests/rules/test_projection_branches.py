@@ -172,7 +172,7 @@ def test_ia3_is_protected_element_by_element():
 def test_ia3_with_an_energy_keeps_the_elements_that_are_used_most():
     torch.manual_seed(0)
     model = peft.get_peft_model(Scaled(), peft.IA3Config(target_modules=["k"], feedforward_modules=[]))
-    rule = SubspaceProjection(energy=0.5)
+    rule = SubspaceProjection(energy=0.5, unit_tokens=False)
     x = torch.randn(50, 6)
     rule.observe(model, lambda: [{"x": x}])
     energies = model.base_model.model.k.base_layer(x).detach().double().square().sum(0)

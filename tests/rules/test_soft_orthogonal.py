@@ -32,8 +32,9 @@ def blocks(tuned) -> list[nn.Parameter]:
 
 
 def equation(params, strength: float) -> torch.Tensor:
-    """strength * sum of <alpha_i, beta_i>^2, block by block."""
-    return strength * sum((g[:, 0] @ g[:, 1]) ** 2 for p in params for g in p)
+    """strength * sum of <alpha_i, beta_i>^2, block by block; what is trained is g - I."""
+    I = torch.eye(2, dtype=params[0].dtype)  # noqa: E741
+    return strength * sum(((g + I)[:, 0] @ (g + I)[:, 1]) ** 2 for p in params for g in p)
 
 
 @settings(max_examples=25, deadline=None)
@@ -57,7 +58,7 @@ def test_nothing_to_pull_at_where_columns_are_at_right_angles():
     rule = SoftOrthogonal(1.0)
     rule.begin_task(TaskContext(tuned, 0))
     for p in blocks(tuned):
-        p.data *= torch.tensor([2.0, 0.5])  # columns of any length
+        p.data += torch.diag(torch.tensor([1.0, -0.5]))  # columns of any length
     rule.on_gradient()
     assert rule.penalty() == 0 and all((p.grad == 0).all() for p in blocks(tuned))
     assert rule.guarantee()[0].value == 0
@@ -81,8 +82,8 @@ def test_largest_cosine_is_that_of_the_worst_block():
     tuned = model(shaken=False)
     rule = SoftOrthogonal()
     rule.begin_task(TaskContext(tuned, 0))
-    blocks(tuned)[1].data[3] = torch.tensor([[1.0, 3.0], [0.0, 3.0]])
-    blocks(tuned)[2].data[2] = 0.0  # no angle at all
+    blocks(tuned)[1].data[3] = torch.tensor([[1.0, 3.0], [0.0, 3.0]]) - torch.eye(2)
+    blocks(tuned)[2].data[2] = -torch.eye(2)  # no angle at all
     assert rule.guarantee()[0].value == pytest.approx(math.sqrt(0.5))
     assert rule.guarantee()[1].value == pytest.approx(1e-3 * 9)
 

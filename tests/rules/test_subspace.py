@@ -118,7 +118,7 @@ def test_squared_norm(n, d, seed):
 
 
 def test_squared_norm_of_large_matrices_is_an_upper_bound(monkeypatch):
-    monkeypatch.setattr("perpetune.rules.subspace.LARGEST_SPECTRUM", 3)
+    monkeypatch.setattr("perpetune.rules.bases.LARGEST_SPECTRUM", 3)
     D = randn(4, 6)
     assert squared_norm(D) >= torch.linalg.matrix_norm(D, 2).square()
 

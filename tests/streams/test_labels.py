@@ -156,6 +156,7 @@ def test_one_text_joins_what_has_one_key_and_nothing_else(labels: list[str]) -> 
             assert (new.get(a, a) == new.get(b, b)) == (key(a) == key(b))
 
 
+@pytest.mark.filterwarnings("ignore:label")
 def test_a_test_label_of_another_form_says_which_it_is_like(tmp_path: Path) -> None:
     folder = write(tmp_path, "w1", ["Late", "refund"])
     (folder / "w1" / "test.jsonl").write_text('{"text": "a", "label": "late"}', encoding="utf-8")

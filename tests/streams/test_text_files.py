@@ -129,13 +129,23 @@ def test_json_is_refused_by_file_and_line(tmp_path: Path, line: str, message: st
         ({"text": "a"}, r"no label, the first is row 1 \(.*train.jsonl, line 3\)"),
         ({"text": "a", "label": "  "}, r"no label, the first is row 1 \(.*train.jsonl, line 3\)"),
         ({"text": 5, "label": "late"}, r"column `text` .* holds no text in row 1 \(.*train.jsonl, line 3\)"),
-        ({"text": " \n", "label": "late"}, r"1 of 2 texts .* empty, the first is row 1 \(.*train.jsonl, line 3\)"),
     ],
 )
 def test_a_row_that_lacks_something_is_named(tmp_path: Path, row: dict[str, object], message: str) -> None:
     train = json.dumps({"text": "first", "label": "late"}) + "\n\n" + json.dumps(row)
     with pytest.raises(StreamError, match=message):
         load_stream(stream_of(tmp_path, train, "train.jsonl"))
+
+
+def test_an_empty_text_is_warned_of_by_row(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": "late"} for text in ("first", " \n", "")]
+    path = stream_of(tmp_path, "\n".join(map(json.dumps, rows)), "train.jsonl")
+    (path / "w1" / "test.csv").write_text("text,label\na,late\n", encoding="utf-8")
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 texts .* empty, the first is row 1 \(.*train.jsonl, line 2\)"
+    ) as warned:
+        assert load_stream(path).tasks[0].train["text"][:] == ["first", " \n", ""]
+    assert warned[0].filename == __file__
 
 
 def test_columns_that_nobody_reads_may_hold_anything(tmp_path: Path) -> None:

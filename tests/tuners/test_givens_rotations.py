@@ -10,7 +10,7 @@ import torch
 from perpetune.tuners.givens_rotations import (
     MIN_RADIX,
     dense,
-    identity_blocks,
+    from_identity,
     pairs,
     rotate,
     rotate_back,
@@ -124,7 +124,7 @@ def test_number_of_entries_that_are_not_zero(d):
 @pytest.mark.parametrize("d", [1, 2, 7, 32, 96, 768])
 def test_identity_at_the_start(d):
     x = _inputs(d, torch.float32)[0].detach()
-    for blocks in (identity_blocks(d), strict_blocks(torch.zeros(d - 1))):
+    for blocks in (from_identity(torch.zeros(d - 1, 2, 2)), strict_blocks(torch.zeros(d - 1))):
         assert torch.equal(dense(blocks), torch.eye(d))
         for radix in (1, 32):
             assert torch.equal(rotate(x, blocks, radix), x) and torch.equal(rotate_back(x, blocks, radix), x)
@@ -137,7 +137,7 @@ def test_orthogonal_after_a_thousand_steps():
     y = torch.randn(16, 8, generator=generator)
     off = {}
     for form in ("strict", "quasi"):
-        p = torch.zeros(d - 1) if form == "strict" else identity_blocks(d)
+        p = torch.zeros(d - 1) if form == "strict" else from_identity(torch.zeros(d - 1, 2, 2))
         optimizer = torch.optim.Adam([p.requires_grad_()], lr=1e-2)
         for _ in range(1000):
             optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_where_the_tree_is_taken(monkeypatch):
     taken = []
     monkeypatch.setattr("perpetune.tuners.givens_rotations._tree", lambda x, blocks: taken.append(x.shape[-1]) or x)
     for d in (12, 24, 31, 40, 64, 768):
-        rotate(_inputs(d)[0], identity_blocks(d).double())
+        rotate(_inputs(d)[0], from_identity(torch.zeros(d - 1, 2, 2)).double())
     assert taken == [12, 31] and MIN_RADIX == 8
 
 

@@ -7,13 +7,14 @@ import copy
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from perpetune.core.errors import ConfigError, ModelError
 from perpetune.recipes.recipe import Recipe
 from perpetune.tuners import GivensConfig, Multiplicative, PeftTuner, load_adapter
-from perpetune.tuners.givens_rotations import dense, strict_blocks
+from perpetune.tuners.givens_rotations import dense, from_identity, strict_blocks
 
 FORMS = ["strict", "norm", "quasi"]
 
@@ -50,10 +51,10 @@ def test_equation(make, form):
     assert (layer.in_features, layer.out_features) == (24, 3)
     _shaken(layer.double())
     if form == "quasi":
-        R = dense(layer.perpetune_givens_blocks["default"])
+        R = dense(from_identity(layer.perpetune_givens_block_change["default"]))
     else:
         R = dense(strict_blocks(layer.perpetune_givens_angles["default"]))
-    c = layer.perpetune_givens_diagonal["default"] if form == "norm" else torch.ones(24)
+    c = 1 + layer.perpetune_givens_diagonal_change["default"] if form == "norm" else torch.ones(24)
     W = base.weight if isinstance(base, nn.Linear) else base.weight.T
     turned = W * c @ R.T
     torch.testing.assert_close(layer(x), x @ turned.T + base.bias, rtol=0, atol=1e-13)
@@ -82,8 +83,8 @@ def test_what_rules_and_guarantees_find(families, form):
     for layer in _layers(model):
         kept = {
             "angles": layer.perpetune_givens_angles,
-            "blocks": layer.perpetune_givens_blocks,
-            "diagonal": layer.perpetune_givens_diagonal,
+            "blocks": layer.perpetune_givens_block_change,
+            "diagonal": layer.perpetune_givens_diagonal_change,
         }
         shapes = {k: tuple(v["task_0001"].shape) for k, v in kept.items() if "task_0001" in v}
         d = layer.get_base_layer().in_features
@@ -116,6 +117,49 @@ def test_trained_saved_and_loaded(families, outputs, train, name, form, tmp_path
     assert torch.equal(outputs(load_adapter(family.model(), tmp_path / "task_0001"), inputs), expected)
     again = peft.PeftModel.from_pretrained(family.model(), tmp_path / "task_0001")
     assert torch.equal(outputs(again, inputs), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weight_decay_pulls_to_the_start(families, outputs, form):
+    """2,000 steps without a gradient leave the model as it is; blocks that decay to 0 shortened its rows by 4 %."""
+    family = families["bert"]
+    inputs, base = family.inputs(), outputs(family.model(), family.inputs())
+    model = peft.get_peft_model(family.model(), GivensConfig(form=form))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    for _ in range(2000):
+        optimizer.step()
+    assert torch.equal(outputs(model, inputs), base)
+    _shaken(model, 0.1)
+    shaken = (outputs(model, inputs) - base).norm()
+    for _ in range(200):
+        torch.optim.SGD(params, lr=0.1, weight_decay=1.0).step()
+    assert (outputs(model, inputs) - base).norm() < 1e-3 * shaken
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_that_hold_the_blocks_themselves_are_opened(families, outputs, form, tmp_path):
+    """As versions wrote them that trained g and c, and not their change since the start."""
+    family = families["bert"]
+    model = _shaken(peft.get_peft_model(family.model(), GivensConfig(form=form), "task_0001"), 0.1)
+    expected = outputs(model, family.inputs())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "task_0001" / "adapter_model.safetensors"
+    old = {}
+    for key, value in load_file(file).items():
+        start = torch.eye(2) if "block_change" in key else 1 if "diagonal_change" in key else 0
+        old[key.replace("block_change", "blocks").replace("diagonal_change", "diagonal")] = value + start
+    assert form == "strict" or old.keys() != load_file(file).keys()
+    save_file(old, file)
+    for load in (load_adapter, peft.PeftModel.from_pretrained):
+        found = outputs(load(family.model(), tmp_path / "task_0001"), family.inputs())
+        assert torch.equal(found, expected)
+    tuner = PeftTuner(GivensConfig(form=form))
+    again = tuner.attach(family.model())
+    tuner.load(again, old)
+    assert torch.equal(outputs(again, family.inputs()), expected)
 
 
 @pytest.mark.parametrize("name, form", CASES)

@@ -93,7 +93,7 @@ def test_what_is_kept_beside_adapters_is_not_saved(config, families, train, tmp_
         "adapter_down.weight",
         "adapter_up.weight",
         "bias_db",
-        "givens_blocks",
+        "givens_block_change",
     }
 
 

@@ -271,6 +271,7 @@ def test_names_under_which_tensors_would_be_lost_are_refused(config, families, n
         peft.get_peft_model(families["bert"].model(), config(), adapter_name=name)
 
 
+@pytest.mark.filterwarnings("ignore:SubspaceProjection. the published conditions")
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_projection_keeps_old_outputs(config, families, outputs, train, name):
     """Under AdamW with decay: per head as good as exactly, and as published (where that fits) not at all."""

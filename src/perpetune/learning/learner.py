@@ -124,7 +124,7 @@ class Learner:
     def open(cls, run: str | Path, **options: Any) -> Learner:
         """The learner of a finished run, ready to predict and export.
 
-        A run with pieces of one's own: import their module first, or give `recipe` (docs/own_pieces.md).
+        A run with pieces of one's own: import their module first, or give `recipe` (docs/how-to/own-rule.md).
 
         Raises:
             RunError: no run is there, it is damaged, or its base model is another one now.
@@ -164,10 +164,13 @@ class Learner:
     def heads(self) -> tuple[Head, ...]:
         return self.recipe.heads
 
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-        return self.setup.path
+    path = property(lambda self: self.setup.path, doc="The run directory.")
+    model_name = property(lambda self: self.setup.model, doc="Hub id or folder of the base model.")
+    training = property(lambda self: self.setup.training, doc="Complete training settings.")
+    seed = property(lambda self: self.setup.seed, doc="Decides everything random.")
+    device = property(lambda self: self.setup.device, doc="Where the model is trained and predicts.")
+    progress = property(lambda self: self.setup.progress, doc="The display.")
+    evaluate_every = property(lambda self: self.setup.evaluate_every, doc="See the constructor.")
 
     # ---- learning ----
 

@@ -18,6 +18,7 @@ from ..core.errors import TrainingError
 from ..heads import Head
 from ..models.backbone import Backbone, Examples
 from ..rules import Attached, Rule, attach
+from ..tuners.decay import decays
 from .training_settings import one_line, training_arguments
 
 
@@ -118,6 +119,9 @@ class TaskTrainer(Trainer):
         # ours is a mean over the batch, so that the Trainer must divide by the accumulation steps itself
         self.model_accepts_loss_kwargs = False
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if decays(name)]
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
@@ -129,7 +133,9 @@ class TaskTrainer(Trainer):
                 settings = {k: v for k, v in group.items() if k != "params"}
                 optimizer.add_param_group({**settings, "params": mine, "lr": self.head_learning_rate})
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
-        self.attached = attach(model, optimizer, self.rules, begin=False)
+        self.attached = attach(
+            model, optimizer, self.rules, begin=False, scaler=getattr(self.accelerator, "scaler", None)
+        )
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

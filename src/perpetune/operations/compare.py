@@ -69,8 +69,9 @@ def jobs(config: CompareConfig, modality: str, out: Path, captions: bool = False
         recipe = make_recipe(spec)
         name = _unique(recipe, seen)
         groups: Sequence[tuple[HeadSpec, ...] | None] = head_groups(config.heads or ()) or [None]
-        if not recipe.tuner.trains:
-            groups = [None]  # nothing is trained, so the recipe's own head says all there is to say
+        states = recipe.consolidation.states
+        if not recipe.tuner.trains or (states is not None and states.blocks):
+            groups = [None]  # nothing is trained, or only the recipe's own head can read what is
         for seed in config.seeds:
             for group in groups:
                 yield Job(

@@ -26,8 +26,8 @@ INNER = {"router": Router, "keep": Keep, "combine": Combination}  # settings of 
 class Recipe:
     """Where the change lives, how steps are shaped, what a finished task leaves behind, how a prediction is read off.
 
-    Every slot takes a piece of your own, too (docs/own_pieces.md). A run that was made with one is opened again where
-    its module is imported already, or with the recipe itself: `Learner.open(run, recipe=recipe)`.
+    Every slot takes a piece of your own, too (docs/how-to/own-rule.md). A run that was made with one is opened again
+    where its module is imported already, or with the recipe itself: `Learner.open(run, recipe=recipe)`.
 
     Args:
         tuner: a `peft.PeftConfig` or one of `perpetune.tuners`.
@@ -138,7 +138,10 @@ class Recipe:
 
 
 def _fields(piece: Any) -> dict[str, Any]:
+    # a setting that came later is left out where it says what was so before: runs made then are the same
+    old = {f.name: f.metadata["unwritten"] for f in dataclasses.fields(piece) if "unwritten" in f.metadata}
     values = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece) if f.init}
+    values = {k: v for k, v in values.items() if k not in old or v != old[k]}
     inner = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}  # a router, a hook
     return {**named(piece), **inner}
 

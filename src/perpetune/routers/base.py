@@ -30,7 +30,7 @@ class Router:
     `open`, then `load_state`, or `load_task_state` for each finished task.
 
     Attributes:
-        needs_task: the router knows nothing; whoever asks for a prediction must say which task it is for.
+        needs_task: the router knows nothing; the caller of a prediction must name the task.
         width: L; labels: the label texts of the stream; seed: of whatever is random.
         known: by task, what is stored of it.
     """
@@ -114,8 +114,8 @@ class Router:
         raise RouterError(f"{self._name} gives no probabilities: call `route`, or use RidgeRouter")
 
     def log_within(self, features: Tensor, task: int) -> Tensor | None:
-        """What the router itself says of the classes of a task: log p(c | x, t), (N x C), -inf for all other classes;
-        None where it says nothing."""
+        """The router's own prediction within a task, log p(c | x, t): (N x C), -inf for all other classes; None where
+        it makes none."""
         return None
 
     # What is saved
@@ -175,7 +175,7 @@ class Router:
         self.changed()
 
     def guarantee(self) -> list[Measurement]:
-        """What is promised, and what was measured."""
+        """The promises of this router and their measurements."""
         stored = [sum(t.numel() * t.element_size() for t in state.values()) for state in self.known.values()]
         note = "What the router keeps of one task; no sample is kept."
         return [Measurement("stored for a task", float(max(stored, default=0)), None, "bytes", self._name, note)]

@@ -1,4 +1,4 @@
-"""Where a new task begins, read off frozen features in the order in which they come; nobody says it."""
+"""Finds where a new task begins in a stream that does not tell, from frozen features in the order of arrival."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Detector:
 
     @property
     def segments(self) -> list[Segment]:
-        """What is known by now, the segment that goes on included; nothing before the first example."""
+        """The segments so far, the current one included; empty before the first example."""
         return [*self._done, _until(self._current, self._read)] if self._read else []
 
     def read(self, features: Tensor) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""The router that is told: the upper bound of every other one."""
+"""The router that is given the task: the upper bound of every other router."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Router, RouterError, State
 
 @dataclass
 class OracleRouter(Router):
-    """Knows nothing and stores nothing: whoever asks for a prediction says which task it is for."""
+    """Stores nothing: the caller of a prediction names the task."""
 
     needs_task: ClassVar[bool] = True
 

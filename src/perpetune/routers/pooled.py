@@ -19,7 +19,7 @@ class PooledRouter(Router):
     """p(t | x) ~ (p_R(t | x) p_C(t | x))^(1/2), p_R of `RidgeRouter` on the features as they are, p_C of `ClassRouter`.
 
     Either is better by far on some streams: tasks with a look of their own, or tasks that only their classes tell
-    apart. The pool is about as good as the better one on those that we tried (docs/routing.md).
+    apart. The pool is about as good as the better one on those that we tried (docs/explanation/routing.md).
 
     Args:
         features: random features of the `ClassRouter`; 0 for none.

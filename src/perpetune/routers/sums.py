@@ -17,8 +17,8 @@ from .base import Router, RouterError, State
 class SumsRouter(Router):
     """Stores of each task the state of a `RidgeHead` that has seen this task alone.
 
-    A subclass has the settings `features`, `holdout` and `bits` of that head, says which `kinds` it tells apart within
-    a task, and fits itself in `fit`.
+    A subclass has the settings `features`, `holdout` and `bits` of that head, names the `kinds` that it counts apart
+    within a task, and fits itself in `fit`.
     """
 
     features: Any = field(init=False, repr=False, compare=False)
@@ -31,7 +31,7 @@ class SumsRouter(Router):
         self._one = self._head()  # checks the settings
 
     def kinds(self, labels: Sequence[str]) -> Sequence[str]:
-        """What is told apart within a task, by name."""
+        """Names of the kinds that are counted apart within a task."""
         raise NotImplementedError
 
     def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:

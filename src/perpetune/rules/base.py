@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ..core.errors import RuleError
 from ..core.measurement import Measurement
 from ..tuners.peft_tuner import changes_base
+from .before_clipping import BeforeClipping
+from .running_statistics import in_eval_mode
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -47,6 +50,9 @@ class Rule:
     the values that the parameters listed by `watches()` had before the step.
     """
 
+    # number of the task that has begun and not ended, and whether a step was made in it
+    _open: int | None = field(init=False, repr=False, compare=False, default=None)
+    _stepped: bool = field(init=False, repr=False, compare=False, default=False)
     keeps_outputs: ClassVar[bool] = False  # it promises that what W computes of old inputs stays
 
     @property
@@ -61,6 +67,35 @@ class Rule:
         Raises:
             RuleError: there is nothing to act on; the message says why and what to do.
         """
+
+    def _opened(self, task: TaskContext) -> None:
+        """Note that a task begins; called by the `begin_task` of rules that remember.
+
+        Raises:
+            RuleError: the task before was trained and never ended, so that nothing of it would be remembered.
+        """
+        if self._open is not None and self._stepped:
+            name = type(self).__name__
+            raise RuleError(
+                f"{name}: task index {self._open} was trained and not ended, so nothing of it is remembered: call "
+                f"end_task(pt.TaskContext(model, {self._open})) of the rule after each task; to go on with the same "
+                "task, attach with begin=False"
+            )
+        self._open, self._stepped = task.index, False
+
+    def _closed(self) -> None:
+        """Note that the task ends.
+
+        Raises:
+            RuleError: none has begun.
+        """
+        if self._open is None:
+            raise RuleError(f"{type(self).__name__}: end_task without a begin_task before it")
+        self._open, self._stepped = None, False
+
+    def held_modules(self) -> Sequence[nn.Module]:
+        """Modules that stay in eval mode while the rule acts, since training mode changes their buffers."""
+        return ()
 
     def on_gradient(self) -> None:
         """Edit gradients in place, before the step."""
@@ -109,6 +144,7 @@ def attach(
     batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None,
     losses: Callable[[int], Iterable[Tensor]] | None = None,
     begin: bool = True,
+    scaler: Any = None,
 ) -> Attached:
     """Hang rules on an optimizer, in any training loop: plain PyTorch, Trainer, TRL, Accelerate, Lightning.
 
@@ -122,13 +158,14 @@ def attach(
         index: 0-based number of the task.
         batches, losses: see `TaskContext`.
         begin: call each rule's `begin_task` first; False where the caller has done so.
+        scaler: the loop's `torch.amp.GradScaler`, if there is one; needed by rules with `before_clipping`.
 
     Returns:
         A handle whose `remove()` detaches the rules.
 
     Raises:
         RuleError: a rule finds nothing to act on, or promises that old outputs stay while the adapter's initialisation
-            has changed the base.
+            has changed the base. (From a step) a `scaler` is missing.
 
     Example:
         >>> attached = pt.attach(model, optimizer, [pt.ProductL1(1e-5)])
@@ -137,17 +174,30 @@ def attach(
     """
     _check_base_kept(model, rules)
     if begin:
-        context = TaskContext(model, index, batches, losses)
+        said: list[str] = []
+        context = TaskContext(model, index, batches, losses, said.append)
         for rule in rules:
             rule.begin_task(context)
+        for text in said:
+            warnings.warn(text, stacklevel=2)
     inner = getattr(optimizer, "optimizer", optimizer)
     updating = [rule for rule in rules if type(rule).on_update is not Rule.on_update]
     watched: list[tuple[Rule, list[Tensor]]] = [(rule, list(rule.watches())) for rule in updating]
+    penalties: list[Any] = [rule for rule in rules if getattr(rule, "before_clipping", False)]
+    early = BeforeClipping(penalties, scaler) if penalties else None
     before: list[list[Tensor]] = [[torch.empty_like(p) for p in params] for _, params in watched]
 
     @torch.no_grad()
     def shape_gradient() -> None:
+        if early is not None and early.added and scaler is None and getattr(inner, "grad_scale", None) is not None:
+            raise RuleError(
+                "penalties before clipping must know the loss scale: give attach() the `scaler` of the loop"
+            )
+        _unscale(inner)
+        if early is not None:
+            early.rest()
         for rule in rules:
+            rule._stepped = True
             rule.on_gradient()
 
     @torch.no_grad()
@@ -175,11 +225,30 @@ def attach(
     def post_step(*_: object) -> None:
         for (rule, _params), copies in zip(watched, before, strict=True):
             rule.on_update(copies)
+        if early is not None:
+            early.stepped()
 
     handles = [inner.register_step_pre_hook(pre_step)]
-    if watched:
+    handles += in_eval_mode(module for rule in rules for module in rule.held_modules())
+    if watched or early is not None:
         handles.append(inner.register_step_post_hook(post_step))
+    handles += early.handles if early is not None else []
     return Attached(rules, handles)
+
+
+def _unscale(optimizer: Any) -> None:
+    """Divide gradients by the loss scale where the step itself would: what rules add must not be divided.
+
+    A fused optimizer gets the scale of `torch.amp.GradScaler` as its attribute `grad_scale`, None after `unscale_`.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.mul_(scale.double().reciprocal().to(p.grad.device, torch.float32))
+    optimizer.grad_scale = None
 
 
 def _check_base_kept(model: nn.Module, rules: Sequence[Rule]) -> None:

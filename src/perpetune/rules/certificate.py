@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.measurement import Measurement
 from ..tuners.linear_map import LinearMap
+from .bases import squared_norm
 from .layer_memory import LayerMemory
 
 SOURCE = "SubspaceProjection"
@@ -20,13 +21,17 @@ LEAK = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torch.bf
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured at one weight: leak = |dW M| / |W|, drift = |dW X| / |X|, and what they cannot pass."""
+    """What was measured at one weight: leak = |dW M| / |W|, drift = |dW X| / |X|, and what they cannot pass.
+
+    `token`: what |dW x| / |x| cannot pass for any one old token x, however short or rare.
+    """
 
     name: str
     leak: float
     leak_bound: float
     drift: float
     drift_bound: float
+    token: float
 
 
 @torch.no_grad()
@@ -56,6 +61,8 @@ def certificates(memory: LayerMemory, changes: Sequence[tuple[LinearMap, Tensor]
                 promised,
                 (moments.drift(D) / moments.total).sqrt().item(),
                 (bound / moments.total).sqrt().item(),
+                # where all old directions are kept, x lies in M
+                squared_norm(D @ M if memory.complete else D).sqrt().item(),
             )
         )
     return found
@@ -87,6 +94,8 @@ def measurements(
     leak, drift = worst(found)
     residuals = [float(kept.memory.residual(kept.M)) for kept in memory.inputs]
     exact = cap is None and memory.exact
+    token = max(found, key=lambda c: math.inf if math.isnan(c.token) else c.token)
+    counted = "Every old token counts alike" if memory.unit else "Old tokens count by their squared lengths"
     used = [kept.M.shape[1] / len(kept.M) for kept in memory.inputs]
     full = sum(share == 1 for share in used)
     loose = f" {unsafe} trained parameters are not protected." if unsafe else ""
@@ -99,15 +108,29 @@ def measurements(
         Measurement(
             "drift of a layer on old inputs |dW X| / |X|", drift.drift,
             drift.drift_bound if promises else None, "relative", SOURCE,
-            f"Worst layer: `{drift.name}`. The bound is that of the directions left unprotected.{loose}",
+            f"Worst layer: `{drift.name}`. {counted}. The bound is that of the directions left unprotected.{loose}",
             tuple((c.name, c.drift, c.drift_bound if promises else None) for c in found),
         ),
         Measurement(
             "old inputs left unprotected", max(residuals), 1 - energy + 1e-9 if exact else None, "share",
-            SOURCE, "Share of the squared length of old inputs that later tasks may change, in the worst layer.",
+            SOURCE,
+            f"Share of old inputs that later tasks may change, in the worst layer. {counted}, so that single ones may "
+            "be changed entirely.",
         ),
         Measurement(
             "input directions in use", sum(used) / len(used), None, "share", SOURCE,
             f"1: nothing more can be learned. {full} of {len(used)} inputs are full.",
         ),
+        Measurement(
+            "what the drift |dW x| / |x| of any one old token cannot pass", token.token, None, "relative", SOURCE,
+            f"Worst layer: `{token.name}`. The drift above is a mean over tokens and promises nothing of one.",
+            tuple((c.name, c.token, None) for c in found),
+        ),
     ]  # fmt: skip
+
+
+def unseen_changes(buffers: Sequence[str], promises: bool, source: str = SOURCE) -> Measurement:
+    """Buffers of the model that are not what they were when the task began: no projection sees them."""
+    note = f"The first: `{buffers[0]}`." if buffers else "Running statistics and their like, compared bit by bit."
+    bound = 0 if promises else None
+    return Measurement("buffers that training changed", len(buffers), bound, "", source, note)

@@ -121,6 +121,7 @@ class FixedMask(Rule):
             raise RuleError(
                 f"the mask of FixedMask is of another model: `{name}` differs; use the model it was made with"
             )
+        self._open = task.index
         self._masked = [
             (p, ~unpack(self._bits[name], like=p.detach()), p.detach().clone()) for name, p in params.items()
         ]
@@ -197,8 +198,7 @@ class FixedMask(Rule):
                 restore(w, w_start, _inside(out))
 
     def end_task(self, task: TaskContext) -> None:
-        if not self._masked:
-            raise RuleError("FixedMask: end_task without a begin_task before it")
+        self._closed()
         self._masked = []
 
     # ---- what survives, what is promised ----
@@ -223,7 +223,7 @@ class FixedMask(Rule):
             if kind != "mask" or value.dtype != torch.uint8 or value.ndim != 1:
                 raise RuleError(f"`{key}` {tuple(value.shape)} is no state of FixedMask: expected `mask.<parameter>`")
             bits[name] = value.cpu().clone()
-        self._bits, self._chosen_at, self._masked = bits, chosen_at, []
+        self._bits, self._chosen_at, self._masked, self._open = bits, chosen_at, [], None
 
     @torch.no_grad()
     def guarantee(self) -> list[Measurement]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,11 +14,12 @@ from ..core.errors import ConfigError, RuleError
 from ..core.measurement import Measurement
 from ..tuners.linear_map import LinearMap
 from .base import Rule, TaskContext
-from .certificate import LEAK
+from .certificate import LEAK, unseen_changes
 from .dual_gpm import DualBasis
 from .linear_sites import Batches, linear_sites, see_inputs, shared_inputs
 from .lora_penalty import work
 from .lora_sites import lora_pairs
+from .running_statistics import buffer_digests, changed_buffers, moving_modules
 from .second_moments import SecondMoment
 
 
@@ -62,6 +64,8 @@ class InfLoRA(Rule):
     _batches: Batches | None = field(init=False, repr=False, compare=False, default=None)
     _loose: bool = field(init=False, repr=False, compare=False, default=False)
     _read: float = field(init=False, repr=False, compare=False, default=1.0)
+    _model: nn.Module | None = field(init=False, repr=False, compare=False, default=None)
+    _buffers: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.first <= self.last <= 1:
@@ -102,6 +106,7 @@ class InfLoRA(Rule):
                 f"InfLoRA knows no past at task index {task.index}: keep the same rule for all tasks and call its "
                 "end_task after each, or load its state"
             )
+        self._opened(task)
         self._batches, shares = task.batches, []
         for old, (sites, C) in zip(*self._seen(task.model, task.batches), strict=True):
             values, U = old.spectrum(C)
@@ -113,9 +118,14 @@ class InfLoRA(Rule):
                 site.weight.requires_grad_(False)
                 site.weight.grad = None  # an optimizer that holds it leaves it alone, decay included
                 shares.append(float(values[:r].sum() / C.trace().clamp_min(torch.finfo(C.dtype).tiny)))
-        self._read = min(shares)
+        self._read, self._model = min(shares), task.model
+        self._buffers = buffer_digests(task.model) if self._old else {}
         if not max(shares) > 0:
             task.say("InfLoRA: old inputs span all that this task reads, so it can learn nothing: lower first and last")
+
+    def held_modules(self) -> Sequence[nn.Module]:
+        held = self._old and self._model is not None and self.unprotected != "allow"
+        return list(moving_modules(self._model).values()) if held and self._model is not None else ()
 
     def _seen(self, model: nn.Module, batches: Batches) -> tuple[list[DualBasis], list[tuple[list[LinearMap], Tensor]]]:
         """What is known of each input, and the layers that read it with X X^T (d x d, fp64, trace 1) as it is now."""
@@ -147,6 +157,7 @@ class InfLoRA(Rule):
         source = type(self).__name__
         bound = None if self._loose else max(LEAK.get(site.weight.dtype, LEAK[torch.bfloat16]) for site in self._sites)
         used = [known.k / len(known.basis) for known in self._old]
+        changed = changed_buffers(self._model, self._buffers) if self._model is not None else []
         return [
             Measurement(
                 "old inputs that A reads |A M| / |A|", max(leaks), bound, "relative", source,
@@ -160,6 +171,7 @@ class InfLoRA(Rule):
                 "input directions in use", sum(used) / len(used), None, "share", source,
                 "1: nothing more can be learned",
             ),
+            *([unseen_changes(changed, not self._loose, source)] if self._buffers else []),
         ]  # fmt: skip
 
     def end_task(self, task: TaskContext) -> None:
@@ -172,7 +184,8 @@ class InfLoRA(Rule):
             raise RuleError("InfLoRA: end_task without a begin_task before it")
         old, seen = self._seen(task.model, batches)
         self._old = [known.grown(C, self.epsilon) for known, (_, C) in zip(old, seen, strict=True)]
-        self._tasks, self._sites, self._batches = self._tasks + 1, [], None
+        self._closed()
+        self._tasks, self._sites, self._batches, self._model = self._tasks + 1, [], None, None
 
     def state(self) -> dict[str, Tensor]:
         """`tasks`, `reads.<layer>` (number of its input), `basis.<number>` or `complement.<number>`."""
@@ -194,7 +207,7 @@ class InfLoRA(Rule):
             else:
                 raise RuleError(f"`{key}` is no state of InfLoRA: expected tasks, reads., basis. or complement.")
         self._old = [found[i] for i in sorted(found)]
-        self._sites, self._batches = [], None
+        self._sites, self._batches, self._model, self._open = [], None, None, None
 
 
 def _exact(weight: Tensor) -> torch.device:

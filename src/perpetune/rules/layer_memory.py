@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ class LayerMemory:
     Attributes:
         energy: share of sum sigma^2 that every M holds; cap: largest share of d that it may take.
         wide: layers of more inputs d than this keep a sketch (Frequent Directions) of `sketch_rows` rows.
+        unit: every token counts as x / |x|, and not by its length.
         inputs: one for each tensor that is read; reads: layer -> number of its input.
     """
 
@@ -37,6 +38,7 @@ class LayerMemory:
     cap: float | None = None
     wide: int = 4096
     sketch_rows: int = 256
+    unit: bool = False
     inputs: list[Input] = field(default_factory=list)
     reads: dict[str, int] = field(default_factory=dict)
 
@@ -47,6 +49,11 @@ class LayerMemory:
     def exact(self) -> bool:
         """Whether no input is sketched."""
         return not any(isinstance(kept.memory, FrequentDirections) for kept in self.inputs)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every M holds all directions that old inputs have."""
+        return self.energy == 1 and self.cap is None and self.exact
 
     def check(self, sites: Sequence[LinearMap]) -> None:
         """
@@ -64,12 +71,15 @@ class LayerMemory:
             )
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, sites: Sequence[LinearMap], batches: Batches) -> None:
+    def observe(
+        self, model: nn.Module, sites: Sequence[LinearMap], batches: Batches, unread: Collection[str] = ()
+    ) -> None:
         """Add one task's inputs, as the model computes them now, and make every M anew.
 
         Args:
             model: the tuner must be attached; sites: its trained linear maps.
             batches: yields keyword arguments of `model`; called twice.
+            unread: names of sites whose inputs count as 0, as they will be once what makes them is projected.
 
         Raises:
             RuleError: no batches, a layer that is not called, or layers that shared an input and no longer do.
@@ -81,9 +91,13 @@ class LayerMemory:
             if reads != self.reads:
                 raise RuleError("layers that shared an input in earlier tasks do not now: their memory cannot be split")
         moments = [self._new(group[0], group[0].weight.device) for group in shared]
-        counts = [0] * len(shared)
+        counts, silent = [0] * len(shared), set(unread)
 
         def see(site: LinearMap, X: Tensor, mask: Tensor | None) -> None:
+            if {s.name for s in shared[reads[site.name]]} <= silent:
+                X = torch.zeros_like(X)
+            elif self.unit:
+                X = self._normalised(X, moments[reads[site.name]].Delta.device)
             counts[reads[site.name]] += moments[reads[site.name]].add(X, mask)
 
         see_inputs(model, [group[0] for group in shared], batches(), see)
@@ -96,6 +110,11 @@ class LayerMemory:
             kept.memory.merge(unit)
             kept.M = self._basis(kept.memory)
         self.reads = reads
+
+    def _normalised(self, X: Tensor, device: torch.device) -> Tensor:
+        """x / |x| for every token (... x d), in the type of the products; 0 stays 0."""
+        X = X.detach().to(device, torch.promote_types(self.products, X.dtype))
+        return X / X.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
 
     def _new(self, site: LinearMap, device: torch.device) -> InputMemory:
         on = torch.device("cpu") if device.type == "mps" else device  # mps has no fp64
@@ -114,8 +133,11 @@ class LayerMemory:
         return memory.basis(self.energy, None if self.cap is None else max(1, int(self.cap * memory.width)))
 
     def state(self) -> dict[str, Tensor]:
-        """`reads.<layer>` (number of its input), `input.<number>.<tensors of its memory>`; every M is made of those."""
+        """`reads.<layer>` (number of its input), `input.<number>.<tensors of its memory>`; every M is made of those.
+        `unit` is there where tokens count alike."""
         state = {f"reads.{name}": torch.tensor(index) for name, index in self.reads.items()}
+        if self.inputs and self.unit:
+            state["unit"] = torch.tensor(True)
         for i, kept in enumerate(self.inputs):
             state.update({f"input.{i}.{key}": value for key, value in kept.memory.state().items()})
         return state
@@ -131,6 +153,8 @@ class LayerMemory:
         for key, value in state.items():
             kind, _, rest = key.partition(".")
             number, _, name = rest.partition(".")
+            if key == "unit":
+                continue
             if kind == "reads":
                 reads[rest] = int(value)
             elif kind == "input" and name:
@@ -140,6 +164,8 @@ class LayerMemory:
         numbers = [str(i) for i in range(len(parts))]
         if not parts.keys() == set(numbers) == {str(i) for i in reads.values()}:
             raise RuleError("the memory of old inputs is incomplete: inputs and the layers that read them do not match")
+        if parts:
+            self.unit = "unit" in state
         memories = [restore(parts[n]) for n in numbers]
         self.inputs = [Input(memory, self._basis(memory)) for memory in memories]
         self.reads = reads

@@ -31,7 +31,7 @@ def linear_sites(model: nn.Module, prompts: str = "per_head") -> tuple[list[Line
     """The trained weights that act through linear maps in the order of the modules, and all others by name.
 
     Found are the weights of linear layers, both factors of LoRA, IA3's vectors, and what a module offers of its own by
-    `linear_maps(prompts) -> list[LinearMap]` (prompts, prefixes, biases): what else trains in such a module is free.
+    `linear_maps(prompts) -> list[LinearMap]` (prompts, prefixes, biases).
 
     Args:
         prompts: under which conditions prompts and prefixes are protected: "per_head" or "published".
@@ -44,14 +44,12 @@ def linear_sites(model: nn.Module, prompts: str = "per_head") -> tuple[list[Line
     reshard(model)
     factors = {id(p): f"{q.name}.{key}" for q in lora_pairs(model) for key, p in (("A", q.A), ("B", q.B))}
     sites: list[LinearMap] = []
-    known: set[int] = set()
     for name, module in model.named_modules():
         found = _scales(module)
         if hasattr(module, "linear_maps"):
             found = module.linear_maps(prompts)
-            known |= {id(p) for key, p in module.named_parameters() if found and not key.startswith("base_layer.")}
         sites += [replace(m, name=f"{name}.{m.name}" if name else m.name) for m in found if m.weight.requires_grad]
-    known |= {id(site.weight) for site in sites}
+    known = {id(site.weight) for site in sites}
     users: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
     for name, module in model.named_modules():
         for key, p in module.named_parameters(recurse=False):

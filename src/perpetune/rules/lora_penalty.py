@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +19,13 @@ class LoraPenalty(Rule):
     """A term strength * f(A, B) of the loss, added to `.grad` as its analytic gradient.
 
     It is added once per optimizer step whatever the gradient accumulation, and after gradient clipping, which therefore
-    sees the task's loss alone (the released trainers clip the sum of loss and penalty). Strength 0 does nothing.
+    sees the task's loss alone. The released trainers clip the sum of loss and penalty: so does `before_clipping`, where
+    the term is added in the backward pass. A penalty that is much larger than the loss then shrinks the loss's part of
+    the step. Strength 0 does nothing.
 
     Args:
         strength: the factor lambda of the term.
+        before_clipping: whether gradient clipping sees the term. With a `GradScaler`, give it to `attach`.
 
     Raises:
         ConfigError: the strength is negative or not finite.
@@ -30,6 +33,7 @@ class LoraPenalty(Rule):
     """
 
     strength: float
+    before_clipping: bool = field(default=False, kw_only=True, metadata={"unwritten": False})
     _pairs: list[LoraPair] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -47,6 +51,25 @@ class LoraPenalty(Rule):
                 f"{type(self).__name__} acts on LoRA of linear layers (peft.LoraConfig), and this model trains none: "
                 "use a LoRA tuner, or take the rule out"
             )
+
+    def terms(self) -> Iterable[tuple[Sequence[nn.Parameter], Sequence[Tensor], float]]:
+        """The gradient of the term: parameters, as many values, and the factor of these."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def on_gradient(self) -> None:
+        for params, values, scale in () if self.before_clipping else self.terms():
+            add_gradients(params, values, scale)
+
+    @torch.no_grad()
+    def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """(parameter, gradient of the term) for all that train, for whoever adds them at another time."""
+        found = ((p, scale * v) for params, values, scale in self.terms() for p, v in zip(params, values, strict=True))
+        return [(p, v) for p, v in found if p.requires_grad]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the active pairs that train."""
+        return [p for pair in self._pairs for p in (pair.A, pair.B) if p.requires_grad]
 
     def penalty(self) -> Tensor:
         """Value of the whole term, strength included: a scalar, for reports and tests. Not needed in training."""

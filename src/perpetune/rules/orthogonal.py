@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError, RuleError
 from ..core.measurement import Measurement
 from .base import TaskContext
-from .lora_penalty import LoraPenalty, add_gradients, check_strength, same_shape, stack, work
+from .lora_penalty import LoraPenalty, check_strength, same_shape, stack, work
 
 
 @dataclass
@@ -71,6 +72,7 @@ class OrthogonalToPast(LoraPenalty):
         strength: lambda of the orthogonality term.
         form: "squared" or "absolute".
         norm_strength: see above.
+        before_clipping: see `LoraPenalty`; as released.
 
     Raises:
         ConfigError: a strength is negative or not finite, or the form is unknown.
@@ -98,6 +100,7 @@ class OrthogonalToPast(LoraPenalty):
         self._groups = []
         if self.strength == 0:
             return
+        self._opened(task)
         if task.index == 0:
             if self._past:
                 raise RuleError(
@@ -142,22 +145,21 @@ class OrthogonalToPast(LoraPenalty):
                 for pair, layer in zip(members, K, strict=True):  # views: the past is held once
                     self._past[pair.name] = Past(layer, gram)
 
-    @torch.no_grad()
-    def on_gradient(self) -> None:
+    def terms(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor], float]]:
         for group in self._groups:
             A = stack(group.params)  # n x r x d_in
             if self.form == "absolute":
                 dA = torch.bmm(torch.bmm(A, group.K.mT).sign_(), group.K)
-                add_gradients(group.params, dA.unbind(), self.strength)
+                yield group.params, dA.unbind(), self.strength
             else:
                 dA = torch.bmm(A if group.gram else torch.bmm(A, group.K.mT), group.K)
-                add_gradients(group.params, dA.unbind(), 2 * self.strength)
+                yield group.params, dA.unbind(), 2 * self.strength
         if self.norm_strength:
             params = [p for pair in self._pairs for p in (pair.A, pair.B)]
             values = [work(p) for p in params]
             norms = torch._foreach_norm(values)
             torch._foreach_clamp_min_(norms, torch.finfo(torch.float32).tiny)  # B begins at 0, where the slope is 0 too
-            add_gradients(params, torch._foreach_div(values, norms), self.norm_strength)
+            yield params, torch._foreach_div(values, norms), self.norm_strength
 
     @torch.no_grad()
     def _overlap(self) -> Tensor:
@@ -197,8 +199,7 @@ class OrthogonalToPast(LoraPenalty):
     def end_task(self, task: TaskContext) -> None:
         if self.strength == 0:
             return
-        if not self._pairs:
-            raise RuleError("OrthogonalToPast: end_task without a begin_task before it")
+        self._closed()
         for pair in self._pairs:
             A = work(pair.A)
             past = self._past.get(pair.name, Past(A.new_empty(0, A.shape[1])))
@@ -228,4 +229,4 @@ class OrthogonalToPast(LoraPenalty):
             if kind == "gram" and self.form == "absolute":
                 raise RuleError(f"`{key}`: the absolute form needs all past rows, this state is of the squared form")
             past[name] = Past(K.detach().clone(), gram=kind == "gram")
-        self._past, self._pairs, self._groups = past, [], []
+        self._past, self._pairs, self._groups, self._open = past, [], [], None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import RuleError
 from ..core.measurement import Measurement
 from .base import TaskContext
-from .lora_penalty import LoraPenalty, add_gradients, gradient, same_shape, stack, work
+from .lora_penalty import LoraPenalty, gradient, same_shape, stack, work
 from .lora_sites import LoraPair
 
 # Entries of a chunk of B A. A megabyte stays in a core's cache, where the sign and both products read it again;
@@ -86,18 +86,29 @@ class ProductL1(_LoraL1):
 
     @torch.no_grad()
     def on_gradient(self) -> None:
+        if self.before_clipping:
+            return
         for pair in self._pairs:
-            A, B = work(pair.A), work(pair.B)
             dA, dB = _accumulator(pair.A), _accumulator(pair.B)
-            for rows, S in self._product(A, B):
-                S.sign_()
-                if dB is not None:
-                    dB[rows].addmm_(S, A.T, alpha=self.strength)
-                if dA is not None:
-                    dA.addmm_(B[rows].T, S, alpha=self.strength)
+            self._add_slopes(pair, dA, dB)
             for p, d in ((pair.A, dA), (pair.B, dB)):
                 if d is not None and p.grad is not None and d is not p.grad:
                     p.grad.add_(d)
+
+    def terms(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor], float]]:
+        for pair in self._pairs:
+            slopes = [torch.zeros_like(work(p)) for p in (pair.A, pair.B)]
+            self._add_slopes(pair, *slopes)
+            yield (pair.A, pair.B), slopes, 1.0
+
+    def _add_slopes(self, pair: LoraPair, dA: Tensor | None, dB: Tensor | None) -> None:
+        A, B = work(pair.A), work(pair.B)
+        for rows, S in self._product(A, B):
+            S.sign_()
+            if dB is not None:
+                dB[rows].addmm_(S, A.T, alpha=self.strength)
+            if dA is not None:
+                dA.addmm_(B[rows].T, S, alpha=self.strength)
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
@@ -107,7 +118,7 @@ class ProductL1(_LoraL1):
         return torch.as_tensor(total) * self.strength
 
 
-def _accumulator(p: torch.nn.Parameter) -> Tensor | None:
+def _accumulator(p: nn.Parameter) -> Tensor | None:
     """Where to add up p's gradient: `.grad` itself, or zeros in the working type beside a half-precision one."""
     if not p.requires_grad:
         return None
@@ -141,13 +152,12 @@ class ReleasedProductL1(_LoraL1):
                 )
         self._groups = same_shape(self._pairs)
 
-    @torch.no_grad()
-    def on_gradient(self) -> None:
+    def terms(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor], float]]:
         for group in self._groups:
             A, B = stack([pair.A for pair in group]), stack([pair.B for pair in group])  # n x r x d, n x d x r
             S = torch.bmm(A, B).sign_()  # n x r x r
-            add_gradients([pair.A for pair in group], torch.bmm(S, B.mT).unbind(), self.strength)
-            add_gradients([pair.B for pair in group], torch.bmm(A.mT, S).unbind(), self.strength)
+            yield [pair.A for pair in group], torch.bmm(S, B.mT).unbind(), self.strength
+            yield [pair.B for pair in group], torch.bmm(A.mT, S).unbind(), self.strength
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
@@ -161,11 +171,10 @@ class FactorL1(_LoraL1):
     dA = sign(A),  dB = sign(B).  Too strong, the whole adapter collapses to 0.
     """
 
-    @torch.no_grad()
-    def on_gradient(self) -> None:
+    def terms(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor], float]]:
         params = [p for pair in self._pairs for p in (pair.A, pair.B)]
         if params:
-            add_gradients(params, torch._foreach_sign([p.detach() for p in params]), self.strength)
+            yield params, torch._foreach_sign([p.detach() for p in params]), self.strength
 
     @torch.no_grad()
     def penalty(self) -> Tensor:

@@ -9,25 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError, RuleError
+from ..core.errors import RuleError
 from ..core.measurement import Measurement
 from ..tuners.linear_map import LinearMap
 from .base import Rule, TaskContext
-from .bases import check_energy
-from .certificate import SOURCE, certificates, measurements, worst
+from .certificate import SOURCE, certificates, measurements, unseen_changes, worst
 from .layer_memory import LayerMemory
-from .linear_sites import Batches, linear_sites
+from .linear_sites import Batches
 from .lora_penalty import work
-from .lora_sites import lora_pairs
 from .probes import Probes
+from .protected import Protected, check_settings, limits, protected, unused_products
+from .running_statistics import buffer_digests, changed_buffers
 from .stacked_maps import StackedMaps, stack
 
-CHOICES = {
-    "on": ("update", "gradient", "both"),
-    "branch": ("kept", "fresh"),
-    "prompts": ("per_head", "published"),
-    "unprotected": ("error", "freeze", "allow"),
-}
+UNIT_TOKENS = True  # by the table of benchmarks/token_weights.py
 
 
 @dataclass
@@ -51,8 +46,8 @@ class SubspaceProjection(Rule):
 
     All trained weights that act through linear maps are protected: `nn.Linear`, `Conv1D`, both factors of LoRA (A reads
     x, B reads A x), adapters, the queries' side and the values' side of prompts and prefixes, IA3's vectors and biases
-    (which read y element by element, and the constant 1: hardly any room, and none, see docs/projection.md). Memory and
-    time per step do not grow with the number of tasks.
+    (which read y element by element, and the constant 1: hardly any room, and none; docs/explanation/projection.md).
+    Memory and time per step do not grow with the number of tasks.
 
     branch="kept"   one tuner all the way (`Continue`): W_ref is what the old outputs were made with. LoRA's B reads r
                     inputs only, runs full after a few tokens and is frozen from the second task on.
@@ -66,20 +61,26 @@ class SubspaceProjection(Rule):
         energy: share of sum sigma^2 of the old inputs that is protected; 1: every direction they have.
         on: "update", "gradient" or "both".
         branch: "kept" or "fresh"; must match the recipe's consolidation.
-        prompts: conditions for prompts and prefixes: "per_head", sufficient; "published" (PEGP), not sufficient.
+        prompts: conditions for prompts and prefixes: "per_head", sufficient; "published" (PEGP), not sufficient and
+            without a guarantee: the values of prefixes are free.
         strength: below 1, only this share of the protected part of each step is taken back. No guarantee.
         cap: largest share of a layer's d directions to protect, 0.5 leaves half to learn with; None: no limit.
         unprotected: trained parameters that no projection can protect (norms, embeddings, bare parameters): "error";
-            "freeze", as soon as there is something to protect; or "allow", without a guarantee.
+            "freeze", as soon as there is something to protect; or "allow", without a guarantee. Unless "allow", running
+            statistics (BatchNorm) stay from then on and are used in training; other buffers are compared afterwards.
         probes: how many raw inputs of every task are kept with their outputs, to measure what became of them; they are
             data of the user, and stored with every commit: 0 unless asked for.
         wide: layers of more inputs d than this keep a sketch (Frequent Directions) in place of C.
         sketch_rows: rows of such a sketch.
+        unit_tokens: whether tokens count alike, C = sum x x^T / |x|^2, or by their squared length, so that a first
+            token a hundred times as long as the others is all that an energy protects; None: as the memory has it that
+            is loaded, else alike (benchmarks/token_weights.py).
 
     Raises:
         ConfigError: a setting is out of range.
         RuleError: (from `begin_task`) nothing to act on; parameters that cannot be protected; a task after the first
-            without a memory, or with one of other layers. (From `end_task`) no batches, or layers that were not called.
+            without a memory, or with one of other layers; the task before was not ended. (From `end_task`) no batches,
+            or layers that were not called.
     """
 
     keeps_outputs = True
@@ -93,29 +94,20 @@ class SubspaceProjection(Rule):
     probes: int = 0
     wide: int = 4096
     sketch_rows: int = 256
+    unit_tokens: bool | None = field(default=None, metadata={"unwritten": None})
     _memory: LayerMemory = field(init=False, repr=False, compare=False)
     _references: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
     _groups: list[StackedMaps] = field(init=False, repr=False, compare=False, default_factory=list)
-    _begun: bool = field(init=False, repr=False, compare=False, default=False)
-    _loose: int = field(init=False, repr=False, compare=False, default=0)
+    _found: Protected = field(init=False, repr=False, compare=False, default=Protected([], {}))
+    _buffers: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
     _batches: Batches | None = field(init=False, repr=False, compare=False, default=None)
     _model: nn.Module | None = field(init=False, repr=False, compare=False, default=None)
     _probes: Probes = field(init=False, repr=False, compare=False, default_factory=Probes)
 
     def __post_init__(self) -> None:
-        check_energy(self.energy, self.cap)
-        if self.cap is not None and self.cap > 1:
-            raise ConfigError(f"SubspaceProjection: cap={self.cap} is a share of a layer's inputs: at most 1")
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(f"SubspaceProjection: strength={self.strength} must be between 0 and 1")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"SubspaceProjection: {name}=`{getattr(self, name)}` must be {', '.join(known)}")
-        if self.sketch_rows < 1:
-            raise ConfigError(f"SubspaceProjection: sketch_rows={self.sketch_rows} must be at least 1")
-        if self.probes < 0:
-            raise ConfigError(f"SubspaceProjection: probes={self.probes} is a number of inputs: 0 keeps none")
-        self._memory = LayerMemory(self.energy, self.cap, self.wide, self.sketch_rows)
+        check_settings(self)
+        unit = UNIT_TOKENS if self.unit_tokens is None else self.unit_tokens
+        self._memory = LayerMemory(self.energy, self.cap, self.wide, self.sketch_rows, unit)
 
     @property
     def needs_branch(self) -> Literal["kept", "fresh"]:
@@ -123,64 +115,59 @@ class SubspaceProjection(Rule):
 
     @property
     def promises(self) -> bool:
-        """Whether dW M = 0 is enforced, and enough for what is trained, and not merely hoped for."""
-        return self.on != "gradient" and self.strength == 1
+        """Whether dW M = 0 is enforced, and enough for all that trains, and not merely hoped for."""
+        enforced = self.on != "gradient" and self.strength == 1
+        still = self.unprotected != "allow" or not self._found.moving
+        return enforced and still and self._found.sufficient and not self._unprotected
 
-    def _sites(self, model: nn.Module) -> tuple[list[LinearMap], dict[str, nn.Parameter]]:
-        """What is protected, and what trains and is not; a fresh branch's B may do as it likes."""
-        sites, loose = linear_sites(model, self.prompts)
-        if self.branch == "kept":
-            return sites, loose
-        pairs = lora_pairs(model)
-        A, B = {id(pair.A) for pair in pairs}, {id(pair.B) for pair in pairs}
-        other = {site.name: site.weight for site in sites if id(site.weight) not in A | B}
-        return [site for site in sites if id(site.weight) in A], {**loose, **other}
+    @property
+    def _unprotected(self) -> int:
+        """How many trained parameters may change what old inputs give, in the task that goes on."""
+        return len(self._found.free) + (len(self._found.loose) if self.unprotected == "allow" else 0)
 
     # ---- the task ----
 
     def begin_task(self, task: TaskContext) -> None:
-        sites, loose = self._sites(task.model)
-        if not sites:
-            raise RuleError(
-                "SubspaceProjection acts on weights of linear layers (all weights, LoRA, adapters), and this model "
-                "trains none: use another tuner, or take the rule out"
-            )
-        if loose and self.unprotected == "error":
-            raise RuleError(
-                f"SubspaceProjection cannot protect `{next(iter(loose))}` ({len(loose)} such parameters train): freeze "
-                "them (LoRA without biases does), or set unprotected to `freeze` or `allow`"
-            )
+        found = protected(task.model, self.branch, self.prompts)
+        found.check("SubspaceProjection", refuse=self.unprotected == "error")
+        self._opened(task)
         if not self._memory.inputs and task.index > 0:
             raise RuleError(
                 f"SubspaceProjection knows no past at task index {task.index}: "
                 "keep the same rule for all tasks and call its end_task after each, or load its state"
             )
-        self._begun, self._batches, self._groups, self._loose = True, task.batches, [], len(loose)
-        self._model = task.model
+        self._batches, self._groups, self._found, self._model = task.batches, [], found, task.model
         if self._memory.inputs:
-            self._memory.check(sites)
-            for p in loose.values() if self.unprotected == "freeze" else ():
+            self._memory.check(found.sites)
+            for p in {**found.loose, **found.free}.values() if self.unprotected == "freeze" else ():
                 p.requires_grad_(False)
                 p.grad = None  # an optimizer that holds it leaves it alone, decay included
-            with torch.no_grad():
-                self._groups = stack(sites, self._memory, self._reference)
-                for group in self._groups if self.branch == "fresh" else ():
-                    self._project(group, group.W_ref)
-            self._references = {}
-            if self._groups and all(group.full for group in self._groups) and self.strength == 1:
-                task.say(
-                    "SubspaceProjection: every direction of every input is protected, so this task can learn nothing "
-                    "in these weights: lower energy or cap"
-                )
+            self._begin_projecting(task.model)
+            self._buffers = buffer_digests(task.model)
+            full = [group.references() if group.full and self.strength == 1 else [] for group in self._groups]
+            for text in limits(full, len(self.held_modules()), len(found.free)):
+                task.say(text)
 
-    def _reference(self, site: LinearMap) -> Tensor:
-        """W_ref: what the state of a task in progress brought along, else the weight as it is; 0 for a fresh branch."""
+    @torch.no_grad()
+    def _begin_projecting(self, model: nn.Module) -> None:
+        sites = self._found.sites
+        fresh = sites if self.branch == "fresh" else [A for A, _ in unused_products(model, sites)]
+        starts_at_0 = {site.name for site in fresh}  # W_ref = 0: all of A counts as change, since B gave it no effect
+        self._groups = stack(sites, self._memory, lambda site: self._reference(site, site.name in starts_at_0))
+        for group in self._groups if fresh else ():
+            self._project(group, group.W_ref)
+        self._references = {}
+
+    def held_modules(self) -> Sequence[nn.Module]:
+        held = self._memory.inputs and self._open is not None and self.unprotected != "allow"
+        return list(self._found.moving.values()) if held else ()
+
+    def _reference(self, site: LinearMap, starts_at_0: bool) -> Tensor:
+        """W_ref: what the state of a task in progress brought along, else the weight as it is, or 0."""
         W = site.matrix(site.weight)
-        if self.branch == "fresh":
-            return work(torch.zeros_like(W))
-        stored = self._references.get(site.name)
+        stored = None if self.branch == "fresh" else self._references.get(site.name)
         if stored is None:
-            return work(W)
+            return work(torch.zeros_like(W) if starts_at_0 else W)
         rows = site.here(stored.to(W.device))
         if rows.shape != W.shape:
             raise RuleError(f"the reference of `{site.name}` in the state of SubspaceProjection has another shape")
@@ -225,27 +212,33 @@ class SubspaceProjection(Rule):
     # ---- the memory ----
 
     def end_task(self, task: TaskContext) -> None:
-        if not self._begun:
-            raise RuleError("SubspaceProjection: end_task without a begin_task before it")
         batches = task.batches or self._batches
-        if batches is None:
+        if batches is None and self._open is not None:
             raise RuleError("SubspaceProjection reads the task's inputs when it ends: give `batches` to attach()")
-        self._begun, self._batches, self._groups, self._model = False, None, [], None
+        self._closed()
+        self._forget_task()
+        assert batches is not None
         self.observe(task.model, batches)
         if self.probes:
             self._probes.add(task.model, batches(), self.probes)
+
+    def _forget_task(self) -> None:
+        self._batches, self._groups, self._model, self._buffers = None, [], None, {}
 
     def observe(self, model: nn.Module, batches: Batches) -> None:
         """Protect what the model computes of these inputs from now on; called by `end_task`.
 
         Called before the first task with inputs of another kind (generic text, image-text pairs), it protects what the
-        model could do before. The tuner must be attached. Where several processes train one model, each must be given
-        all batches.
+        model could do before. LoRA and adapters, whose B is 0 then, are kept from reading these inputs: A M = 0 from
+        the next `begin_task` on, and B is free in the first task. The tuner must be attached. Where several processes
+        train one model, each must be given all batches.
 
         Raises:
             RuleError: no batches, a layer that is not called, or layers that shared an input and no longer do.
         """
-        self._memory.observe(model, self._sites(model)[0], batches)
+        sites = protected(model, self.branch, self.prompts).sites
+        unread = {B.name for _, B in unused_products(model, sites)}
+        self._memory.observe(model, sites, batches, unread)
 
     # ---- what survives, what is promised ----
 
@@ -270,9 +263,15 @@ class SubspaceProjection(Rule):
             own = kind in ("reference", "probe")
             parts[kind if own else "memory"][rest if own else key] = value
         self._memory.load_state(parts["memory"])
+        if self.unit_tokens not in (None, self._memory.unit):
+            raise RuleError(
+                f"the memory of old inputs was made with unit_tokens={self._memory.unit}: leave the setting out, or "
+                "set it so"
+            )
         self._references = {key: value.clone() for key, value in parts["reference"].items()}
         self._probes = Probes.restore(parts["probe"])
-        self._begun, self._batches, self._groups, self._model = False, None, [], None
+        self._open = None
+        self._forget_task()
 
     @torch.no_grad()
     def guarantee(self) -> list[Measurement]:
@@ -281,14 +280,13 @@ class SubspaceProjection(Rule):
         Promised with "update" or "both" at strength 1; observed figures otherwise.
         """
         found = certificates(self._memory, self._split_references())
-        if not found:
+        if not found or self._model is None:
             return []
-        unsafe = self._loose if self.unprotected == "allow" else 0
-        measured = measurements(found, self._memory, self.energy, self.cap, self.promises, unsafe)
-        if self._probes.tasks and self._model is not None:
-            exact = self.cap is None and self._memory.exact
-            sufficient = self.prompts == "per_head" and not unsafe
-            whole = self.promises and self.energy == 1 and exact and sufficient
+        measured = measurements(found, self._memory, self.energy, self.cap, self.promises, self._unprotected)
+        if self._buffers:
+            measured.append(unseen_changes(changed_buffers(self._model, self._buffers), self.promises))
+        if self._probes.tasks:
+            whole = self.promises and self.energy == 1 and self.cap is None and self._memory.exact
             bound = 10 * worst(found)[0].leak_bound if whole else None
             measured.append(self._probes.measurement(self._model, bound, SOURCE))
         return measured

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import RuleError
 from ..core.measurement import Measurement
+from ..tuners.givens_rotations import from_identity
 from .base import Rule, TaskContext
 from .lora_penalty import add_gradients, check_strength, work
 
@@ -91,8 +92,8 @@ class SoftOrthogonal(Rule):
 
 
 def _end_to_end(params: Sequence[Tensor]) -> Tensor:
-    """All blocks, n x 2 x 2, in the working type."""
-    return work(torch.cat([*params]))
+    """All blocks I + change, n x 2 x 2, in the working type."""
+    return from_identity(work(torch.cat([*params])))
 
 
 def _products(g: Tensor) -> Tensor:
@@ -101,9 +102,9 @@ def _products(g: Tensor) -> Tensor:
 
 
 def _quasi_blocks(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Blocks, (d-1) x 2 x 2, of active adapters that train."""
+    """Changes of blocks, (d-1) x 2 x 2, of active adapters that train."""
     for module in model.modules():
         layer: Any = module
-        held = getattr(layer, "perpetune_givens_blocks", None)
+        held = getattr(layer, "perpetune_givens_block_change", None)
         if held is not None and not layer.disable_adapters:
             yield from (held[name] for name in layer.active_adapters if name in held and held[name].requires_grad)

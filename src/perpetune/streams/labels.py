@@ -8,15 +8,14 @@ of their own, and are warned of.
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from ..core.errors import StreamError
+from .origin import warn
 
 WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")  # as columns of floats are written
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -96,17 +95,7 @@ def warn_of_forms(first: Mapping[str, str]) -> None:
     pairs = [(known[loose], label) for label in first if known.setdefault(loose := loose_key(label), label) != label]
     for old, new in pairs[:MOST_WARNINGS]:
         more = f" ({len(pairs)} such labels)" if len(pairs) > MOST_WARNINGS else ""
-        warnings.warn(
+        warn(
             f"label {new!r} in {first[new]} is {old!r} in {first[old]} but for its form (case, blanks, Unicode), and a "
-            f"class of its own{more}: if they are one, write them alike, or relabel: {{{new!r}: {old!r}}}",
-            stacklevel=_outside(),
+            f"class of its own{more}: if they are one, write them alike, or relabel: {{{new!r}: {old!r}}}"
         )
-
-
-def _outside() -> int:
-    """The stack level, for `warnings.warn` in the caller, of what called the library."""
-    package, level = __name__.partition(".")[0], 1
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    return level

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,3 +66,12 @@ class Origin:
                 return f" ({path}, line {lines[row]})"
             row -= count
         return ""
+
+
+def warn(text: str) -> None:
+    """Warn on behalf of what called the library."""
+    package, level = __name__.partition(".")[0], 1
+    frame = sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

@@ -26,7 +26,7 @@ def table(inputs: Sequence[Any], columns: Sequence[str]) -> dict[str, list[Any]]
         columns: the input columns of the stream that was learned.
 
     Raises:
-        ConfigError: something else than a sequence of inputs; an input of another kind, an empty prompt or text.
+        ConfigError: something else than a sequence of inputs; an input of another kind, or an empty prompt.
     """
     one = ", ".join(EXAMPLES[column] for column in columns)
     example = f"predict([({one})])" if len(columns) > 1 else f"predict([{one}])"
@@ -41,8 +41,6 @@ def table(inputs: Sequence[Any], columns: Sequence[str]) -> dict[str, list[Any]]
                 raise ConfigError(f"input {number} is a {type(value).__name__}, and no {column}: ask as in {example}")
         if columns == ("prompt",) and not row[0].strip():
             raise ConfigError(f"input {number} is an empty prompt, which has no answer: leave it out")
-        if columns[0] == "text" and not any(text.strip() for text in row):
-            raise ConfigError(f"input {number} is an empty text, which has no class: leave it out")
     return {column: [row[i] for row in rows] for i, column in enumerate(columns[: len(rows[0])] if rows else ())}
 
 

@@ -18,7 +18,7 @@ from ..core.errors import StreamError
 from .columns import find_columns
 from .hashing import sample_ids
 from .labels import check_classes, is_whole, label_text, loose_key, one_text
-from .origin import Origin
+from .origin import Origin, warn
 from .sampling import stratified
 
 TEXT_TYPES = ("string", "large_string", "string_view")
@@ -131,8 +131,8 @@ def open_rows(
         folder: where paths of images start.
 
     Raises:
-        StreamError: the split is empty, a column is missing or of the wrong type, a text, a label or an answer is null
-            or empty, or a conversation does not end with an answer.
+        StreamError: the split is empty, a column is missing or of the wrong type, a text, a label or an answer is null,
+            a label, an answer or a prompt is empty, or a conversation does not end with an answer.
     """
     origin = Origin.of(place)
     inputs, target, names = found = find_columns(data.column_names, columns, origin)
@@ -156,7 +156,9 @@ def open_rows(
         _filled([prompt.strip() for prompt in data["prompt"][:]], origin, "prompts")
     elif inputs[0] == "text" and origin.files:  # what was published stays as it was published
         texts = zip(*(data[name][:] for name in inputs), strict=True)
-        _filled(["".join(row).strip() for row in texts], origin, "texts")
+        empty = [row for row, text in enumerate(texts) if not "".join(text).strip()]
+        if empty:
+            warn(f"{len(empty)} of {len(data)} texts of {origin} are empty, the first is {origin.at(empty[0])}")
     return Rows(origin.place, data, np.arange(len(data)), labels, order, found.captions, origin, numbers)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .base import Additive, AllWeights, Frozen, Multiplicative, NoNetwork, Tuner, check_base_kept
 from .peft_tuner import PeftTuner, as_tuner
-from .targets import KEY_VALUE, KEY_VALUE_FFN, QUERY_VALUE
+from .targets import ATTENTIONS, KEY_VALUE, KEY_VALUE_FFN, QUERY_KEY_VALUE, QUERY_VALUE
 
 TUNERS = {c.__name__: c for c in (AllWeights, Frozen, NoNetwork)}
 
@@ -16,6 +16,7 @@ OWN_CONFIGS = {
     "AdapterConfig": "adapter",
     "BiasConfig": "bias",
     "DeepPromptConfig": "prefix",
+    "FusedLoraConfig": "fused_lora",
     "GivensConfig": "givens",
     "PrefixConfig": "prefix",
 }
@@ -23,9 +24,11 @@ OWN_CONFIGS = {
 _HOME = {**OWN_CONFIGS, "load_adapter": "peft_plugin"}
 
 __all__ = [
+    "ATTENTIONS",
     "KEY_VALUE",
     "KEY_VALUE_FFN",
     "OWN_CONFIGS",
+    "QUERY_KEY_VALUE",
     "QUERY_VALUE",
     "TUNERS",
     "Additive",

@@ -12,8 +12,9 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import ConfigError, ModelError, nearest
+from .key_projections import counted, key_projections
 from .peft_plugin import OwnConfig, OwnLayer, OwnTuner, register
-from .targets import BLOCK_OUTPUTS, resolve_targets
+from .targets import ATTENTIONS, BLOCK_OUTPUTS, resolve_targets
 
 NOT_MERGEABLE = "a bottleneck adapter is not linear, and no weight could hold it: keep it as an adapter"
 
@@ -24,6 +25,10 @@ class AdapterConfig(OwnConfig):
 
     "parallel"    h = f(x) + W_u act(W_d x)
     "sequential"  h = f(x) + W_u act(W_d f(x))
+
+    f is a linear layer, or a module made of some, such as a whole attention: x is then the first thing it is called
+    with, d_in what its first linear layer reads, f(x) the first thing it returns. `target_modules="attentions"` finds
+    the modules that hold the key projections; `layers_to_transform` then counts these.
 
     W_d: m x d_in (m x d_out where sequential), Kaiming; W_u: d_out x m, 0, so that training starts from the model as it
     is. act(0) = 0, so that what both matrices map to 0 leaves h as it was: the projection rule rests on it. Several
@@ -40,6 +45,9 @@ class AdapterConfig(OwnConfig):
         default="parallel", metadata={"help": "Whether the adapter reads what the layer reads or what it puts out."}
     )
     activation: str = field(default="gelu", metadata={"help": "Name in `transformers.activations.ACT2FN`."})
+    kaiming_a: float = field(
+        default=0.0, metadata={"help": "W_d starts as U(+-sqrt(6 / ((1 + a^2) d))); sqrt(5) as `nn.Linear` does."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,32 +77,49 @@ class AdapterLinear(OwnLayer):
 
     def _new(self, adapter_name: str, config: AdapterConfig) -> None:
         base: Any = self.get_base_layer()
-        if isinstance(base, Conv1D):
-            d_in, d_out = base.weight.shape
-        else:
-            d_in, d_out = base.in_features, base.out_features
+        d_in, d_out = _widths(base)
         down = nn.Linear(d_in if config.form == "parallel" else d_out, config.bottleneck, bias=False)
         up = nn.Linear(config.bottleneck, d_out, bias=False)
-        nn.init.kaiming_uniform_(down.weight, nonlinearity="relu")
+        nn.init.kaiming_uniform_(down.weight, a=config.kaiming_a)
         nn.init.zeros_(up.weight)
+        if not hasattr(base, "weight"):  # peft would not know where to put them
+            like = next(p for p in base.parameters() if p.is_floating_point())
+            down, up = down.to(like), up.to(like)
         self.perpetune_adapter_down[adapter_name] = down
         self.perpetune_adapter_up[adapter_name] = up
         self.perpetune_adapter_act[adapter_name] = ACT2FN[config.activation]
         self.perpetune_adapter_form[adapter_name] = config.form
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         live = self._live(self.perpetune_adapter_down)
-        f = self.base_layer(x, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        found = self.base_layer(*args, **kwargs)
+        f = found[0] if isinstance(found, tuple) else found
         h = f
         for name in live:
             W_d: Any = self.perpetune_adapter_down[name]
             W_u: Any = self.perpetune_adapter_up[name]
             read = x if self.perpetune_adapter_form[name] == "parallel" else f
             h = h + W_u(self.perpetune_adapter_act[name](W_d(read.to(W_d.weight.dtype))))
-        return h.to(f.dtype)
+        return (h.to(f.dtype), *found[1:]) if isinstance(found, tuple) else h.to(f.dtype)
+
+    def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(W_d, W_u) of every active adapter, W_u reading act(W_d x) with act(0) = 0."""
+        if self.disable_adapters:
+            return []
+        down: Any = self.perpetune_adapter_down
+        up: Any = self.perpetune_adapter_up
+        return [(down[name].weight, up[name].weight) for name in self.active_adapters if name in down]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ModelError(NOT_MERGEABLE)
+
+
+def _widths(base: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer, or of the first and the last one in a module."""
+    linear: list[Any] = [m for m in base.modules() if isinstance(m, nn.Linear | Conv1D)]
+    shapes = [m.weight.shape if isinstance(m, Conv1D) else (m.in_features, m.out_features) for m in linear]
+    return shapes[0][0], shapes[-1][1]
 
 
 class AdapterModel(OwnTuner):
@@ -106,11 +131,18 @@ class AdapterModel(OwnTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules in (None, BLOCK_OUTPUTS):
             peft_config.target_modules = set(resolve_targets(self.model, BLOCK_OUTPUTS))
+        if peft_config.target_modules == ATTENTIONS:
+            keys = counted(self.model, key_projections(self.model), peft_config.layers_to_transform)
+            peft_config.target_modules = {name.rpartition(".")[0] for name in keys}
+            peft_config.layers_to_transform = None
         return peft_config
 
     def _new_layer(self, config: AdapterConfig, adapter_name: str, target: nn.Module, key: str) -> nn.Module:
-        if not isinstance(target, nn.Linear | Conv1D):
-            raise ModelError(f"`{key}` is a {type(target).__name__}: adapters stand at linear layers, leave it out")
+        if not any(isinstance(part, nn.Linear | Conv1D) for part in target.modules()):
+            raise ModelError(
+                f"`{key}` is a {type(target).__name__}: adapters stand at linear layers, or at what holds some, leave "
+                "it out"
+            )
         return super()._new_layer(config, adapter_name, target, key)
 
     def _check_merge_allowed(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import ConfigError, ModelError
-from .givens_rotations import dense, identity_blocks, rotate, rotate_back, strict_blocks
+from .givens_rotations import dense, from_identity, rotate, rotate_back, strict_blocks
 from .peft_plugin import OwnConfig, OwnLayer, OwnTuner, register
 
 # Where no gradient is asked for, the weight is rotated instead of the tokens if these are more than twice its rows:
@@ -28,6 +28,9 @@ class GivensConfig(OwnConfig):
     "strict"  d - 1 angles: R is orthogonal, the angles and lengths of the rows of the weight stay      (GOFT)
     "norm"    y = f(x R diag(c)), c = 1 at the start: 2d - 1 numbers                                    (GOFT*)
     "quasi"   any 2 x 2 matrix for each plane, 4(d - 1) numbers: orthogonal only if a penalty keeps it  (qGOFT)
+
+    Kept are the changes of c and of the 2 x 2 matrices since the start, which are 0 at first as angles are: weight
+    decay pulls to the model as it was, and not to weights of 0.
 
     As a weight (out x d): W R^T, W diag(c) R^T. Of several active adapters the first turns what the layer reads and the
     next what that puts out: x R_1 R_2, W R_2^T R_1^T. The tree, and what such an R cannot do: see
@@ -62,24 +65,28 @@ class GivensConfig(OwnConfig):
 class GivensLinear(OwnLayer):
     """f(x R) of a linear layer with its rotations; see `GivensConfig`."""
 
-    adapter_layer_names = ("perpetune_givens_angles", "perpetune_givens_blocks", "perpetune_givens_diagonal")
+    adapter_layer_names = (
+        "perpetune_givens_angles",
+        "perpetune_givens_block_change",
+        "perpetune_givens_diagonal_change",
+    )
     other_param_names = ("perpetune_givens_radix",)
 
     def _containers(self) -> None:
         self.perpetune_givens_angles = nn.ParameterDict()  # (d-1,)
-        self.perpetune_givens_blocks = nn.ParameterDict()  # (d-1) x 2 x 2, columns alpha and beta
-        self.perpetune_givens_diagonal = nn.ParameterDict()  # (d,)
+        self.perpetune_givens_block_change = nn.ParameterDict()  # g - I, (d-1) x 2 x 2
+        self.perpetune_givens_diagonal_change = nn.ParameterDict()  # c - 1, (d,)
         self.perpetune_givens_radix: Any = {}
         self._unmerged: Tensor | None = None  # the weight before merging
 
     def _new(self, adapter_name: str, config: GivensConfig) -> None:
         d = self._weight().shape[1]
         if config.form == "quasi":
-            self.perpetune_givens_blocks[adapter_name] = nn.Parameter(identity_blocks(d))
+            self.perpetune_givens_block_change[adapter_name] = nn.Parameter(torch.zeros(d - 1, 2, 2))
         else:
             self.perpetune_givens_angles[adapter_name] = nn.Parameter(torch.zeros(d - 1))
         if config.form == "norm":
-            self.perpetune_givens_diagonal[adapter_name] = nn.Parameter(torch.ones(d))
+            self.perpetune_givens_diagonal_change[adapter_name] = nn.Parameter(torch.zeros(d))
         self.perpetune_givens_radix[adapter_name] = config.radix
 
     @property
@@ -155,12 +162,14 @@ class GivensLinear(OwnLayer):
 
     def _parts(self, name: str, dtype: torch.dtype) -> tuple[Tensor, int, Tensor | None]:
         """Blocks, radix and diagonal, for `rotate`."""
-        if name in self.perpetune_givens_blocks:
-            blocks = self.perpetune_givens_blocks[name].to(dtype)
+        change, c = self.perpetune_givens_block_change, None
+        if name in change:
+            blocks = from_identity(change[name].to(dtype))
         else:
             blocks = strict_blocks(self.perpetune_givens_angles[name].to(dtype))
-        diagonal = self.perpetune_givens_diagonal
-        return blocks, self.perpetune_givens_radix[name], diagonal[name].to(dtype) if name in diagonal else None
+        if name in self.perpetune_givens_diagonal_change:
+            c = 1 + self.perpetune_givens_diagonal_change[name].to(dtype)
+        return blocks, self.perpetune_givens_radix[name], c
 
     @staticmethod
     def _wide(tensor: Tensor) -> torch.dtype:
@@ -172,6 +181,20 @@ class GivensModel(OwnTuner):
 
     prefix = "perpetune_givens_"
     tuner_layer_cls = GivensLinear
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Adapters of earlier versions hold g and c themselves, and not their changes."""
+        state = {}
+        for key, value in state_dict.items():
+            if key.endswith("perpetune_givens_blocks"):
+                key, value = f"{key.removesuffix('s')}_change", value - torch.eye(2).to(value)
+            elif key.endswith("perpetune_givens_diagonal"):
+                key, value = f"{key}_change", value - 1
+            state[key] = value
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules in (None, "all-linear"):

@@ -41,9 +41,9 @@ def strict_blocks(theta: Tensor) -> Tensor:
     return torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))
 
 
-def identity_blocks(d: int) -> Tensor:
-    """Where quasi rotations start: (d-1) x 2 x 2."""
-    return torch.eye(2).repeat(d - 1, 1, 1)
+def from_identity(change: Tensor) -> Tensor:
+    """The blocks g = I + change, ... x (d-1) x 2 x 2: quasi rotations start where the change is 0."""
+    return change + torch.eye(2, dtype=change.dtype, device=change.device)
 
 
 def dense(blocks: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import ModelError
 from ..models.towers import decoder_name
+from .targets import ends_with
 
 # Names of key projections, and of the value projections beside them; in `c_attn`, GPT-2's, both are one.
 VALUE_OF = {"key": "value", "k_proj": "v_proj", "k_lin": "v_lin", "k": "v", "c_attn": "c_attn"}
@@ -99,6 +101,14 @@ def key_projections(model: nn.Module) -> set[str]:
         if keys == {name for name in names for end in ends if f".{name}".endswith(f".{end}")}:
             return ends
     return keys
+
+
+def counted(model: nn.Module, ends: set[str], numbers: int | Sequence[int] | None) -> set[str]:
+    """Whole names of the modules with one of these ends that have these numbers among them (None: all): peft itself
+    counts layers neither for whole names nor in a list that is the model's own."""
+    names = [name for name, _ in model.named_modules() if any(ends_with(name, end) for end in ends)]
+    chosen = range(len(names)) if numbers is None else [numbers] if isinstance(numbers, int) else numbers
+    return {name for i, name in enumerate(names) if i in chosen}
 
 
 def _is_key_projection(model: nn.Module, name: str) -> bool:

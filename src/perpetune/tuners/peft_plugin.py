@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, ModelError, first_line
 from . import OWN_CONFIGS
-from .targets import BLOCK_OUTPUTS, KEY_VALUE, KEY_VALUE_FFN, QUERY_VALUE, UNCALLED_PARTS
+from .targets import ATTENTIONS, BLOCK_OUTPUTS, KEY_VALUE, KEY_VALUE_FFN, QUERY_VALUE, UNCALLED_PARTS
 
 
 def register(name: str, config_cls: type[peft.PeftConfig], model_cls: type[BaseTuner]) -> None:
@@ -110,7 +110,7 @@ class OwnConfig(peft.PeftConfig):
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
         kind = type(self).__name__
-        words = (BLOCK_OUTPUTS, KEY_VALUE, KEY_VALUE_FFN, QUERY_VALUE, "all-linear")
+        words = (ATTENTIONS, BLOCK_OUTPUTS, KEY_VALUE, KEY_VALUE_FFN, QUERY_VALUE, "all-linear")
         expression = isinstance(self.target_modules, str) and self.target_modules not in words
         if expression and self.layers_to_transform is not None:
             raise ConfigError(

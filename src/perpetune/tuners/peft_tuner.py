@@ -246,5 +246,7 @@ def peft_dict(config: Any) -> dict[str, Any]:
 
 
 def as_tuner(tuner: Any) -> Tuner:
-    """A tuner as it is, or a `PeftConfig` wrapped as one."""
-    return tuner if isinstance(tuner, Tuner) else PeftTuner(tuner)
+    """A tuner as it is, or a `PeftConfig` wrapped as one; a configuration may have a tuner of its own."""
+    if isinstance(tuner, Tuner):
+        return tuner
+    return tuner.as_tuner() if hasattr(tuner, "as_tuner") else PeftTuner(tuner)

@@ -70,7 +70,7 @@ def turns(model: nn.Module) -> Iterator[Turn]:
     names = {id(p): n.replace(".base_layer.", ".") for n, p in unwrapped.get_base_model().named_parameters()}
     for module in model.modules():
         layer: Any = module
-        held = getattr(layer, "oft_R", getattr(layer, "perpetune_givens_blocks", None))
+        held = getattr(layer, "oft_R", getattr(layer, "perpetune_givens_block_change", None))
         angles = getattr(layer, "perpetune_givens_angles", ())
         if "default" in getattr(layer, "oft_embedding_R", ()):
             raise ModelError(f"rotations of linear layers can be merged, not of embeddings: {ADVICE}")

@@ -8,6 +8,8 @@ from ..core.errors import ModelError, nearest
 from ..models.towers import decoder_name
 
 QUERY_VALUE = "query_value"
+QUERY_KEY_VALUE = "query_key_value_all"
+ATTENTIONS = "attentions"
 BLOCK_OUTPUTS = "block_outputs"
 KEY_VALUE = "key_value"
 KEY_VALUE_FFN = "key_value_ffn"
@@ -23,6 +25,7 @@ _PROJECTIONS = (  # query, key, value; or all in one
     ("query_key_value",),
 )
 _QUERY_VALUE_NAMES = tuple(tuple(dict.fromkeys((n[0], n[-1]))) for n in _PROJECTIONS)
+_NAMES = {QUERY_VALUE: _QUERY_VALUE_NAMES, QUERY_KEY_VALUE: _PROJECTIONS}
 _KEY_VALUE_NAMES = tuple(n[-2:] for n in _PROJECTIONS)
 _ATTENTION_OUTPUTS = (  # ends of names, as transformers 5 calls them
     "attention.output.dense",
@@ -72,15 +75,15 @@ def resolve_targets(model: nn.Module, targets: str | set[str] | list[str]) -> st
     if targets == "all-linear":
         return "all-linear"
     decoder = decoder_name(model)
-    if decoder and targets in (QUERY_VALUE, KEY_VALUE, KEY_VALUE_FFN, BLOCK_OUTPUTS):
+    if decoder and targets in (QUERY_VALUE, QUERY_KEY_VALUE, KEY_VALUE, KEY_VALUE_FFN, BLOCK_OUTPUTS):
         part = model.get_submodule(decoder.rstrip("."))
         ends = resolve_targets(part, targets)
         return [f"{decoder}{n}" for n, _ in part.named_modules() if any(ends_with(n, end) for end in ends)]
     linear = [n for n, m in model.named_modules() if _is_linear(m)]
     suffixes = {n.rsplit(".", 1)[-1] for n in linear}
-    if targets in (QUERY_VALUE, KEY_VALUE, KEY_VALUE_FFN):
+    if targets in (QUERY_VALUE, QUERY_KEY_VALUE, KEY_VALUE, KEY_VALUE_FFN):
         # two towers may call theirs by different names
-        known = _QUERY_VALUE_NAMES if targets == QUERY_VALUE else _KEY_VALUE_NAMES
+        known = _NAMES.get(str(targets), _KEY_VALUE_NAMES)
         found = [name for names in known if suffixes.issuperset(names) for name in names]
         if found:
             return [*found, *(feed_forward_outputs(model) if targets == KEY_VALUE_FFN else ())]
@@ -90,6 +93,8 @@ def resolve_targets(model: nn.Module, targets: str | set[str] | list[str]) -> st
         )
     if targets == BLOCK_OUTPUTS:
         return _block_outputs(model)
+    if targets == ATTENTIONS:
+        return ATTENTIONS  # found by the one tuner that stands beside them
     if isinstance(targets, str):
         return targets  # a regular expression, peft's own convention
     modules = [n for n, _ in model.named_modules()]

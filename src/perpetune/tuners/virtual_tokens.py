@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..core.errors import ConfigError, ModelError, RuleError, nearest
-from .key_projections import Heads, heads_of, key_projections
+from .key_projections import Heads, counted, heads_of, key_projections
 from .peft_plugin import OwnConfig, OwnTuner
 from .token_attention import TokenLayer, implementations, restore, use_tokens
 
@@ -75,7 +75,11 @@ class TokenTuner(OwnTuner):
         if peft_config.target_modules == "all-linear":
             raise ModelError("prefixes and prompts stand at key projections: leave `target_modules` out to find them")
         if peft_config.target_modules is None:
-            peft_config.target_modules = key_projections(self.model)
+            names, chosen = key_projections(self.model), peft_config.layers_to_transform
+            if chosen is not None and peft_config.layers_pattern is None:
+                names = counted(self.model, names, chosen)
+                peft_config.layers_to_transform = None
+            peft_config.target_modules = names
         return peft_config
 
     def _new_layer(self, config: TokenConfig, adapter_name: str, target: nn.Module, key: str) -> nn.Module:
