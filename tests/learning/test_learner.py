@@ -382,7 +382,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(stream, model
         Learner(model, Recipe(ia3, consolidation=Merge()), tmp_path / "a").learn(stream)
     with pytest.raises(ConfigError, match="heads that gather statistics"):
         Learner(None, "tfidf_ridge", heads=["linear"])
-    with pytest.raises(ConfigError, match="must be a number above 0"):
+    with pytest.raises(ConfigError, match="must be a whole number above 0"):
         Learner(model, "lora", training={"per_device_train_batch_size": 0})
     for never in (-1, 2.5, None):
         with pytest.raises(ConfigError, match="evaluate_every is a number of tasks, or 0"):
