@@ -73,3 +73,19 @@ def test_a_new_class_beside_many_does_not_change_their_rows(weeks, model, tmp_pa
     assert all(
         g["holds"] is not False for g in learner.learn(load_stream(weeks, tasks=["week-3", "week-4"])).guarantees
     )
+
+
+def test_a_dual_encoder_tells_one_new_text_from_all_seen(tiny_clip, tmp_path):
+    from PIL import Image
+
+    for week, label, shade in (("week-1", "dark", 30), ("week-2", "light", 200)):
+        for split in ("train", "test"):
+            folder = tmp_path / "images" / week / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (8, 8), (shade + i, shade, shade)).save(folder / f"{i}.png")
+    training = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
+    learner = Learner(tiny_clip(width=16), "lora", tmp_path / "r", heads=["contrastive"], training=training)
+    result = learner.learn(load_stream(tmp_path / "images"))
+    first, second = (event["first_loss"] for event in result.journal if event["event"] == "task")
+    assert abs(first) < 1e-6 < 0.01 < second

@@ -322,7 +322,7 @@ def test_the_command(ten, four, model, weeks, tmp_path, monkeypatch, capsys):
         ((path, "week-2"), "has learned no task `week-2`: did you mean `week-02`"),
         ((gone, WEEKS[1]), "no folder"),
         ((tmp_path / "x", WEEKS[1]), "is no run"),
-        ((path, WEEKS[0], "--stream", moved), f"that of `{WEEKS[2]}` is gone"),
+        ((path, WEEKS[0], "--stream", moved), "that of `week-02` is gone: restore it"),
     ):
         code, _, err = perpetune("revert", *arguments)
         assert code == 2 and message in err.splitlines()[-1], err

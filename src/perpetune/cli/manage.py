@@ -24,17 +24,24 @@ def export(
     model: Model = None,
     import_: Import = None,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16, to which the sum is rounded once.")] = "float32",
+    head: Annotated[
+        bool, typer.Option("--head/--no-head", help="Take the head along, as a classifier; or the model alone.")
+    ] = True,
 ) -> None:
     """Write a plain transformers folder, which AutoModel.from_pretrained loads without perpetune.
 
     `perpetune export runs/sotu --out model/ --without 2026-week-07`
 
-    Without options: the model as it is. With them: the base model and what the chosen tasks left on its weights, for
-    recipes with DeltaMerge (`sotu`) and Merge (`lora`, `olora`, ...), to the bit as if the others had left nothing.
+    Without options: the model as it is, and its head where that is linear (`linear`, `label_text`, `ncm`): a
+    ...ForSequenceClassification or ...ForImageClassification with labels where that class pools as the run did, else
+    classifier.safetensors beside the model, with a README.md that uses it. With them: the base model and what the
+    chosen tasks left on its weights, for recipes with DeltaMerge (`sotu`) and Merge (`lora`, `olora`, ...), to the bit
+    as if the others had left nothing; a head was trained with all tasks, and stays in the run.
 
     The deltas of DeltaMerge are made from the base, each without the others, unless `sequential` is set. Adapters that
     Merge merged later were trained on top of earlier ones: leaving an earlier one out is not forgetting with proof.
     """
+    from ..learning.export import export as write
     from ..learning.learner import Learner
 
     imports(import_)
@@ -42,8 +49,8 @@ def export(
     names = None if only is None else [part.strip() for part in only.split(",") if part.strip()]
     factors = dict(_factor(text) for text in scale or ())
     choice: dict[str, Any] = {"only": names, "without": without or (), "scales": factors}
-    folder = learner.export(out, **choice, dtype=dtype)  # type: ignore[arg-type]
-    typer.echo(f"{folder}: {_composed(learner, choice)}")
+    folder, told = write(learner.setup, learner.state, out, **choice, dtype=dtype, head=head)
+    typer.echo(f"{folder}: {_composed(learner, choice)}; {told}")
 
 
 def _factor(text: str) -> tuple[str, float]:

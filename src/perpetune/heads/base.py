@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.measurement import Measurement
 from ..models.backbone import Reads
+from .readout import Readout
 
 
 class Head(nn.Module):
@@ -124,6 +125,10 @@ class Head(nn.Module):
         the caller still restricts the columns to the task's classes.
         """
         raise NotImplementedError
+
+    def readout(self, classes: Sequence[int]) -> Readout | None:
+        """The scores of these classes as one linear map of the features; None where they are not one."""
+        return None
 
     def knows(self, classes: Sequence[int]) -> bool:
         """Whether the head could name all of these classes now (a label-text head knows all from the start)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.errors import ConfigError, HeadError
+from .readout import Readout
 from .trained import Classes, TrainedHead
 
 SAME = 0.99  # cosine: label embeddings of one model differ by rounding alone
@@ -77,6 +78,10 @@ class LabelTextHead(TrainedHead):
     def similarities(self, features: Tensor, embeddings: Tensor) -> Tensor:
         """cos(f, e) / temperature: (N x L), (k x L) -> (N x k)."""
         return F.normalize(features.float(), dim=1) @ embeddings.to(features.device).T / self.temperature
+
+    def readout(self, classes: Sequence[int]) -> Readout | None:
+        weight = self.embeddings[self.checked_classes(classes)] / self.temperature
+        return Readout(weight, weight.new_zeros(len(weight)), normalised=True)
 
     def knows(self, classes: Sequence[int]) -> bool:
         self.checked_classes(classes)

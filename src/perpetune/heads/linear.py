@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..core.errors import HeadError
 from ..core.measurement import Measurement
+from .readout import Readout
 from .trained import Classes, TrainedHead
 
 SPREAD = 0.02  # standard deviation of a new row
@@ -124,6 +125,10 @@ class LinearHead(TrainedHead):
     def _drop_parameters(self) -> None:
         self.register_parameter("active_weight", None)
         self.register_parameter("active_bias", None)
+
+    def readout(self, classes: Sequence[int]) -> Readout | None:
+        rows = self.checked_classes(classes)
+        return Readout(self.weight[rows].clone(), self.bias[rows].clone(), normalised=False)
 
     def knows(self, classes: Sequence[int]) -> bool:
         return bool(self.seen[self.checked_classes(classes)].all())

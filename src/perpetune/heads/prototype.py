@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.measurement import Measurement
 from .base import matmul_dtype
 from .exact_sums import EXACT_BITS, FEATURES, check_room, exact_matmul
+from .readout import Readout
 from .statistics import Shape, StatisticsHead
 
 
@@ -54,6 +55,11 @@ class PrototypeHead(StatisticsHead):
         scores = exact_matmul(f, FEATURES.bits, S.T) / _nonzero(norm)[:, None]
         scores[:, self.class_counts() == 0] = -torch.inf
         return scores.to(matmul_dtype(features.device)).to(features.device)
+
+    def readout(self, classes: Sequence[int]) -> Readout | None:
+        S = self.statistics["sums"][self.checked_classes(classes)]
+        weight = (S / _nonzero(torch.linalg.vector_norm(S, dim=1))[:, None]).float()
+        return Readout(weight, torch.zeros(len(weight)), normalised=True)
 
     def guarantee(self) -> list[Measurement]:
         n = int(self.class_counts().sum())

@@ -14,6 +14,7 @@ from ..core.errors import ConfigError, HeadError
 from ..core.measurement import Measurement
 from .base import matmul_dtype
 from .exact_sums import EXACT_BITS, FEATURES, GAUSSIAN, FixedPoint, check_room, exact_matmul, gaussian_steps
+from .readout import Readout
 from .statistics import Shape, StatisticsHead
 
 GRID = tuple(10.0 ** (k / 4) for k in range(-32, 33))  # 1e-8 ... 1e8, four points per decade
@@ -146,6 +147,14 @@ class RidgeHead(StatisticsHead):
             seen, Theta, _ = self.fit()
             scores[:, seen] = exact_matmul(h, self.bits, Theta) * self.unit
         return scores.to(matmul_dtype(features.device)).to(features.device)
+
+    def readout(self, classes: Sequence[int]) -> Readout | None:
+        """See `Head.readout`: random features are not linear."""
+        if self.features:
+            return None
+        seen, Theta, _ = self.fit()
+        weight = Theta.T[[seen.index(c) for c in self.checked_classes(classes)]].float()
+        return Readout(weight, torch.zeros(len(weight)), normalised=False)
 
     def state(self) -> dict[str, Tensor]:
         return {**super().state(), "seed": torch.tensor(self.seed), "bits": torch.tensor(self.bits)}

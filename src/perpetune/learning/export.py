@@ -18,6 +18,7 @@ from ..heads import LinearHead
 from ..models.backbone import Backbone
 from ..runs.commit import active
 from ..runs.directory import Run, write_folder
+from .export_head import FILES, ExportedHead, with_head, write_beside
 from .setup import Setup
 from .state import LearnerState
 
@@ -34,8 +35,9 @@ def export(
     without: Collection[str] = (),
     scales: Mapping[str, float] | None = None,
     dtype: str = "float32",
-) -> Path:
-    """See `Learner.export`."""
+    head: bool = True,
+) -> tuple[Path, str]:
+    """See `Learner.export`; also what became of the head, in words."""
     backbone = state.backbone
     if not backbone.network:
         raise ConfigError(f"recipe `{state.recipe.name}` has no network to export")
@@ -53,13 +55,25 @@ def export(
         by_task = {c.manifest["task"]: c for c in active(commits)}
         consolidation.compose(by_task, chosen)
         model = plain(backbone.model, by_task[list(chosen)[-1]].path if chosen else commits[-1].path)
-    model = model.to(dtype=getattr(torch, dtype))
+    if not head:
+        exported = ExportedHead(model, False, "without its head")
+    elif everything:
+        exported = with_head(state, model)
+    else:
+        exported = ExportedHead(model, False, "its head reads the features of all tasks, and stays in the run")
+    saved: Any = exported.model.to(dtype=getattr(torch, dtype))
 
     def write(aside: Path) -> None:
-        model.save_pretrained(str(aside))
+        saved.save_pretrained(str(aside))
         backbone.save_processors(str(aside))
+        if exported.beside:
+            write_beside(aside, exported, backbone)
 
-    return write_folder(folder, write)
+    write_folder(folder, write)
+    old = not exported.beside and (folder / FILES[1]).exists()
+    for name in FILES if old else ():  # of an earlier export
+        (folder / name).unlink(missing_ok=True)
+    return folder, exported.told
 
 
 def fresh(setup: Setup, state: LearnerState) -> tuple[Backbone, Consolidation]:

@@ -250,6 +250,7 @@ class Learner:
         without: Collection[str] = (),
         scales: Mapping[str, float] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        head: bool = True,
     ) -> Path:
         """Write a plain transformers folder, adapters merged; the run stays as it is.
 
@@ -260,13 +261,17 @@ class Learner:
             only: tasks to take, None all; without: tasks to leave out.
             scales: factors of tasks, times the consolidation's own.
             dtype: what the fp32 weights are rounded to, once.
+            head: the model as it is now takes its first head along where that is linear: as a class for classification
+                of transformers, with labels, whose logits are the scores; or, where no such class pools as the run did,
+                in `classifier.safetensors` beside the model, with a README.md that uses it. False writes the model
+                alone.
 
         Raises:
             ConfigError: nothing is learned yet, there is no network to export, no weights could hold the adapter; an
                 unknown task; tasks that leave nothing to choose from.
             RunError: the folder is a run directory, or cannot be written; then nothing of it is there.
         """
-        return export.export(self.setup, self.state, Path(folder), only, without, scales, dtype)
+        return export.export(self.setup, self.state, Path(folder), only, without, scales, dtype, head)[0]
 
     def fresh(self) -> tuple[Backbone, Consolidation]:
         """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.
