@@ -402,7 +402,7 @@ def exported(learner: Any) -> dict[str, Any]:
     for key, options in (("whole", {}), ("without", {"without": [last]})):
         with tempfile.TemporaryDirectory() as aside:
             try:
-                tensors = load_file(learner.export(Path(aside) / "model", **options) / "model.safetensors")
+                tensors = load_file(learner.export(Path(aside) / "model", head=False, **options) / "model.safetensors")
             except pt.ConfigError:
                 continue
         digest = hashlib.sha256()
