@@ -113,10 +113,9 @@ def test_killed_at_ten_random_moments(stream, model, tmp_path):
         child = context.Process(target=_learn, args=(model, stream, tmp_path / "killed"))
         child.start()
         child.join(generator.uniform(0.02, 0.5) * duration)
-        if child.is_alive():
-            child.kill()
-            child.join()
-            assert child.exitcode == -signal.SIGKILL
+        child.kill()
+        child.join()
+        if child.exitcode == -signal.SIGKILL:
             killed += 1
         elif child.exitcode == 0:  # finished before the tenth kill: undo the last task, and go on
             last = sorted((tmp_path / "killed" / "commits").iterdir())[-1]
