@@ -17,14 +17,32 @@ from .stateful import OpenedHead
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
-class StatisticsHead(OpenedHead):
+class ObservingHead(OpenedHead):
+    """A head that does not train: it gathers what it knows of samples with `observe`; a linear head shapes the features
+    where it stands first."""
+
+    trains = False
+
+    def trainer(self) -> Head:
+        return LinearHead(loss="current")
+
+    def begin_task(self, classes: Sequence[int]) -> None:
+        self.checked_classes(classes)
+
+    def end_task(self) -> None:
+        self._check_open()
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        raise HeadError(f"head `{self.name}` has no loss: train with the head that its `trainer()` gives")
+
+
+class StatisticsHead(ObservingHead):
     """A head made of sums over samples, `self.statistics`, in fixed point (see `moments`), on the CPU.
 
     Subclasses say what the sums are (`shapes`), which axis runs over classes (`class_axis`), and which are symmetric
     matrices (`symmetric`: only the upper triangle is saved).
     """
 
-    trains = False
     class_axis: ClassVar[dict[str, int]] = {}
     symmetric: ClassVar[frozenset[str]] = frozenset()
 
@@ -54,18 +72,6 @@ class StatisticsHead(OpenedHead):
 
     def changed(self) -> None:
         """Forget whatever was computed from the statistics."""
-
-    def trainer(self) -> Head:
-        return LinearHead(loss="current")
-
-    def begin_task(self, classes: Sequence[int]) -> None:
-        self.checked_classes(classes)
-
-    def end_task(self) -> None:
-        self._check_open()
-
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        raise HeadError(f"head `{self.name}` has no loss: train with the head that its `trainer()` gives")
 
     def class_counts(self) -> Tensor:
         """n_c, (C,) int64."""

@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.errors import ConfigError, HeadError
-from .base import Head
 from .exact_sums import FEATURES, check_room
-from .linear import LinearHead
-from .stateful import OpenedHead
+from .statistics import ObservingHead
 
 
-class SubspaceHead(OpenedHead):
+class SubspaceHead(ObservingHead):
     """Cosine to class prototypes, subspace by subspace; missing prototypes are completed from similar classes.
 
     Features f = [f_1, ..., f_T] in R^{T L}: block t is what adapter t makes of the input. P_{c,t} in R^L is the mean of
@@ -59,15 +57,6 @@ class SubspaceHead(OpenedHead):
         self.sums = torch.zeros(len(self.labels), 0, self.width, dtype=torch.float64)
         self.counts = torch.zeros(len(self.labels), 0, dtype=torch.long)
         self._prototypes: Tensor | None = None
-
-    def trainer(self) -> Head:
-        return LinearHead(loss="current")
-
-    def begin_task(self, classes: Sequence[int]) -> None:
-        self.checked_classes(classes)
-
-    def end_task(self) -> None:
-        self._check_open()
 
     @torch.no_grad()
     def observe(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> None:

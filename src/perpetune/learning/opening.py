@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -56,9 +56,12 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
             f"`{backbone.name}` was fine-tuned as a classifier of {', '.join(backbone.left_out[:5])}: this head is "
             "left out, and the recipe's is trained; to go on from its rows, choose heads: [own_classifier]"
         )
+    checked: list[dict[str, Any]] = []  # most tasks have the settings of the run, and a check builds an optimizer
     for each in stream:  # before anything is written
         settings = task_settings(setup.training, each)
-        check_training(settings, backbone)
+        if settings not in checked:
+            check_training(settings, backbone)
+            checked.append(settings)
     stream = with_known_scenario(stream, setup.path)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
