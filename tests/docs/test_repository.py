@@ -30,6 +30,9 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+EXTRAS = ("rouge", "language", "quantized", "ray")  # what users may install besides
+
+
 def pins() -> dict[str, Requirement]:
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     return {canonicalize_name(r.name): r for r in map(Requirement, filter(None, lines))}
@@ -41,11 +44,13 @@ def written() -> list[Path]:
     return [p for p in files if p.suffix in TEXT and "__pycache__" not in p.parts and ".egg-info" not in str(p)]
 
 
-@pytest.mark.parametrize("group", ["dependencies", "dev", "docs"])
+@pytest.mark.parametrize("group", ["dependencies", *EXTRAS, "dev", "docs"])
 def test_every_dependency_is_pinned_within_its_range(group):
     declared = project()["project"]
     names = declared["dependencies"] if group == "dependencies" else declared["optional-dependencies"][group]
     for requirement in map(Requirement, names):
+        if requirement.name == "perpetune":  # its own extras are pinned where they stand
+            continue
         pin = pins().get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement.name} has no pin in constraints.txt"
         (exact,) = pin.specifier
@@ -65,7 +70,8 @@ def test_what_the_package_imports_is_declared():
     own = {"perpetune", *sys.stdlib_module_names}
     needed = {canonicalize_name(called.get(name, name)) for name in imported - own}
     known = project()["project"]
-    required = [*known["dependencies"], *known["optional-dependencies"]["rouge"]]
+    extras = known["optional-dependencies"]
+    required = [*known["dependencies"], *(r for group in EXTRAS for r in extras[group])]
     declared = {canonicalize_name(Requirement(r).name) for r in required}
     missing = needed - declared
     assert not missing, f"imported but not declared in pyproject.toml: {', '.join(sorted(missing))}"
