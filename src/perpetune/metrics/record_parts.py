@@ -35,6 +35,8 @@ class TaskCost(TypedDict):
 
 def plain(value: Any) -> Any:
     """The value in JSON's own types; numbers that are not finite become None."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return np.where(np.isfinite(value), value, None).tolist()
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float):

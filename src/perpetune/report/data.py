@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from ..core.errors import RunError
 
 FIGURES = (
@@ -174,7 +176,8 @@ def _square(index: int, rows: Sequence[Any], size: int, joint: bool) -> Matrix:
         raise RunError(f"result {index}: a matrix of {shape} does not fit {size} tasks")
     absent: list[list[Any]] = [[None] * size for _ in range(size - len(rows))]
     rows = absent + rows if joint else rows + absent
-    return tuple(tuple(number(v) for v in row) for row in rows)
+    known = np.array(rows, dtype=float).reshape(size, size)
+    return tuple(map(tuple, np.where(np.isfinite(known), known, None).tolist()))
 
 
 def _plain(item: Any) -> Mapping[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.accuracy import AccuracyMatrix, class_scores, flips_share, score_flips, summary
+from ..core.environment import uncollected
+from ..metrics.accuracy import AccuracyMatrix, class_scores, summary
+from ..metrics.flips import flips_share, score_flips
 from ..metrics.per_class import ClassAccuracy, class_accuracies, final_accuracy_macro, worst_first
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
@@ -44,18 +46,21 @@ class Result:
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
         self._matrices: dict[tuple[str, str], AccuracyMatrix] = {}
+        self._rows: dict[tuple[str, str], tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {}
+        self._scores: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {}
 
     @cached_property
     def _predictions(self) -> dict[Path, dict[str, dict[str, np.ndarray]]]:
         """By commit, prefix and task, of the commits that count: the untouched model, tasks that were not taken out,
         the two newest."""
         found: dict[Path, dict[str, dict[str, np.ndarray]]] = {}
-        for commit in (*self.commits[:1], *self.active, *self.commits[-2:]):
-            if commit.path not in found:
-                of = found[commit.path] = {}
-                for key, stored in commit.arrays("predictions.safetensors").items():
-                    prefix, slash, task = key.rpartition("/")
-                    of.setdefault(prefix + slash, {})[task] = stored
+        with uncollected():
+            for commit in (*self.commits[:1], *self.active, *self.commits[-2:]):
+                if commit.path not in found:
+                    of = found[commit.path] = {}
+                    for key, stored in commit.arrays("predictions.safetensors").items():
+                        prefix, slash, task = key.rpartition("/")
+                        of.setdefault(prefix + slash, {})[task] = stored
         return found
 
     @cached_property
@@ -82,9 +87,12 @@ class Result:
     def scores(self, head: str, scenario: str) -> list[dict[str, np.ndarray]]:
         """Per task learned: the score in [0, 1] of every test example (n_j,) of every task evaluated then; rows as in
         `predictions`."""
-        rows, targets = self.predictions(head, scenario)
-        free, _ = self.predictions(f"{SCORE}{head}", scenario)
-        return [class_scores(a, targets, f"in row {i}") | b for i, (a, b) in enumerate(zip(rows, free, strict=True))]
+        if (head, scenario) not in self._scores:
+            rows, targets = self.predictions(head, scenario)
+            free, _ = self.predictions(f"{SCORE}{head}", scenario)
+            both = enumerate(zip(rows, free, strict=True))
+            self._scores[head, scenario] = [class_scores(a, targets, f"in row {i}") | b for i, (a, b) in both]
+        return self._scores[head, scenario]
 
     def scores_at(self, commit: Commit, head: str, scenario: str, prefix: str = "") -> dict[str, np.ndarray]:
         """The scores (n_j,) that a commit stored of each task; with `BEFORE`, those of the model before it."""
@@ -106,11 +114,17 @@ class Result:
         which its own commit holds (that of the task before it, in older runs). A task that was taken out has neither
         row nor column; rows before it was taken out are of models that knew it.
         """
+        if (head, scenario) not in self._rows:
+            self._rows[head, scenario] = self._predicted(head, scenario)
+        return self._rows[head, scenario]
+
+    def _predicted(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         targets: dict[str, np.ndarray] = {}
         for commit in self.active:
-            row = max(self._place[task] for task in commit.manifest["learned"] if task in self._place)
-            rows[row] |= self.found(commit, f"{head}/{scenario}/")
+            # the newest that is left: tasks are learned in one order
+            newest = next(task for task in reversed(commit.manifest["learned"]) if task in self._place)
+            rows[self._place[newest]] |= self.found(commit, f"{head}/{scenario}/")
             targets |= self.found(commit, "target/")
             for task, before in self.found(commit, f"{BEFORE}{head}/{scenario}/").items():
                 if self._place[task]:  # not the first, now that others were taken out
@@ -126,12 +140,14 @@ class Result:
             commit: that of an active task, the first, or one of the two newest.
         """
         stored = self._predictions[commit.path].get(prefix, {})
+        if stored.keys() <= self._place.keys():
+            return stored
         return {task: v for task, v in stored.items() if task in self._place}
 
     def baseline(self, head: str, scenario: str) -> dict[str, np.ndarray]:
         """Predictions of the untouched model on each task that it could be evaluated on, when the run began or when the
         task had joined the stream."""
-        found = self.found(self.commits[0], f"{head}/{scenario}/")
+        found = dict(self.found(self.commits[0], f"{head}/{scenario}/"))
         for commit in self.active:
             found |= self.found(commit, f"{JOINED}{head}/{scenario}/")
         return found
