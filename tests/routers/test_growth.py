@@ -80,15 +80,11 @@ def test_a_small_task_does_not_take_the_posterior_from_the_others(kind):
     assert without.calibrated and not opened(old, sizes).calibrated  # as runs made before have it
 
 
-def test_many_small_tasks_have_a_posterior_together():
-    router = opened(RidgeRouter(many_tasks=True), [14] * 20)
-    x = torch.cat([samples(t, 10, seed=5)[0] for t in range(20)])
-    home = torch.arange(20).repeat_interleave(10)
-    right, by_sum = (
-        float((r.route(x) == home).double().mean()) for r in (router, opened(RidgeRouter(reading="sum"), [14] * 20))
-    )
-    assert router.calibrated and right > 0.2 and right > by_sum - 0.05, (right, by_sum)
-    assert torch.isfinite(router.log_posterior(x)).all()
+def test_where_most_tasks_are_small_there_is_no_posterior():
+    few = opened(RidgeRouter(many_tasks=True), [14] * 3 + [120] * 2)
+    assert not few.calibrated and few.route(samples(4, 5)[0]).shape == (5,)
+    few.observe(5, *samples(5, 120))
+    assert few.calibrated
 
 
 def test_a_task_is_held_once():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..heads.ridge import FEWEST, RidgeHead, solve
 from .base import RouterError, State
-from .sums import SumsRouter
+from .sums import SumsRouter, holds_for_most
 
 SAMPLED = 64  # tasks of which the moments of a softmax's temperature are taken, where there may be many
 DRAWS = 4096  # of which the expected log-loss is made; 20 temperatures a decade, 1e-4 to 10
@@ -37,9 +37,9 @@ class ClassRouter(SumsRouter):
     means over seeded draws. Everything is order-free to the bit, as in `RidgeRouter`; with fewer than 10 samples of a
     task in either fold, or one task alone, there is no posterior, and the route is that of the best score.
 
-    With `many_tasks` it is all tasks together that need 10 samples in either fold, and of more than 64 tasks e_0 and
-    e_1 are taken over the first 64 in the order of their own: a fit then costs no more with a thousand tasks, but for
-    the K columns of Theta.
+    With `many_tasks` it is half of the tasks that need 10 samples in either fold, and of more than 64 tasks e_0 and e_1
+    are taken over the first 64 in the order of their own: a fit then costs no more with a thousand tasks, but for the K
+    columns of Theta.
 
     Stored for a task: 8 M^2 bytes (8 MB at M = 1,024).
 
@@ -79,8 +79,7 @@ class ClassRouter(SumsRouter):
             task_of = torch.tensor([task for _, task, _ in pairs])
             class_of = torch.tensor([self.labels.index(name) for _, _, name in pairs])
             folds = torch.stack([self.known[task]["counts"].sum(1) for task in order])  # (T x 2)
-            fewest = folds.sum(0).min() if self.many_tasks else folds.min()
-            enough = len(order) > 1 and bool(fewest >= FEWEST)
+            enough = len(order) > 1 and holds_for_most(folds.min(1).values >= FEWEST, self.many_tasks)
             tau = self._temperature(head, order, task_of) if enough else None
             self._fitted = head, task_of, class_of, tau
         return self._fitted

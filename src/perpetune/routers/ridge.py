@@ -14,7 +14,7 @@ from ..core.errors import ConfigError, nearest
 from ..core.measurement import Measurement
 from ..heads.ridge import FEWEST, RidgeHead, solve
 from .base import RouterError, State
-from .sums import SumsRouter
+from .sums import SumsRouter, holds_for_most
 
 PULL = 100.0  # samples' worth of the pooled covariance in that of each task
 TAILS = 10.0  # degrees of freedom: scores stray further than a Gaussian's
@@ -52,8 +52,7 @@ class RidgeRouter(SumsRouter):
 
         m_t = (Theta_tr^T q_t + 10 mu_t) / (n_t + 10),   S_t = (1 + 1 / (n_t + 10)) S,
 
-    and S is of all tasks with hold-out samples. Without 10 of these more than there are such tasks, there is no
-    posterior.
+    and S is of all tasks with hold-out samples. Where most tasks are small, there is no posterior.
 
     Tasks are put in an order of their own, by what is stored of them, before anything is solved: routes have the same
     bits in any order of tasks, of samples, for any batch size, and after a task was forgotten.
@@ -106,9 +105,7 @@ class RidgeRouter(SumsRouter):
 
     def _enough(self, counts: Tensor) -> bool:
         """Whether there are samples enough for a posterior; counts (2 x T)."""
-        if not self.many_tasks:
-            return bool(counts.min() >= FEWEST)
-        return bool(counts[0].sum() >= FEWEST) and int(counts[1].sum() - (counts[1] > 0).sum()) >= FEWEST
+        return holds_for_most(counts.min(0).values >= FEWEST, self.many_tasks)
 
     def _density(self, head: RidgeHead, order: Sequence[int]) -> Density:
         """The density of hold-out scores for each task, in this order."""

@@ -110,3 +110,8 @@ class SumsRouter(Router):
 
 def _digest(state: State) -> bytes:
     return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in ("cross", "gram"))).digest()
+
+
+def holds_for_most(enough: Tensor, many_tasks: bool) -> bool:
+    """Whether tasks (T,) have samples enough for a posterior: all of them, or at least half where there are many."""
+    return bool(enough.all()) if not many_tasks else 2 * int(enough.sum()) >= len(enough)
