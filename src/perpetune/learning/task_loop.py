@@ -98,6 +98,7 @@ class TaskLoop:
         with self._phase("commit"):
             files = {**consolidation.files(), **state.files(predictions | before)}
             commit = self.run.commit(session.name, files, self._facts(session, measured, training.trainable))
+            consolidation.committed(commit)
         state.learned(commit.manifest["classes"], commit.manifest["learned"])
         self._note(commit, session)
         return commit
