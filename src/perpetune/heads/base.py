@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class Head(nn.Module):
     reads: Reads = "features"
     blocks: bool = False
     weighs: bool = False  # whether its loss may weigh classes, see `weigh`
+    # Of the saved state: parts with a row for every class in `labels`, and the axis of the rows; the beginning of the
+    # names of parts that one finished task alone has. A commit holds of these what is new (`heads.increments`).
+    class_axis: ClassVar[Mapping[str, int]] = {}
+    task_parts: ClassVar[str] = ""
 
     @property
     def observes(self) -> bool:

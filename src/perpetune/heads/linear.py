@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class LinearHead(TrainedHead):
 
     name = "linear"
     weighs = True
+    class_axis: ClassVar[Mapping[str, int]] = {"seen": 0, "weight": 0, "bias": 0}
+    task_parts = "tasks."
     weight: Tensor  # W, (C, L)
     bias: Tensor  # b, (C,)
     active_weight: nn.Parameter  # (classes in training, L); None outside of a task
