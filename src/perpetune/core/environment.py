@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -17,6 +19,11 @@ def default_device() -> torch.device:
         if torch.accelerator.is_available()
         else torch.device("cpu")
     )
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$PERPETUNE_CACHE`, or else `~/.cache/perpetune`."""
+    return Path(os.environ.get("PERPETUNE_CACHE") or Path.home() / ".cache" / "perpetune").expanduser()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -39,6 +46,21 @@ def uncollected() -> Iterator[None]:
     finally:
         if on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """What is alive now is not looked at by the garbage collector any more: a full collection, as the Trainer asks for
+    before every task, then looks at what was made since, and not at all of torch and transformers (half a second)."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..consolidation import Consolidation
-from ..core.environment import default_device
+from ..core.environment import default_device, settled
 from ..core.errors import ConfigError
 from ..core.progress import Progress
 from ..heads import Head, make_head
@@ -183,7 +183,7 @@ class Learner:
         opened = open_run(self.setup, stream)
         self._state = opened.state
         try:
-            with self.setup.progress:
+            with self.setup.progress, settled():
                 TaskLoop(opened).learn_all()
         except KeyboardInterrupt:
             self.setup.progress.say(

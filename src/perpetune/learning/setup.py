@@ -13,6 +13,7 @@ from ..core.environment import versions
 from ..core.errors import ConfigError, RunError
 from ..core.progress import Progress
 from ..models.backbone import Backbone
+from ..models.fingerprint import loaded_from
 from ..models.loading import load_model
 from ..recipes.recipe import Recipe
 from ..streams import Stream, Task
@@ -66,7 +67,9 @@ class Setup:
             return own
         if self.model is None:
             raise ConfigError(f"recipe `{self.recipe.name}` needs a model: give a hub id or a folder (--model)")
-        return load_model(self.model, modality, **self.loading).to(self.device)
+        with loaded_from(self.model):
+            backbone = load_model(self.model, modality, **self.loading)
+        return backbone.to(self.device)
 
     def load_base(self, modality: Any, expected: str) -> Backbone:
         """The base model that a run was made with.

@@ -111,4 +111,7 @@ def commit_of(commits: Sequence[Commit], task: str) -> Commit:
 
 
 def mend(commit: Path) -> str:
-    return f"restore it from a copy, or delete {commit} and all later commits, and start again to learn from there"
+    back = f"perpetune verify {commit.parent.parent} --repair"
+    return (
+        f"restore it from a copy, or go back to the last whole commit with `{back}` and start again to learn from there"
+    )
