@@ -62,7 +62,7 @@ class DeltaMerge(Consolidation):
     _base: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _start: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _deltas: list[Delta] = field(default_factory=list, init=False, repr=False, compare=False)
-    _meetings: Meetings = field(default_factory=Meetings, init=False, repr=False, compare=False)
+    _meetings: Meetings | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.keep: Keep = _made(self.keep, KEEPS, Keep, "keep")
@@ -101,14 +101,20 @@ class DeltaMerge(Consolidation):
         kept = self.keep(self._start, tuned)
         settings: dict[str, Any] = {"fingerprint": self.backbone.fingerprint, "storage": self.storage}
         self._deltas.append(extract(self._start, tuned, mask, dense=kept.dense, bits=kept.masks, **settings))
-        self._meetings.add(self._deltas[-1])
+        self._count()
         del tuned, kept
         self._combine()
 
-    def _keep_deltas(self, deltas: Sequence[Delta]) -> None:
-        self._deltas, self._meetings = list(deltas), Meetings()
-        for delta in deltas:
+    def _count(self) -> None:
+        """Where the newest delta meets the others."""
+        new = self._deltas[-1:]
+        if self._meetings is None:
+            self._meetings, new = Meetings(), self._deltas
+        for delta in new:
             self._meetings.add(delta)
+
+    def _keep_deltas(self, deltas: Sequence[Delta]) -> None:
+        self._deltas, self._meetings = list(deltas), None  # counted when a task is added: opening does not need it
 
     def _state(self) -> dict[str, Tensor]:
         return dict(self.backbone.model.state_dict(keep_vars=True))
@@ -175,7 +181,7 @@ class DeltaMerge(Consolidation):
             "entries kept of a task's delta", newest.count / max(1, entries), None, "share", source,
             f"{newest.count:,} values of {entries:,}",
         )  # fmt: skip
-        if len(self._deltas) < 2:
+        if len(self._deltas) < 2 or self._meetings is None:
             return [kept]
         bound = 0.0 if self.keep.never_meets else None
         note = "share of the entries that any task keeps; masks that are disjoint never meet"

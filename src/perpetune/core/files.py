@@ -133,5 +133,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [v if type(v) in (str, int) else plain(v) for v in value]  # names of all tasks, in every commit
     return value

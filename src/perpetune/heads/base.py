@@ -142,6 +142,15 @@ class Head(nn.Module):
         """Everything needed to go on, as tensors."""
         raise NotImplementedError
 
+    @property
+    def finished(self) -> int:
+        """Of how many finished tasks the state has `task_parts`."""
+        return 0
+
+    def recent_state(self, task: int) -> dict[str, Tensor]:
+        """`state` without the parts of the first finished tasks, so many of them."""
+        return self.state()
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`, after `open`.
 

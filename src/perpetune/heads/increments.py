@@ -24,7 +24,8 @@ def increment(head: Head, before: State, after: State) -> tuple[State, State]:
 
     Args:
         before, after: `head.state()` at the last commit (empty: there is none), and now; no class was forgotten between
-            them.
+            them. Of `after`, what tasks that had finished at the last commit left may be missing (`Head.recent_state`),
+            of `before` what any task left.
     """
     if not head.class_axis or "labels" not in after:
         return {}, after

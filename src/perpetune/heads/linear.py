@@ -145,12 +145,19 @@ class LinearHead(TrainedHead):
 
     def state(self) -> dict[str, Tensor]:
         """A row that was never in a loss is not saved: it follows from seed and label text."""
+        return self.recent_state(0)
+
+    @property
+    def finished(self) -> int:
+        return len(self.tasks)
+
+    def recent_state(self, task: int) -> dict[str, Tensor]:
         state = super().state()
         kept = self.seen.nonzero().flatten()
         state |= {"weight": self.weight.cpu()[kept], "bias": self.bias.cpu()[kept]}
         place = torch.full((len(self.labels),), -1, dtype=torch.long)
         place[kept] = torch.arange(len(kept))
-        for j, (own, weight, bias) in enumerate(self.tasks):
+        for j, (own, weight, bias) in enumerate(self.tasks[task:], start=task):
             state[f"tasks.{j}.classes"] = place[own.cpu()]
             state |= {f"tasks.{j}.weight": weight.cpu().clone(), f"tasks.{j}.bias": bias.cpu().clone()}
         return state

@@ -62,6 +62,7 @@ class LearnerState:
             head.to(setup.device)
         self.consolidation.open(backbone, self.recipe.tuner, labels)
         self._committed: dict[str, dict[str, Tensor]] = {}  # states of heads, as the newest commit leaves them
+        self._finished: dict[str, int] = {}  # tasks that heads keep something of, by then
         self._whole_heads = False
         self.known = Known(labels, (), inputs, ())
 
@@ -77,6 +78,7 @@ class LearnerState:
         self._whole_heads = any(commit.has(HEAD) and "reverts" not in commit.manifest for commit in commits[1:2])
         for name, head in heads.items() if states else ():
             head.load_state(states.get(name, {}))
+            self._finished[name] = head.finished
         if newest.has("rules.safetensors"):
             stored = newest.tensors("rules.safetensors")
             for i, rule in enumerate(self.recipe.rules):
@@ -117,9 +119,11 @@ class LearnerState:
                 states, as earlier versions did, goes on with them.
         """
         rules = {f"{i}.{k}": v for i, rule in enumerate(self.recipe.rules) for k, v in rule.state().items()}
-        before, states = self._committed, {name: head.state() for name, head in self.named_heads()}
-        self._committed = states
-        if whole or self._whole_heads:
+        whole = whole or self._whole_heads
+        before, done = self._committed, {} if whole else self._finished
+        states = {name: head.recent_state(done.get(name, 0)) for name, head in self.named_heads()}
+        self._committed, self._finished = states, {name: head.finished for name, head in self.named_heads()}
+        if whole:
             heads = {HEAD: _named(states)}
         else:
             parts = {name: increment(head, before.get(name, {}), states[name]) for name, head in self.named_heads()}

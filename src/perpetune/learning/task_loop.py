@@ -47,6 +47,7 @@ class TaskLoop:
         self.sessions = self.state.consolidation.schedule(self.stream)
         self.phases: dict[str, float] = {}
         self.log = TrainingLog(0, None, None)
+        self._untested = {task.name for task in self.stream if not len(task.test)}
 
     # ---- the order in which things happen ----
 
@@ -171,7 +172,7 @@ class TaskLoop:
             "data": {task.name: fingerprint(task) for task in session.tasks},
             "splits": {task.name: split_fingerprints(task) for task in session.tasks},
             "task_classes": {task.name: list(task.classes) for task in session.tasks},
-            "not_evaluated": [task.name for task in learned if not len(task.test)],
+            "not_evaluated": [task.name for task in learned if task.name in self._untested],
             "training": {task.name: dict(task.training) for task in session.tasks if task.training},
             "guarantees": [{**m.to_dict(), "task": session.name} for m in measured],
             "heads": [head.name for head in self.state.heads],

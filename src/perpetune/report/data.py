@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..core.errors import RunError
+from ..metrics.record_parts import finite_or_none
 
 FIGURES = (
     "final_accuracy",
@@ -177,7 +178,7 @@ def _square(index: int, rows: Sequence[Any], size: int, joint: bool) -> Matrix:
     absent: list[list[Any]] = [[None] * size for _ in range(size - len(rows))]
     rows = absent + rows if joint else rows + absent
     known = np.array(rows, dtype=float).reshape(size, size)
-    return tuple(map(tuple, np.where(np.isfinite(known), known, None).tolist()))
+    return tuple(map(tuple, finite_or_none(known)))
 
 
 def _plain(item: Any) -> Mapping[str, Any]:
