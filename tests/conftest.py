@@ -8,7 +8,7 @@ import json
 import os
 import random
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.use_deterministic_algorithms(True)
     if "PERPETUNE_CACHE" not in os.environ and hasattr(config, "cache"):
         os.environ["PERPETUNE_CACHE"] = str(config.cache.mkdir("perpetune"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> None:
+    """Objects of earlier modules are left out of garbage collection: the Trainer collects after every task, and would
+    look at all that was ever imported (a third of a second each time)."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -365,12 +373,3 @@ def same_bits_when_stopped(
             assert (whole / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
 
     return check
-
-
-@pytest.fixture(scope="module")
-def quick_collection() -> Iterator[None]:
-    """The Trainer collects garbage after every task, and looks at all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
