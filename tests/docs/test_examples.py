@@ -117,8 +117,7 @@ def test_an_encoder_learns_to_answer(tiny_bert, word_stream, tmp_path, monkeypat
     texts = " ".join(
         prompt for task in pt.load_stream(word_stream, pose="instruction") for prompt in task.train["prompt"]
     )
-    encoder = tiny_bert(words=re.findall(r"\w+", texts))
-    monkeypatch.setattr(pretrain_instructions, "LAYERS", (0, 1))
+    encoder = tiny_bert(words=re.findall(r"\w+", texts), layers=6)
 
     def teach(out, *more):
         words = ["x", "--encoder", str(encoder), "--stream", str(word_stream), "--out", str(tmp_path / out)]
@@ -129,7 +128,7 @@ def test_an_encoder_learns_to_answer(tiny_bert, word_stream, tmp_path, monkeypat
     first = teach("a", "--rows", "2400")
     losses = json.loads((tmp_path / "a" / "pretraining.json").read_text())["losses"]
     assert losses[-1] < 0.5 * losses[0]
-    few = ("--rows", "360")
+    few = ("--rows", "240")
     assert teach("b", *few) == teach("c", *few) != teach("d", *few, "--puzzles", "0.5")
     model = load_language_model(tmp_path / "a")
     stream = pt.load_stream(word_stream, tasks=["films"], pose="instruction")
