@@ -97,7 +97,7 @@ def test_a_neumann_series_that_is_no_rotation_breaks_the_promise(model, stream):
 def test_a_stopped_run_goes_on_to_the_same_weights(learned, model, stream, tmp_path):
     whole, _ = learned("strict", Merge)
     first = stream.select([task.name for task in stream.tasks[:2]])
-    learned(model, first, "strict", Merge(), tmp_path / "part")
+    learn(model, first, "strict", Merge(), tmp_path / "part")
     part, _ = learn(model, stream, "strict", Merge(), tmp_path / "part")
     a, b = part.backbone.model.state_dict(), whole.backbone.model.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)
