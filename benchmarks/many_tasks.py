@@ -25,6 +25,8 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+from .command import Benchmark, Option
+
 RECIPES = ("lora", "olora", "pegp_lora_fresh", "sotu", "routed", "ridge")
 FIRST = 10  # the task that the last one is compared with
 NAMES = {"ridge": "frozen_ridge"}
@@ -158,19 +160,20 @@ def compared(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--tasks", type=int, default=1000)
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="names, with commas")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    options = parser.parse_args(arguments)
-    if options.tasks < 2 * FIRST:
-        parser.error(f"--tasks must be at least {2 * FIRST}")
+def show(record: dict[str, Any], header: bool) -> None:
+    figures, last = compared(record), record["tasks"]
+    if header:
+        print(f"| recipe | {' | '.join(f'{name}: task {FIRST} / {last} / ratio' for name in figures)} |")
+        print("| --- |" + " --- |" * len(figures))
+    cells = [f"{a:.3g} / {b:.3g} / **{b / a:.2f}**" for a, b in figures.values()]
+    print(f"| `{record['recipe']}` | {' | '.join(cells)} |", flush=True)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.one:
         print(json.dumps(one(options.one, options.tasks)))
-        return
-    records = []
+        return []
+    records: list[dict[str, Any]] = []
     for recipe in options.recipes.split(","):
         command = [sys.executable, "-m", "benchmarks.many_tasks", "--one", recipe, "--tasks", str(options.tasks)]
         begun = perf_counter()
@@ -178,16 +181,23 @@ def main(arguments: list[str] | None = None) -> None:
         if done.returncode:
             raise SystemExit(done.stderr)
         records.append(json.loads(done.stdout.splitlines()[-1]))
-        figures = compared(records[-1])
-        if len(records) == 1:
-            print(f"| recipe | {' | '.join(f'{name}: task {FIRST} / {options.tasks} / ratio' for name in figures)} |")
-            print("| --- |" + " --- |" * len(figures), flush=True)
-        cells = [f"{a:.3g} / {b:.3g} / **{b / a:.2f}**" for a, b in figures.values()]
-        print(f"| `{recipe}` | {' | '.join(cells)} |", flush=True)
+        show(records[-1], header=len(records) == 1)
         print(f"{recipe}: {perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return records
 
+
+BENCHMARK = Benchmark(
+    "many_tasks",
+    __doc__,
+    [
+        Option("--one", None, argparse.SUPPRESS),
+        Option("--tasks", 1000, "how many", least=2 * FIRST),
+        Option("--recipes", ",".join(RECIPES), "names, with commas"),
+    ],
+    measure,
+    lambda records: None,  # a row is printed when it is there
+)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

@@ -44,6 +44,7 @@ class Head(nn.Module):
     # names of parts that one finished task alone has. A commit holds of these what is new (`heads.increments`).
     class_axis: ClassVar[Mapping[str, int]] = {}
     task_parts: ClassVar[str] = ""
+    starts_from_own: bool = False  # takes rows from the own head of a fine-tuned classifier, see `start_from`
 
     @property
     def observes(self) -> bool:
@@ -65,6 +66,16 @@ class Head(nn.Module):
 
         Raises:
             HeadError: they are of another shape, or not finite.
+        """
+        raise NotImplementedError
+
+    def start_from(self, weight: Tensor, bias: Tensor, labels: Sequence[str]) -> None:
+        """Take over rows (weight: C' x L, bias: C') for classes of the same label texts; once, after `open`.
+
+        Asked of heads with `starts_from_own` alone.
+
+        Raises:
+            HeadError: there are none.
         """
         raise NotImplementedError
 
