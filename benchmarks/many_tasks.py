@@ -186,18 +186,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-BENCHMARK = Benchmark(
-    "many_tasks",
-    __doc__,
-    [
-        Option("--one", None, argparse.SUPPRESS),
-        Option("--tasks", 1000, "how many", least=2 * FIRST),
-        Option("--recipes", ",".join(RECIPES), "names, with commas"),
-    ],
-    measure,
-    lambda records: None,  # a row is printed when it is there
+OPTIONS = (
+    Option("--one", None, argparse.SUPPRESS),
+    Option("--tasks", 1000, "how many", least=2 * FIRST),
+    Option("--recipes", ",".join(RECIPES), "names, with commas"),
 )
-main = BENCHMARK.main
+# a row is printed as soon as it is there
+main = Benchmark("many_tasks", __doc__, OPTIONS, measure, show=lambda records: None).main
 
 if __name__ == "__main__":
     main()
