@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..consolidation import Session
 from ..core.environment import peak_memory
-from ..core.errors import ConfigError, ModelError, RuleError, TrainingError
+from ..core.errors import ConfigError, RuleError, TrainingError
 from ..core.measurement import Measurement, finite
 from ..recipes.recipe import Recipe
 from ..rules import Attached, TaskContext, attach
 from ..runs.commit import Commit
 from ..runs.directory import Run
-from ..runs.result import BEFORE, SCORE
+from ..runs.result import BEFORE
 from ..streams import Task, fingerprint, split_fingerprints
+from ..streams.tokens import METRIC, as_rows, without_rows
 from . import kept
+from .given_model import GivenModel
 from .keep_checks import (
     check_finite,
     check_kind,
     check_optimizer_holds,
     check_recipe,
     check_trainer,
-    plain_model,
     trainer_of,
 )
-from .language_losses import LOSS, SOURCE, cross_entropy, general_loss, language_losses, measured_language
+from .language_losses import general_loss, measured_language
+from .likelihoods import HEAD, filed, likelihoods, losses
 from .session import Training, task_seed
 from .state import LearnerState
 from .task_loop import UNTOUCHED, begun
@@ -42,7 +43,7 @@ from .token_rows import TokenBackbone, token_rows
 from .trainer import check_buffers
 from .training_settings import HONOURED
 
-HEAD, SCENARIO, PROBE = "likelihood", "domain", 16
+PROBE = 16  # rows
 
 
 class Keep(TrainerCallback):
@@ -81,20 +82,18 @@ class Keep(TrainerCallback):
     def __init__(
         self,
         recipe: str | dict[str, Any] | Recipe | None = None,
-        run: str | Path = "",
-        task: str = "",
         *,
+        run: str | Path,
+        task: str,
         inputs: str | None = None,
     ) -> None:
-        if not str(run) or not task:
-            raise ConfigError("Keep needs a run directory and the name of a task: pt.Keep(recipe, run=..., task=...)")
         if inputs not in (None, "prompt", "messages"):
             raise ConfigError(f"inputs is prompt or messages, not {inputs!r}")
         self.task, self.path, self.inputs = kept.named(task), Path(run), inputs
         self.written, self.commits = kept.earlier(self.path)
         self.recipe = kept.recipe_of(recipe, self.path, self.written)
         check_recipe(self.recipe)
-        kept.stream_of(self.path, self.written, self.commits, kept.without_rows(self.task), {}, "prompt")
+        kept.stream_of(self.path, self.written, self.commits, without_rows(self.task), {}, "prompt")
         self._trainer: Any = None
         self._given: Any = None
         self._attached: Attached | None = None
@@ -110,10 +109,10 @@ class Keep(TrainerCallback):
             raise ConfigError(f"{self.path} is the run directory: give the trainer another output_dir")
         tokenizer = kwargs.get("processing_class")
         check_kind(model.get_base_model() if hasattr(model, "get_base_model") else model, tokenizer)
-        base, on = plain_model(model, self.recipe, kept.newest_adapter(self.recipe, self.commits))
-        if on is None and kwargs.get("optimizer") is not None:
-            raise RuleError("the optimizer was made before the recipe's adapter: let the trainer make it (no optimizers=)")
-        self._peft = on is not None
+        self._model = GivenModel(model, self.recipe, kept.newest_adapter(self.recipe, self.commits))
+        base = self._model.base
+        if not self._model.peft and kwargs.get("optimizer") is not None:
+            raise RuleError("an optimizer that is made already lacks the recipe's adapter: leave optimizers= out")
         longest = kept.longest_prompt(base, self.written, getattr(args, "max_length", None))
         backbone = TokenBackbone(base, tokenizer, max_length=longest, name=base.config.name_or_path)
         setup = kept.setup_of(self.recipe, self.path, self.written, backbone, args)
@@ -123,24 +122,9 @@ class Keep(TrainerCallback):
         with kept.random_numbers_kept():
             self.state = LearnerState(setup, backbone, old["labels"], tuple(old["inputs"])).restore(self.commits)
             set_seed(task_seed(setup.seed, self.task))
-            self.state.consolidation.begin_task(_session(kept.without_rows(self.task), self._learned))
+            self.state.consolidation.begin_task(_session(without_rows(self.task), self._learned))
             self._random = torch.get_rng_state()  # from which rules go on
-        self._check_modules(on)
-        # transformers then knows of adapters in a model that is no PeftModel, when it saves it and checkpoints layers
-        if not self._peft:
-            base._hf_peft_config_loaded = hasattr(base, "peft_config")  # type: ignore[assignment]
-
-    def _check_modules(self, on: set[str] | None) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        model, prefix = self.state.backbone.model, len("base_model.model.")
-        ours = {name[prefix:] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-        if on is not None and on != ours:
-            name = sorted(on ^ ours)[0]
-            raise ModelError(
-                f"the model's adapter is not where recipe `{self.recipe.name}` has its own (`{name}` is in one of them "
-                "alone): give the trainer the plain model, and Keep puts the adapter on"
-            )
+        self._model.dressed(backbone)
 
     @property
     def _learned(self) -> list[str]:
@@ -168,12 +152,12 @@ class Keep(TrainerCallback):
             self.session, self.stream = self._rows()
             self.run = self._open()
             try:
-                self._before = self._scores(ended=False)
+                self._before = likelihoods(self.state, self.stream, len(self._learned), ended=False)
                 if not self.run.commits:
                     self._commit_untouched()
                 self.training = Training(self.state, self.session)
                 self.context = TaskContext(
-                    self.state.backbone, begun(self.run), self.training.batches, self.training.losses, _say
+                    self.state.backbone, begun(self.run), self.training.batches, self.training.losses, warnings.warn
                 )
                 torch.set_rng_state(self._random)
                 self.training.open_heads()
@@ -195,8 +179,8 @@ class Keep(TrainerCallback):
         known = {*self._learned, self.task}
         self._unread = sorted(set(found) - known)
         rows = {name: token_rows(trainer, data) for name, data in found.items() if name in known}
-        train, nothing = token_rows(trainer, trainer.train_dataset), kept.as_rows([])
-        task = Task(self.task, (), train, rows.get(self.task, nothing), metric=kept.METRIC)
+        train, nothing = token_rows(trainer, trainer.train_dataset), as_rows([])
+        task = Task(self.task, (), train, rows.get(self.task, nothing), metric=METRIC)
         stream = kept.stream_of(self.path, self.written, self.commits, task, rows, str(self.inputs))
         return _session(task, self._learned), stream
 
@@ -215,7 +199,7 @@ class Keep(TrainerCallback):
         facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
         if measured_language(self.state):
             facts["general_loss"] = general_loss(self.state.backbone, self.state.setup.batch_size)  # type: ignore[arg-type]
-        self.run.commit(UNTOUCHED, {"predictions.safetensors": _filed(self._before)}, facts)
+        self.run.commit(UNTOUCHED, {"predictions.safetensors": filed(self._before)}, facts)
 
     # ---- when training ends ----
 
@@ -241,48 +225,26 @@ class Keep(TrainerCallback):
         assert self._attached is not None
         self._attached.remove()
         self.training.close_heads()
-        weights, tensors = self._as_trained()
+        self._model.trained(backbone)
         probe = self.session.tasks[0]
         if not len(probe.test):  # merging is checked on what there is
             probe = replace(probe, test=probe.train.select(range(min(PROBE, len(probe.train)))))
         consolidation.end_task(replace(self.session, tasks=(probe,)))
-        scores = self._scores(ended=True)
-        measured += [*consolidation.guarantee(), *self._losses(scores)]
-        predictions = _filed(scores)
+        scores = likelihoods(learner, self.stream, len(self._learned), ended=True)
+        measured += [
+            *consolidation.guarantee(),
+            *losses(learner, self._before, scores, self.run.commits[0].manifest.get("general_loss")),
+        ]
+        predictions = filed(scores)
         if self._learned:
-            predictions |= _filed({k: v for k, v in self._before.items() if k == self.task}, BEFORE)
+            predictions |= filed({k: v for k, v in self._before.items() if k == self.task}, BEFORE)
         files = {**consolidation.files(), **learner.files(predictions)}
         self.run.grow({"stream": learner.setup.config(self.stream, backbone)["stream"]})
         facts = self._facts(measured, sum(p.numel() for p in trained), list(scores))
         commit = self.run.commit(self.task, files, facts)
         self._done = True
         self._note(commit, state, began)
-        self._hand_back(weights, tensors)
-
-    def _scores(self, ended: bool) -> dict[str, Tensor]:
-        """log p(targets) and their number for every test example (N x 2), of tasks that have some."""
-        found, states = {}, self.state.consolidation.states
-        backbone, size = self.state.backbone, self.state.setup.batch_size
-        for index, task in enumerate(self.stream):
-            own = states is not None and index < len(self._learned)
-            if not len(task.test) or (own and not ended):  # under their own states, nothing has changed
-                continue
-            with states.view(index) if states is not None and ended else nullcontext():
-                found[task.name] = backbone.responses(backbone.prepare(task.test), size)
-        return found
-
-    def _losses(self, after: dict[str, Tensor]) -> list[Measurement]:
-        notes = {
-            LOSS: ("of -log p(target | what stands before it), the trainer's eval_dataset", after),
-            f"{LOSS}, before this task": ("the same of the model before", self._before),
-        }
-        found = []
-        for name, (note, scores) in notes.items():
-            parts = tuple((task, cross_entropy(each), None) for task, each in scores.items())
-            if parts:
-                mean = sum(value for _, value, _ in parts) / len(parts)
-                found.append(Measurement(name, mean, None, "nats a token", SOURCE, f"mean over tasks {note}", parts))
-        return [*found, *language_losses(self.state, (), self.run.commits[0].manifest.get("general_loss"))]
+        self._model.hand_back(backbone)
 
     def _facts(self, measured: list[Measurement], trainable: int, scored: Sequence[str]) -> dict[str, Any]:
         task, args = self.session.tasks[0], self._trainer.args
@@ -330,43 +292,6 @@ class Keep(TrainerCallback):
         self._writing.pop(self.path.resolve(), None)
         self.run.close()
 
-    # ---- what the trainer's model is afterwards ----
-
-    def _as_trained(self) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """Of a model that came with an adapter: the weights under it, and the adapter."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        model = self.state.backbone.model
-        layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)] if self._peft else []
-        weights = [p for layer in layers for p in layer.get_base_layer().parameters()]
-        kept_weights = [(p, p.detach().clone()) for p in weights]
-        tensors = self.state.recipe.tuner.tensors(model) if self._peft else {}
-        return kept_weights, {k: v.detach().clone() for k, v in tensors.items()}
-
-    @torch.no_grad()
-    def _hand_back(self, weights: list[tuple[Tensor, Tensor]], tensors: dict[str, Tensor]) -> None:
-        """A model that came with an adapter goes back with it; a plain one is what the run predicts with."""
-        backbone, tuner = self.state.backbone, self.state.recipe.tuner
-        if self._peft and not hasattr(backbone.model, "peft_config"):
-            backbone.model = tuner.attach(backbone.model)
-            tuner.load(backbone.model, tensors)
-            for parameter, value in weights:
-                parameter.copy_(value)
-        if not self._peft and not hasattr(backbone.model, "peft_config"):
-            backbone.model._hf_peft_config_loaded = False
-
 
 def _session(task: Task, learned: Sequence[str]) -> Session:
     return Session(len(learned), task.name, (task,), len(learned))
-
-
-def _filed(scores: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """exp of the mean log p of every example's targets, as a commit stores scores."""
-    means = {task: (each[:, 0] / each[:, 1].clamp(min=1)).exp() for task, each in scores.items()}
-    return {f"{prefix}{SCORE}{HEAD}/{SCENARIO}/{task}": value.float() for task, value in means.items()}
-
-
-def _say(text: str) -> None:
-    import warnings
-
-    warnings.warn(text, stacklevel=2)

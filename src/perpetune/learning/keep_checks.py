@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,15 +14,7 @@ from ..consolidation import Consolidation
 from ..core.errors import ConfigError, ModelError, RuleError, TrainingError
 from ..models.vision_language_model import reads_images
 from ..recipes.recipe import Recipe
-from ..tuners import Additive, PeftTuner
-from ..tuners.peft_tuner import peft_dict
 from .training_settings import check_optimizer
-
-# of a peft configuration, what does not change what is computed
-_ASIDE = (
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
-    "target_modules", "task_type",
-)  # fmt: skip
 
 
 def trainer_of(args: Any) -> Any:
@@ -108,51 +100,6 @@ def check_kind(model: Any, tokenizer: Any) -> None:
 
 def _kinds(model: Any) -> list[str]:
     return [kind.__name__ for kind in type(model).__mro__]
-
-
-def plain_model(model: Any, recipe: Recipe, newest: Mapping[str, Tensor]) -> tuple[nn.Module, set[str] | None]:
-    """The base model of what the trainer was given, with an adapter that is still at its start taken off; and the names
-    of the modules that this adapter was on, None where there was none.
-
-    Args:
-        newest: the adapter of the run's last task, where tasks go on with one.
-
-    Raises:
-        ModelError: an adapter that is not the recipe's, that was trained, or that an earlier training left.
-    """
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    if not isinstance(model, PeftModel):
-        if layers or hasattr(model, "peft_config"):
-            raise ModelError("the model has an adapter of an earlier training in it: load it anew for every task")
-        return model, None
-    mine = f"give the trainer the plain model, and Keep puts the adapter of recipe `{recipe.name}` on"
-    if not isinstance(recipe.tuner, PeftTuner):
-        raise ModelError(f"recipe `{recipe.name}` trains no adapter, and the model has one: {mine}")
-    if list(model.peft_config) != ["default"]:
-        raise ModelError(f"the model has the adapters {', '.join(model.peft_config)}: {mine}")
-    theirs, ours = (
-        {k: v for k, v in peft_dict(config).items() if k not in _ASIDE}
-        for config in (model.peft_config["default"], recipe.tuner.config)
-    )
-    differs = next((k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)), None)
-    if differs is not None or type(model.peft_config["default"]) is not type(recipe.tuner.config):
-        what = f"{differs} is {theirs.get(differs or '')!r} in it and {ours.get(differs or '')!r} in the recipe"
-        if differs is None:
-            what = f"it is of another kind, {type(model.peft_config['default']).__name__}"
-        raise ModelError(f"the model's adapter is not that of recipe `{recipe.name}`, {what}: {mine}, or change either")
-    now = recipe.tuner.tensors(model)
-    goes_on = newest.keys() == now.keys() and all(torch.equal(newest[k], v.cpu()) for k, v in now.items())
-    change = recipe.tuner.change(model)
-    fresh = isinstance(change, Additive) and not any(bool(delta.any()) for delta in change.deltas().values())
-    if not (fresh or goes_on):
-        raise ModelError(
-            f"the model's adapter is not at its start: {mine}; to go on from one that was trained, `perpetune adopt` it"
-        )
-    prefix = len("base_model.model.")
-    return model.unload(), {name[prefix:] for name in layers}
 
 
 def check_optimizer_holds(model: nn.Module, optimizer: Any) -> None:

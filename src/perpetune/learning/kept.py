@@ -25,13 +25,10 @@ from ..runs.config_check import check_same
 from ..runs.directory import CONFIG, Run, read_config
 from ..streams import Stream, Task
 from ..streams.splitting import slug
+from ..streams.tokens import SOURCE, without_rows
 from .compatibility import suited
 from .setup import Setup
-from .token_rows import as_rows
 from .training_settings import resolve_training
-
-METRIC = "likelihood"  # of a task whose rows are tokens: exp(mean log p of the targets), the score of each example
-SOURCE = {"source": "trainer"}  # of a stream whose rows only a trainer has
 
 
 def named(task: str) -> str:
@@ -141,13 +138,7 @@ def stream_of(
         old = written["stream"]
         columns = tuple(old["inputs"])
         return Stream(old["name"], tasks, tuple(old["labels"]), old["scenario"], columns, dict(old["source"]))
-    return Stream(path.name, tasks, (), "domain", (inputs,), dict(SOURCE))
-
-
-def without_rows(name: str, classes: Sequence[int] = ()) -> Task:
-    """A learned task whose rows only its trainer had."""
-    nothing = as_rows([])
-    return Task(name, tuple(classes), nothing, nothing, gone=("train", "test"), metric=METRIC)
+    return Stream(path.name, tasks, (), "domain", (inputs,), {"source": SOURCE})
 
 
 def newest_adapter(recipe: Recipe, commits: Sequence[Commit]) -> dict[str, Tensor]:

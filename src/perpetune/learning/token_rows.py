@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from datasets import Features, Value
 from torch import Tensor
 
 from ..core.errors import StreamError
 from ..models.backbone import Examples
 from ..models.language_model import IGNORED, LanguageBackbone
 from ..models.prompt_tokens import pad_rows
-
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "label": Value("int64"),
-        "input_ids": datasets.Sequence(Value("int64")),
-        "targets": datasets.Sequence(Value("int64")),
-    }
-)
+from ..streams.tokens import as_rows
 
 
 class TokenBackbone(LanguageBackbone):
@@ -68,17 +57,8 @@ def token_rows(trainer: Any, data: Any) -> datasets.Dataset:
         raise StreamError(
             "Keep reads the training data once more, and this data set has no length: give the trainer one that has"
         )
-    return as_rows(row for i in range(len(loader.dataset)) for row in _documents(loader.collate_fn([loader.dataset[i]])))
-
-
-def as_rows(pairs: Iterator[tuple[Sequence[int], Sequence[int]]] | Sequence[tuple[Sequence[int], Sequence[int]]]) -> Any:
-    """(input_ids, targets) as a data set."""
-    made: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    for ids, targets in pairs:
-        digest = hashlib.sha1(np.asarray([len(ids), *ids, *targets], dtype="<i8").tobytes(), usedforsecurity=False)
-        for name, value in zip(FEATURES, (digest.hexdigest(), -1, list(ids), list(targets)), strict=True):
-            made[name].append(value)
-    return datasets.Dataset.from_dict(made, features=FEATURES)
+    rows = (loader.dataset[i] for i in range(len(loader.dataset)))
+    return as_rows(text for row in rows for text in _documents(loader.collate_fn([row])))
 
 
 def _documents(batch: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
