@@ -13,12 +13,7 @@ from ..models.backbone import Backbone
 from ..recipes.recipe import Recipe
 from ..tuners import Additive, PeftTuner
 from ..tuners.peft_tuner import peft_dict
-
-# of a peft configuration, what does not change what is computed
-_ASIDE = (
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
-    "target_modules", "task_type",
-)  # fmt: skip
+from .adopted_files import ASIDE
 
 
 class GivenModel:
@@ -121,7 +116,7 @@ def plain_model(model: Any, recipe: Recipe, newest: Mapping[str, Tensor]) -> tup
     if list(model.peft_config) != ["default"]:
         raise ModelError(f"the model has the adapters {', '.join(model.peft_config)}: {mine}")
     theirs, ours = (
-        {k: v for k, v in peft_dict(config).items() if k not in _ASIDE}
+        {k: v for k, v in peft_dict(config).items() if k not in (*ASIDE, "target_modules")}
         for config in (model.peft_config["default"], recipe.tuner.config)
     )
     differs = next((k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)), None)

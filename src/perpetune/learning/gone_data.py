@@ -50,8 +50,8 @@ def completed(run: Run, stream: Stream, learned: Sequence[str], every: bool = Fa
     now = [task.name for task in stream.tasks[: len(left)]]
     other = not left and stream.source.get("source") != read_config(run.path)["stream"]["source"].get("source")
     commits = {name: c for c in active(run.commits) for name in c.manifest.get("data", {})}
-    only_trainers = {name for name, commit in commits.items() if "trainer" in commit.manifest}
-    lost = [name for name in learned if name not in here and name not in only_trainers]
+    elsewhere = {name for name, commit in commits.items() if {"trainer", "adopted"} & commit.manifest.keys()}
+    lost = [name for name in learned if name not in here and name not in elsewhere]
     if now != left or (lost and (every or other)):
         began = ", ".join(task.name for task in stream.tasks[: len(learned)])
         raise RunError(

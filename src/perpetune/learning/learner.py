@@ -24,6 +24,7 @@ from ..runs.directory import Run, read_config
 from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
+from .adopt import adopt
 from .config import RunConfig
 from .opening import open_run
 from .revert import revert
@@ -136,6 +137,8 @@ class Learner:
         state = LearnerState(learner.setup, backbone, stream["labels"], stream["inputs"])
         learner._state = state.restore(Run.read(run).commits)
         return learner
+
+    adopt = classmethod(adopt)
 
     # ---- what it is ----
 
