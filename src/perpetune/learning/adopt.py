@@ -167,6 +167,8 @@ class Adoption(TaskLoop):
         _put(self.state.backbone, self.state.recipe, tensors, whole)
         for i, rule in enumerate(rules):
             tell(i, rule.end_task)
+        if 0 < len(unknown) < len(rules):  # they would count tasks differently
+            raise ConfigError(next(iter(unknown.values())))
         return list(unknown.values())
 
 

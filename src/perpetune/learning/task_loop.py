@@ -211,5 +211,6 @@ def all_due(index: int, of: int, every: int) -> bool:
 
 def begun(run: Run) -> int:
     """How many sessions rules have seen, those that were taken out again too: they remember them, and draw by
-    number."""
-    return sum("reverts" not in commit.manifest for commit in run.commits[1:])
+    number. Not an adopted one whose inputs they do not know."""
+    seen = (c.manifest for c in run.commits[1:] if "reverts" not in c.manifest)
+    return sum(not manifest.get("adopted", {}).get("unknown") for manifest in seen)
