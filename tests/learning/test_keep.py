@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import peft
@@ -101,6 +104,19 @@ def trainer_for(base, week, callback, out, *, adapter=None, tests=True, kind=Tra
     )  # fmt: skip
 
 
+def keep_week(base, run, week, out, recipe="olora", **more):
+    trainer = trainer_for(base, week, pt.Keep(recipe, run=run, task=week), out, **more)
+    trainer.train()
+    return trainer
+
+
+def second_process(base, folder):
+    import trl
+
+    torch.set_num_threads(1)
+    keep_week(base, Path(folder) / "kept", "week-2", Path(folder) / "out", kind=trl.SFTTrainer)
+
+
 def adapter_of(commit):
     return commit.tensors("adapter_model.safetensors")
 
@@ -123,9 +139,13 @@ def test_two_processes_end_with_the_weights_of_the_learner(base, weeks, recipe, 
         kind = pytest.importorskip("trl", reason="TRL is not installed: pip install trl").SFTTrainer
     ours = learner(base, tmp_path / "learner", recipe)
     ours.learn(weeks)
-    for week in WEEKS:
-        keep = pt.Keep(recipe, run=tmp_path / "kept", task=week)
-        trainer_for(base, week, keep, tmp_path / "out", kind=kind).train()
+    keep_week(base, tmp_path / "kept", "week-1", tmp_path / "out", recipe, kind=kind)
+    if recipe == "olora":
+        code = "import sys; sys.path.append(sys.argv[1]); import test_keep; test_keep.second_process(*sys.argv[2:])"
+        words = [str(Path(__file__).parent), str(base), str(tmp_path)]
+        subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+    else:
+        keep_week(base, tmp_path / "kept", "week-2", tmp_path / "out", recipe, kind=kind)
     expected, found = Result(tmp_path / "learner"), Result(tmp_path / "kept")
     assert found.tasks == expected.tasks == tuple(WEEKS)
     for a, b in zip(found.commits[1:], expected.commits[1:], strict=True):
@@ -137,12 +157,6 @@ def test_two_processes_end_with_the_weights_of_the_learner(base, weeks, recipe, 
     assert furthest(a, b) < 1e-4
     prompts = [p for p, _ in WEEKS["week-1"]]
     assert opened.predict(prompts) == theirs.predict(prompts)
-
-
-def keep_week(base, run, week, out, recipe="olora", **more):
-    trainer = trainer_for(base, week, pt.Keep(recipe, run=run, task=week), out, **more)
-    trainer.train()
-    return trainer
 
 
 def test_a_run_is_opened_exported_judged_and_reverted(base, tmp_path, quick_collection):
@@ -320,6 +334,21 @@ class Loosen(TrainerCallback):
     def on_step_end(self, args, state, control, *, model, **kwargs):
         if self.way == "nan":
             next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+
+def test_scores_are_in_the_precision_of_the_weights(base, tmp_path, quick_collection):
+    """A trainer in bf16 puts autocast around the model: in it, merging would seem to change what is computed."""
+    trainer = keep_week(base, tmp_path / "run", "week-1", tmp_path / "out", bf16=True)
+    result = Result(tmp_path / "run")
+    merged = [g for g in result.guarantees if g["name"] == "merged against unmerged outputs"]
+    assert merged and all(g["holds"] for g in merged)
+    exported = pt.Learner.open(tmp_path / "run", device="cpu").backbone.model
+    batch = collate(tokens(base, "week-1")[:1])
+    with torch.no_grad():
+        score = float(torch.exp(-exported(**batch).loss))
+    assert result.scores("likelihood", "domain")[0]["week-1"][0] == pytest.approx(score, rel=1e-5)
+    assert "_original_forward" in trainer.model.__dict__  # the trainer's own autocast is there again
+    assert trainer.model.__dict__["forward"] is not trainer.model.__dict__["_original_forward"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,20 @@ class GivenModel:
         """transformers saves and checkpoints a model that is no PeftModel otherwise when it knows of its adapter."""
         if not self.peft:
             self.base._hf_peft_config_loaded = hasattr(backbone.model, "peft_config")
+
+    @contextmanager
+    def in_its_precision(self) -> Iterator[None]:
+        """Without the autocast that a trainer puts around a model in bf16 or fp16, so that scores before and after, and
+        merged and unmerged outputs, can be compared."""
+        around, own = self.base.__dict__.get("forward"), self.base.__dict__.get("_original_forward")
+        if own is None:
+            yield
+            return
+        self.base.forward = own
+        try:
+            yield
+        finally:
+            self.base.forward = around
 
     def trained(self, backbone: Backbone) -> None:
         """Remember what training left, of a model that came with an adapter."""

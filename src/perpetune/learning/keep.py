@@ -148,7 +148,7 @@ class Keep(TrainerCallback):
         optimizer = kwargs["optimizer"]
         check_optimizer_holds(self.state.backbone.model, optimizer)
         self._began = perf_counter()
-        with kept.random_numbers_kept():
+        with kept.random_numbers_kept(), self._model.in_its_precision():
             self.session, self.stream = self._rows()
             self.run = self._open()
             try:
@@ -206,7 +206,7 @@ class Keep(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
         """Measure, and commit what the training left."""
         try:
-            with kept.random_numbers_kept():
+            with kept.random_numbers_kept(), self._model.in_its_precision():
                 self._end(state)
         finally:
             self._let_go()
