@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_keep import keep_week
 from transformers import AutoModelForCausalLM
 
 import perpetune as pt
@@ -84,6 +85,17 @@ def test_the_model_is_what_it_was_and_goes_on(base, adapter, data, recipe, tmp_p
         pt.load_stream(data / "new", metric="exact_match")
     )
     assert result.tasks == ("adopted", "week-2")
+
+
+def test_a_trainer_of_ones_own_goes_on(base, adapter, tmp_path, quick_collection):
+    """Without saying the recipe again, which has the adapter's settings."""
+    folder, expected = adapter(r=4)
+    pt.Learner.adopt(folder, base, tmp_path / "run", recipe="olora", device="cpu")
+    keep_week(base, tmp_path / "run", "week-2", tmp_path / "out", None)
+    result = Result(tmp_path / "run")
+    assert result.tasks == ("adopted", "week-2") and "week-2" in result.summary()
+    only = pt.Learner.open(tmp_path / "run", device="cpu").export(tmp_path / "export", only=["adopted"])
+    assert furthest(AutoModelForCausalLM.from_pretrained(only).state_dict(), expected.state_dict()) < 1e-6
 
 
 def test_other_settings_are_taken_on(base, adapter, tmp_path, quick_collection):
