@@ -67,7 +67,7 @@ def weights(learner):
 
 
 @pytest.mark.parametrize("recipe", ["lora", "olora", "olora_released", "sequential_lora"])
-def test_the_model_is_what_it_was_and_goes_on(base, adapter, data, recipe, tmp_path, quick_collection):
+def test_the_model_is_what_it_was_and_goes_on(base, adapter, data, recipe, tmp_path):
     folder, expected = adapter()
     given = {"name": recipe, "dropout": 0.0} if recipe == "olora_released" else recipe
     learner = pt.Learner.adopt(folder, base, tmp_path / "run", recipe=given, device="cpu")
@@ -87,7 +87,7 @@ def test_the_model_is_what_it_was_and_goes_on(base, adapter, data, recipe, tmp_p
     assert result.tasks == ("adopted", "week-2")
 
 
-def test_a_trainer_of_ones_own_goes_on(base, adapter, tmp_path, quick_collection):
+def test_a_trainer_of_ones_own_goes_on(base, adapter, tmp_path):
     """Without saying the recipe again, which has the adapter's settings."""
     folder, expected = adapter(r=4)
     pt.Learner.adopt(folder, base, tmp_path / "run", recipe="olora", device="cpu")
@@ -98,7 +98,7 @@ def test_a_trainer_of_ones_own_goes_on(base, adapter, tmp_path, quick_collection
     assert furthest(AutoModelForCausalLM.from_pretrained(only).state_dict(), expected.state_dict()) < 1e-6
 
 
-def test_other_settings_are_taken_on(base, adapter, tmp_path, quick_collection):
+def test_other_settings_are_taken_on(base, adapter, tmp_path):
     """Rank and targets as settings of the recipe; what it has no setting for as its configuration."""
     folder, _ = adapter(r=4, lora_alpha=8, target_modules=["k_proj", "o_proj", "down_proj"])
     named = pt.Learner.adopt(folder, base, tmp_path / "named", recipe="nlora", device="cpu").recipe
@@ -112,7 +112,7 @@ def test_other_settings_are_taken_on(base, adapter, tmp_path, quick_collection):
     assert furthest(exported.state_dict(), expected.state_dict()) < 1e-6
 
 
-def test_rules_remember_its_inputs_or_say_that_they_cannot(base, adapter, data, tmp_path, quick_collection):
+def test_rules_remember_its_inputs_or_say_that_they_cannot(base, adapter, data, tmp_path):
     folder, _ = adapter()
     pt.Learner.adopt(folder, base, tmp_path / "blind", recipe="pegp_lora_fresh", device="cpu")
     blind = Result(tmp_path / "blind").commits[1]
@@ -141,7 +141,7 @@ def test_rules_remember_its_inputs_or_say_that_they_cannot(base, adapter, data, 
     assert any(torch.equal(a, s) for a in A.values() for s in state.values() if a.shape == s.shape)
 
 
-def test_a_tuned_model_is_a_delta(base, tmp_path, quick_collection):
+def test_a_tuned_model_is_a_delta(base, tmp_path):
     tuned = plain(base)
     with torch.no_grad():
         tuned.model.layers[0].mlp.up_proj.weight.add_(0.1)
@@ -159,7 +159,7 @@ def test_a_tuned_model_is_a_delta(base, tmp_path, quick_collection):
         pt.Learner.adopt(tmp_path / "tuned", base, tmp_path / "other", device="cpu")
 
 
-def test_what_does_not_fit_is_refused(base, adapter, tmp_path, quick_collection):
+def test_what_does_not_fit_is_refused(base, adapter, tmp_path):
     def refused(error, match, folder, recipe="olora", **more):
         with pytest.raises(error, match=match) as found:
             pt.Learner.adopt(folder, base, tmp_path / "run", recipe=recipe, device="cpu", **more)
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused(base, adapter, tmp_path, quick_collection)
         pt.Learner.adopt(folder, base, tmp_path / "same", device="cpu")
 
 
-def test_the_command_line(base, adapter, data, tmp_path, monkeypatch, capsys, quick_collection):
+def test_the_command_line(base, adapter, data, tmp_path, monkeypatch, capsys):
     folder, _ = adapter(r=4)
     out = str(tmp_path / "run")
 

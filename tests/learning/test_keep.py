@@ -132,7 +132,7 @@ def furthest(ours, theirs):
     ["lora", "olora", {"name": "olora_released", "dropout": 0.0}, "sequential_lora", "pegp_lora_fresh"],
     ids=lambda r: r if isinstance(r, str) else r["name"],
 )
-def test_two_processes_end_with_the_weights_of_the_learner(base, weeks, recipe, tmp_path, quick_collection):
+def test_two_processes_end_with_the_weights_of_the_learner(base, weeks, recipe, tmp_path):
     """To rounding: one pads on the left, the other on the right. Trainings take up to 1e-5 of the largest weight."""
     kind = Trainer
     if recipe in ("olora", "pegp_lora_fresh"):
@@ -159,7 +159,7 @@ def test_two_processes_end_with_the_weights_of_the_learner(base, weeks, recipe, 
     assert opened.predict(prompts) == theirs.predict(prompts)
 
 
-def test_a_run_is_opened_exported_judged_and_reverted(base, tmp_path, quick_collection):
+def test_a_run_is_opened_exported_judged_and_reverted(base, tmp_path):
     """As any run; and the scores are those of the eval_dataset before and after."""
     run = tmp_path / "run"
     keep_week(base, run, "week-1", tmp_path / "out")
@@ -206,7 +206,7 @@ def test_a_run_is_opened_exported_judged_and_reverted(base, tmp_path, quick_coll
         pt.Keep("olora", run=run, task="week-2")
 
 
-def test_a_run_of_the_learner_goes_on(base, weeks, tmp_path, quick_collection):
+def test_a_run_of_the_learner_goes_on(base, weeks, tmp_path):
     """And the rule of the trainer's week is that of the run: without it the weights are others."""
     ours = learner(base, tmp_path / "learner", "olora")
     ours.learn(weeks)
@@ -225,7 +225,7 @@ def test_a_run_of_the_learner_goes_on(base, weeks, tmp_path, quick_collection):
 
 
 @pytest.mark.parametrize("recipe", ["olora", "sequential_lora"])
-def test_a_peft_model_comes_back_as_training_left_it(base, recipe, tmp_path, quick_collection):
+def test_a_peft_model_comes_back_as_training_left_it(base, recipe, tmp_path):
     config = peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     for week in WEEKS:
         plain = keep_week(base, tmp_path / "plain", week, tmp_path / "out", recipe)
@@ -250,7 +250,7 @@ class Killed(TrainerCallback):
         raise KeyboardInterrupt
 
 
-def test_a_killed_training_leaves_nothing_and_starts_anew(base, tmp_path, quick_collection):
+def test_a_killed_training_leaves_nothing_and_starts_anew(base, tmp_path):
     run = tmp_path / "run"
     for _ in range(2):
         trainer = trainer_for(base, "week-1", pt.Keep("olora", run=run, task="week-1"), tmp_path / "out")
@@ -265,7 +265,7 @@ def test_a_killed_training_leaves_nothing_and_starts_anew(base, tmp_path, quick_
         pt.Keep("olora", run=run, task="week-1")
 
 
-def test_what_keeps_rules_from_acting_is_refused(base, tmp_path, monkeypatch, quick_collection):
+def test_what_keeps_rules_from_acting_is_refused(base, tmp_path, monkeypatch):
     """In one line, before anything is trained."""
 
     def refused(error, match, recipe="olora", **more):
@@ -336,7 +336,7 @@ class Loosen(TrainerCallback):
             next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
 
-def test_scores_are_in_the_precision_of_the_weights(base, tmp_path, quick_collection):
+def test_scores_are_in_the_precision_of_the_weights(base, tmp_path):
     """A trainer in bf16 puts autocast around the model: in it, merging would seem to change what is computed."""
     trainer = keep_week(base, tmp_path / "run", "week-1", tmp_path / "out", bf16=True)
     result = Result(tmp_path / "run")
@@ -354,7 +354,7 @@ def test_scores_are_in_the_precision_of_the_weights(base, tmp_path, quick_collec
 @pytest.mark.parametrize(
     ("way", "error", "match"), [("optimizer", RuleError, "does not hold"), ("nan", TrainingError, "not finite")]
 )
-def test_what_goes_wrong_in_training_is_not_committed(base, way, error, match, tmp_path, quick_collection):
+def test_what_goes_wrong_in_training_is_not_committed(base, way, error, match, tmp_path):
     with pytest.raises(error, match=match):
         keep_week(base, tmp_path / "run", "week-1", tmp_path / "out", first=[Loosen(way)], tests=False)
     assert not (tmp_path / "run").exists() or not Result(tmp_path / "run").tasks
