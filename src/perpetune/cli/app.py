@@ -25,7 +25,7 @@ app = typer.Typer(
 for panel, commands in {
     "Train": (run.demo, run.run, run.compare),
     "Look": (inspect.report, inspect.log, inspect.diff, inspect.gate),
-    "Make something of a run": (manage.export, manage.revert, manage.tune_scale),
+    "Make something of a run": (manage.export, manage.serve_config, manage.revert, manage.tune_scale),
     "Choose": (inspect.list_,),
 }.items():
     for command in commands:
