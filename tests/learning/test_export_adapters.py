@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import perpetune as pt
 from perpetune.learning.lora_factors import Factors, found_factors, joined
-from tests.calling import call
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 TRAINING = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 2e-2}
@@ -115,5 +114,156 @@ def test_every_task_has_its_adapter(kind, stream, prompts, tiny_lm, tiny_bert, t
     for commit, each in zip(sorted((tmp_path / "r" / "commits").iterdir())[1:], told["adapters"], strict=True):
         one, other = (load_file(f / "adapter_model.safetensors") for f in (commit, folder / each["folder"]))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)  # not a bit is changed
-    print((folder/"README.md").read_text()); print(json.dumps(told, indent=1))
-    print((folder/"films/adapter_config.json").read_text())
+
+
+def onto_base(learner, folder, name="all"):
+    """The base model with an adapter of an export, by plain peft."""
+    base, _ = learner.fresh()
+    return peft.PeftModel.from_pretrained(base.model, folder / name, adapter_name=name)
+
+
+def lora(consolidation, **settings):
+    return pt.Recipe(peft.LoraConfig(**{**LORA, **settings}), [], consolidation)
+
+
+RECIPES = {
+    "merge": (lambda: lora(pt.Merge()), 6),  # three tasks of rank 2
+    "stack": (lambda: lora(pt.Stack()), 6),
+    "continue": (lambda: lora(pt.Continue()), 2),
+    "rslora": (lambda: lora(pt.Merge(), use_rslora=True), 6),
+    "patterns": (lambda: lora(pt.Continue(), rank_pattern={"value": 4}, alpha_pattern={"value": 2}), 4),
+    "pissa": (lambda: lora(pt.Continue(), init_lora_weights="pissa"), 4),  # what it takes out of the base is of rank 2
+    "loha": (lambda: pt.Recipe(peft.LoHaConfig(r=2, target_modules="query_value"), [], pt.Continue()), 4),
+    "vera": (lambda: pt.Recipe(peft.VeraConfig(r=3, target_modules="query_value"), [], pt.Continue()), 3),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_adapter_for_the_model_after_all_tasks(name, stream, tiny_bert, tmp_path):
+    recipe, rank = RECIPES[name]
+    learner = learned(tiny_bert(), stream, tmp_path / "r", recipe())
+    inputs = inputs_of(learner, stream.tasks[0])
+    folder = learner.export(tmp_path / "a", format="adapters")
+    model = onto_base(learner, folder)
+    assert close(outputs(model, inputs), outputs(learner.backbone.model, inputs))
+    config = json.loads((folder / "all" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["r"] == rank and isinstance(config["lora_alpha"], int)
+    assert (config["bias"], config["modules_to_save"], config["use_dora"]) == ("none", None, False)
+    told = json.loads((folder / "routes.json").read_text(encoding="utf-8"))
+    assert told["adapters"][0]["tasks"] == TASKS and told["router"] is None
+    assert load_file(folder / "all" / "classifier.safetensors")["weight"].shape == (6, 32)
+    # vLLM multiplies by alpha / r of the whole, whatever the patterns say
+    for key, A in load_file(folder / "all" / "adapter_model.safetensors").items():
+        if key.endswith("lora_A.weight"):
+            layer = model.get_submodule(key.removesuffix(".lora_A.weight"))
+            assert layer.scaling["all"] == pytest.approx(config["lora_alpha"] / config["r"]) and len(A) <= rank
+
+
+def test_tasks_are_chosen_scaled_and_accumulated(stream, tiny_bert, tmp_path):
+    learner = learned(tiny_bert(), stream, tmp_path / "r", lora(pt.Merge()))
+    inputs = inputs_of(learner, stream.tasks[0])
+    choice = {"without": ["news"], "scales": {"mood": 0.5}}
+    chosen = onto_base(learner, learner.export(tmp_path / "a", format="adapters", **choice))
+    from transformers import AutoModel
+
+    plain = AutoModel.from_pretrained(learner.export(tmp_path / "m", **choice), add_pooling_layer=False)
+    assert close(outputs(chosen, inputs), outputs(plain, inputs))
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "films, 0.5 x mood" in card and "of the run with all tasks" in card and "classifier" not in card
+    folder = learner.export(tmp_path / "a", format="adapters", cumulative=True)
+    assert {p.name for p in folder.iterdir() if p.is_dir()} == {"after-films", "after-news", "all"}
+    for name, tasks in (("after-films", TASKS[:1]), ("after-news", TASKS[:2]), ("all", TASKS)):
+        plain = AutoModel.from_pretrained(learner.export(tmp_path / "m", only=tasks), add_pooling_layer=False)
+        assert close(outputs(onto_base(learner, folder, name), inputs), outputs(plain, inputs))
+    learner.export(tmp_path / "a", format="adapters")
+    assert {p.name for p in folder.iterdir() if p.is_dir()} == {"all"}  # those of an earlier export are gone
+    assert load_file(folder / "all" / "adapter_model.safetensors")  # and half precision is a choice
+    half = load_file(
+        learner.export(tmp_path / "h", format="adapters", dtype="bfloat16") / "all/adapter_model.safetensors"
+    )
+    assert {t.dtype for t in half.values()} == {torch.bfloat16}
+
+
+def test_what_no_lora_could_be_is_refused_in_a_line(stream, tiny_bert, tmp_path):
+    from perpetune.tuners.adapter import AdapterConfig
+
+    model = tiny_bert(width=16, layers=1)
+    ia3 = peft.IA3Config(target_modules=["key", "value"], feedforward_modules=[])
+    oft = peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["query"])
+    whole = lora(pt.Continue(), target_modules=["query"], modules_to_save=["value"])
+    for name, recipe, message in (
+        ("ia3", pt.Recipe(ia3, [], pt.PerTask()), r"is IA3.*rank 16.*--format merged --only TASK"),
+        ("oft", pt.Recipe(oft, [], pt.Merge()), r"is OFT.*--format merged$"),
+        ("dora", lora(pt.Continue(), use_dora=True), r"has use_dora.*rank 16.*--format merged$"),
+        ("whole", whole, r"has modules_to_save.*--format merged$"),
+        ("bias", lora(pt.Continue(), bias="lora_only"), r"has bias=lora_only and changes .*bias`.*--format merged$"),
+        ("adapter", pt.Recipe(AdapterConfig(bottleneck=2), [], pt.Continue()), r"no plain model of a AdapterConfig"),
+        ("sotu", "sotu", r"DeltaMerge leaves no adapters.*--format merged"),
+    ):
+        learner = learned(model, pt.load_stream(stream.source["source"], tasks=["films"]), tmp_path / name, recipe)
+        with pytest.raises(pt.ConfigError, match=message) as refused:
+            learner.export(tmp_path / "a", format="adapters")
+        assert "\n" not in str(refused.value) and not (tmp_path / "a").exists()
+
+
+def test_choices_that_make_no_sense_are_refused(stream, tiny_bert, tmp_path):
+    learner = learned(tiny_bert(), stream, tmp_path / "r", "color")
+    for settings, message in (
+        ({"format": "adapters", "cumulative": True}, "none that accumulates"),
+        ({"format": "adapters", "scales": {"news": 2}}, "a scale would spoil"),
+        ({"format": "gguf"}, "merged or adapters, not `gguf`"),
+        ({"cumulative": True}, "goes with adapters"),
+        ({"format": "adapters", "head": "ridg"}, "no head `ridg`"),
+        ({"format": "adapters", "only": ["new"]}, "did you mean `news`"),
+    ):
+        with pytest.raises(pt.ConfigError, match=message):
+            learner.export(tmp_path / "a", **settings)
+    told = json.loads((learner.export(tmp_path / "a", format="adapters", only=["news"]) / "routes.json").read_text())
+    assert [each["name"] for each in told["adapters"]] == ["news"] and "name the adapter" in told["router"]["how"]
+    assert not (tmp_path / "a" / "router.safetensors").exists()
+
+
+def test_a_head_is_chosen_by_its_name(stream, tiny_bert, tmp_path):
+    """The scores of a task are those of the rows that it had when it ended."""
+    recipe = lora(pt.PerTask()).with_heads([pt.LinearHead(), pt.PrototypeHead()])
+    learner = learned(tiny_bert(), stream, tmp_path / "r", recipe)
+    text = stream.tasks[1].test["text"][:3]
+    for name in ("linear", "ncm"):
+        folder = learner.export(tmp_path / name, format="adapters", head=name)
+        head = load_file(folder / "news" / "classifier.safetensors")
+        about = json.loads((folder / "news" / "classifier.json").read_text(encoding="utf-8"))
+        examples = learner.backbone.prepare(stream.tasks[1].test.select(range(3)))
+        with learner.recipe.consolidation.view(1):
+            features = learner.backbone.features(examples, 8)
+        features = torch.nn.functional.normalize(features, dim=1) if about["normalised"] else features
+        best = (features @ head["weight"].T + head["bias"]).argmax(1)
+        assert [about["labels"][i] for i in best] == learner.predict(text, head=name, task="news")
+    assert not (learner.export(tmp_path / "none", format="adapters", head=False) / "news" / "classifier.json").exists()
+
+
+def test_factors_are_joined_without_rounding_where_scales_agree():
+    draw = torch.Generator().manual_seed(0)
+    one, other = (Factors(torch.randn(2, 8, generator=draw), torch.randn(6, 2, generator=draw), 3.0) for _ in range(2))
+    both = joined([({"x": one}, 1.0), ({"x": other, "y": other}, 1.0)])
+    assert (both["x"].scale, both["x"].rank, both["y"].rank) == (3.0, 4, 2)
+    assert torch.equal(both["x"].A[:2], one.A) and torch.equal(both["x"].B[:, 2:], other.B)
+    expected = 3 * one.B @ one.A - 1.5 * other.B @ other.A
+    mixed = joined([({"x": one}, 1.0), ({"x": other}, -0.5)])["x"]
+    assert mixed.scale == 1 and torch.allclose(mixed.B @ mixed.A, expected, atol=1e-5)
+
+
+def test_a_difference_of_small_rank_is_found_to_rounding():
+    draw = torch.Generator().manual_seed(0)
+    old, new = (torch.nn.ModuleDict({"a": torch.nn.Linear(40, 30), "e": torch.nn.Embedding(50, 20)}) for _ in range(2))
+    new.load_state_dict(old.state_dict())
+    low = 1e-2 * torch.randn(30, 3, generator=draw) @ torch.randn(3, 40, generator=draw)
+    with torch.no_grad():
+        new["a"].weight += low
+        new["e"].weight += 1e-2 * torch.outer(torch.randn(50, generator=draw), torch.randn(20, generator=draw))
+    found = found_factors(new, old)
+    assert {name: (f.rank, f.embedding) for name, f in found.items()} == {"a": (3, False), "e": (1, True)}
+    assert torch.allclose(found["a"].B @ found["a"].A, low, atol=1e-6)
+    assert torch.allclose((found["e"].B @ found["e"].A).T, new["e"].weight - old["e"].weight, atol=1e-6)
+    with torch.no_grad():
+        new["a"].bias += 1
+    assert found_factors(new, old) == "changes `a.bias`"

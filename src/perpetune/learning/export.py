@@ -20,7 +20,7 @@ from ..models.backbone import Backbone
 from ..runs.commit import active
 from ..runs.directory import Run, write_folder
 from .export_head import FILES, ExportedHead, chosen_head, with_head, write_beside
-from .model_card import CARD, merged_usage, model_card, note_of
+from .model_card import CARD, about_merged, model_card, note_of
 from .setup import Setup
 from .state import LearnerState
 
@@ -88,7 +88,7 @@ def export(
         backbone.save_processors(str(aside))
         if exported.beside and exported.readout is not None:
             write_beside(aside, exported.readout, exported.labels, backbone)
-        write_text(aside / CARD, model_card(setup, state, merged_usage(exported, backbone), None, command, note))
+        write_text(aside / CARD, model_card(setup, state, about_merged(exported, backbone, command, note)))
 
     write_folder(folder, write)
     old = not exported.beside and (folder / FILES[1]).exists()

@@ -21,7 +21,7 @@ from ..runs.directory import Run, write_folder
 from .export import choose, fresh, plain
 from .export_head import base_of, chosen_head, linear_head, write_beside
 from .lora_factors import Change, adapter_files, found_factors, joined, stored_factors
-from .model_card import CARD, adapters_usage, model_card, note_of
+from .model_card import CARD, about_adapters, model_card, note_of
 from .routes import ROUTER, ROUTES, Served, routes
 from .setup import Setup
 from .state import LearnerState
@@ -83,8 +83,8 @@ def export_adapters(
         write_text(aside / ROUTES, json.dumps(told, indent=1, ensure_ascii=False))
         if tensors:
             write_file(aside / ROUTER, tensors)
-        usage = adapters_usage(state.backbone, told, heads)
-        write_text(aside / CARD, model_card(setup, state, usage, told, command, note))
+        about = about_adapters(state.backbone, told, heads, command, note)
+        write_text(aside / CARD, model_card(setup, state, about))
 
     earlier = _names(folder)
     write_folder(folder, write)

@@ -6,6 +6,7 @@ import inspect
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,34 @@ from .state import LearnerState
 
 CARD = "README.md"
 MOST_LABELS = 20  # of a task that a card spells out
+CLASSIFIERS = {"SequenceClassification": "text-classification", "ImageClassification": "image-classification"}
 PIPELINES = {"language": "text-generation", "text": "feature-extraction", "image": "image-feature-extraction"}
 
 
-def model_card(
-    setup: Setup,
-    state: LearnerState,
-    usage: Sequence[str],
-    adapters: Mapping[str, Any] | None = None,
-    command: str = "",
-    note: str = "",
-) -> str:
-    """The card as Markdown with a YAML head, for a folder of its own or a repository on the Hub.
+@dataclass(frozen=True)
+class About:
+    """What a card cannot read off the run.
 
-    Args:
+    Attributes:
         usage: lines of Python that load the export from its folder.
+        pipeline: what the Hub calls its use.
         adapters: what `routes.json` holds, of an export of adapters.
         command: that made the export.
         note: what a reader must know before all figures: that they are not of this choice of tasks.
     """
+
+    usage: Sequence[str]
+    pipeline: str | None
+    adapters: Mapping[str, Any] | None = None
+    command: str = ""
+    note: str = ""
+
+
+def model_card(setup: Setup, state: LearnerState, about: About) -> str:
+    """The card as Markdown with a YAML head, for a folder of its own or a repository on the Hub."""
     from huggingface_hub import ModelCardData
 
-    result, recipe = Result(setup.path), state.recipe.name
+    result, recipe, adapters = Result(setup.path), state.recipe.name, about.adapters
     model = setup.model if isinstance(setup.model, str) else None
     source = result.config["stream"]["source"].get("source")
     tags = ["perpetune", "continual-learning", recipe, *(["lora", "peft"] if adapters else [])]
@@ -54,20 +61,34 @@ def model_card(
         datasets=[source] if _on_hub(source) else None,
         library_name="peft" if adapters else "transformers",
         license=_license(model),
-        pipeline_tag=PIPELINES.get(state.backbone.modality),
+        pipeline_tag=about.pipeline,
         tags=tags,
     )
     head = yaml.safe_dump(data.to_dict(), sort_keys=False, allow_unicode=True)
     title = model.rstrip("/").rpartition("/")[2] if model else state.backbone.name
     lines = [f"# {title}, tuned on {_count(len(result.tasks), 'task')} one after another", ""]
-    lines += [f"**{note}**", ""] if note else []
-    lines += [*_broken(result), *_what(state, result, adapters), *_loading(usage), *_data(state, result)]
-    lines += [*_accuracy(result), *_promises(result), *_made(setup, result, command), *_citation(recipe)]
+    lines += [f"**{about.note}**", ""] if about.note else []
+    lines += [*_broken(result), *_what(state, result, adapters), *_loading(about.usage), *_data(state, result)]
+    lines += [*_accuracy(result), *_promises(result), *_made(result, about.command), *_citation(recipe)]
     return f"---\n{head}---\n\n" + "\n".join(lines)
 
 
-def merged_usage(exported: ExportedHead, backbone: Backbone) -> list[str]:
-    """The lines that load a merged export."""
+def about_merged(exported: ExportedHead, backbone: Backbone, command: str, note: str) -> About:
+    """Of a plain model, with the head that it has or that lies beside it."""
+    kind = type(exported.model).__name__
+    pipeline = next((use for end, use in CLASSIFIERS.items() if kind.endswith(end)), PIPELINES.get(backbone.modality))
+    return About(_merged_usage(exported, backbone), pipeline, None, command, note)
+
+
+def about_adapters(
+    backbone: Backbone, routes: Mapping[str, Any], heads: Mapping[str, Readout | None], command: str, note: str
+) -> About:
+    """Of adapters, and the heads that lie beside them."""
+    usage = _adapters_usage(backbone, routes, heads)
+    return About(usage, PIPELINES.get(backbone.modality), routes, command, note)
+
+
+def _merged_usage(exported: ExportedHead, backbone: Backbone) -> list[str]:
     kind, reads = _kind(exported.model), _reader(backbone)
     load = [
         f"from transformers import {reads}, {kind}",
@@ -78,8 +99,7 @@ def merged_usage(exported: ExportedHead, backbone: Backbone) -> list[str]:
     return [*load, _first_use(backbone, exported.model)]
 
 
-def adapters_usage(backbone: Backbone, routes: Mapping[str, Any], heads: Mapping[str, Readout | None]) -> list[str]:
-    """The lines that load the adapters of an export."""
+def _adapters_usage(backbone: Backbone, routes: Mapping[str, Any], heads: Mapping[str, Readout | None]) -> list[str]:
     model, reads = base_of(backbone), _reader(backbone)
     decoder = not getattr(model.config, "is_encoder_decoder", False)
     auto = "AutoModelForCausalLM" if decoder else "AutoModelForSeq2SeqLM"
@@ -150,7 +170,7 @@ def _what(state: LearnerState, result: Result, adapters: Mapping[str, Any] | Non
     recipe = state.recipe
     make = RECIPES.get(recipe.name)
     about = " ".join((inspect.getdoc(make) or "").split("\n\n")[0].split()) if make else "a recipe of its user's own"
-    lines = [f"Made by [perpetune](https://pypi.org/project/perpetune/) with the recipe `{recipe.name}`: {about}", ""]
+    lines = [f"Made by perpetune with the recipe `{recipe.name}`: {about}", ""]
     if adapters is not None:
         lines += ["| adapter | rank | answers for | labels |", "| --- | --- | --- | --- |"]
         for each in adapters["adapters"]:
@@ -216,7 +236,7 @@ def _promises(result: Result) -> list[str]:
     return [*lines, ""]
 
 
-def _made(setup: Setup, result: Result, command: str) -> list[str]:
+def _made(result: Result, command: str) -> list[str]:
     config = result.config
     started: list[str] = next((e["command"] for e in result.journal if e["event"] == "start" and e.get("command")), [])
     commands = [shlex.join([Path(started[0]).name, *started[1:]])] if started else []

@@ -66,10 +66,12 @@ def _router(state: LearnerState, served: list[Served]) -> tuple[dict[str, Any] |
     plain = router.plain() if isinstance(router, Router) else None
     if plain is None:
         kind = type(router or consolidation).__name__
-        return {"type": kind, "how": "it has no form outside of perpetune: name the adapter in each request"}, {}
+        return {"type": kind, "how": "it has no form outside of perpetune: name the adapter"}, {}
     settings, tensors = plain
     if not tensors:
         return {**settings, "how": "whoever asks names the task, and with it the adapter"}, {}
+    if not {*consolidation.router.tasks} <= {s.index for s in served}:
+        return {**settings, "how": "it routes among all tasks of the run, and some are not here: name the adapter"}, {}
     place = {s.index: i for i, s in enumerate(served)}
     placed = {
         k: t.new_tensor([place[i] for i in t.tolist()]) if k.endswith("task_of") else t for k, t in tensors.items()
