@@ -62,8 +62,13 @@ def prompts(word_stream):
     return pt.load_stream(word_stream, tasks=TASKS, pose="instruction", train_limit=8, test_limit=4)
 
 
+@pytest.fixture(scope="module")
+def small(tiny_bert):
+    return tiny_bert(width=16, layers=1)
+
+
 def learned(model, stream, path, recipe):
-    learner = pt.Learner(model, recipe, path, training=TRAINING)
+    learner = pt.Learner(model, recipe, path, training=TRAINING, evaluate_every=0)
     learner.learn(stream)
     return learner
 
@@ -139,9 +144,9 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_one_adapter_for_the_model_after_all_tasks(name, stream, tiny_bert, tmp_path):
+def test_one_adapter_for_the_model_after_all_tasks(name, stream, small, tmp_path):
     recipe, rank = RECIPES[name]
-    learner = learned(tiny_bert(), stream, tmp_path / "r", recipe())
+    learner = learned(small, stream, tmp_path / "r", recipe())
     inputs = inputs_of(learner, stream.tasks[0])
     folder = learner.export(tmp_path / "a", format="adapters")
     model = onto_base(learner, folder)
@@ -151,7 +156,7 @@ def test_one_adapter_for_the_model_after_all_tasks(name, stream, tiny_bert, tmp_
     assert (config["bias"], config["modules_to_save"], config["use_dora"]) == ("none", None, False)
     told = json.loads((folder / "routes.json").read_text(encoding="utf-8"))
     assert told["adapters"][0]["tasks"] == TASKS and told["router"] is None
-    assert load_file(folder / "all" / "classifier.safetensors")["weight"].shape == (6, 32)
+    assert load_file(folder / "all" / "classifier.safetensors")["weight"].shape == (6, 16)
     # vLLM multiplies by alpha / r of the whole, whatever the patterns say
     for key, A in load_file(folder / "all" / "adapter_model.safetensors").items():
         if key.endswith("lora_A.weight"):
@@ -159,8 +164,8 @@ def test_one_adapter_for_the_model_after_all_tasks(name, stream, tiny_bert, tmp_
             assert layer.scaling["all"] == pytest.approx(config["lora_alpha"] / config["r"]) and len(A) <= rank
 
 
-def test_tasks_are_chosen_scaled_and_accumulated(stream, tiny_bert, tmp_path):
-    learner = learned(tiny_bert(), stream, tmp_path / "r", lora(pt.Merge()))
+def test_tasks_are_chosen_scaled_and_accumulated(stream, small, tmp_path):
+    learner = learned(small, stream, tmp_path / "r", lora(pt.Merge()))
     inputs = inputs_of(learner, stream.tasks[0])
     choice = {"without": ["news"], "scales": {"mood": 0.5}}
     chosen = onto_base(learner, learner.export(tmp_path / "a", format="adapters", **choice))
@@ -184,13 +189,13 @@ def test_tasks_are_chosen_scaled_and_accumulated(stream, tiny_bert, tmp_path):
     assert {t.dtype for t in half.values()} == {torch.bfloat16}
 
 
-def test_what_no_lora_could_be_is_refused_in_a_line(stream, tiny_bert, tmp_path):
+def test_what_no_lora_could_be_is_refused_in_a_line(stream, small, tmp_path):
     from perpetune.tuners.adapter import AdapterConfig
 
-    model = tiny_bert(width=16, layers=1)
     ia3 = peft.IA3Config(target_modules=["key", "value"], feedforward_modules=[])
     oft = peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["query"])
     whole = lora(pt.Continue(), target_modules=["query"], modules_to_save=["value"])
+    one = pt.load_stream(stream.source["source"], tasks=["films"], train_limit=8, test_limit=2)
     for name, recipe, message in (
         ("ia3", pt.Recipe(ia3, [], pt.PerTask()), r"is IA3.*rank 16.*--format merged --only TASK"),
         ("oft", pt.Recipe(oft, [], pt.Merge()), r"is OFT.*--format merged$"),
@@ -200,14 +205,14 @@ def test_what_no_lora_could_be_is_refused_in_a_line(stream, tiny_bert, tmp_path)
         ("adapter", pt.Recipe(AdapterConfig(bottleneck=2), [], pt.Continue()), r"no plain model of a AdapterConfig"),
         ("sotu", "sotu", r"DeltaMerge leaves no adapters.*--format merged"),
     ):
-        learner = learned(model, pt.load_stream(stream.source["source"], tasks=["films"]), tmp_path / name, recipe)
+        learner = learned(small, one, tmp_path / name, recipe)
         with pytest.raises(pt.ConfigError, match=message) as refused:
             learner.export(tmp_path / "a", format="adapters")
         assert "\n" not in str(refused.value) and not (tmp_path / "a").exists()
 
 
-def test_choices_that_make_no_sense_are_refused(stream, tiny_bert, tmp_path):
-    learner = learned(tiny_bert(), stream, tmp_path / "r", "color")
+def test_choices_that_make_no_sense_are_refused(stream, small, tmp_path):
+    learner = learned(small, stream, tmp_path / "r", "color")
     for settings, message in (
         ({"format": "adapters", "cumulative": True}, "none that accumulates"),
         ({"format": "adapters", "scales": {"news": 2}}, "a scale would spoil"),
@@ -223,10 +228,10 @@ def test_choices_that_make_no_sense_are_refused(stream, tiny_bert, tmp_path):
     assert not (tmp_path / "a" / "router.safetensors").exists()
 
 
-def test_a_head_is_chosen_by_its_name(stream, tiny_bert, tmp_path):
+def test_a_head_is_chosen_by_its_name(stream, small, tmp_path):
     """The scores of a task are those of the rows that it had when it ended."""
     recipe = lora(pt.PerTask()).with_heads([pt.LinearHead(), pt.PrototypeHead()])
-    learner = learned(tiny_bert(), stream, tmp_path / "r", recipe)
+    learner = learned(small, stream, tmp_path / "r", recipe)
     text = stream.tasks[1].test["text"][:3]
     for name in ("linear", "ncm"):
         folder = learner.export(tmp_path / name, format="adapters", head=name)

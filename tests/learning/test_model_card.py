@@ -58,7 +58,7 @@ def test_a_card_says_what_the_run_measured(run, tmp_path, monkeypatch, capsys):
     assert f"| news | {cells} |" in card.text and f"| films | {100 * matrix.values[0, 0]:.1f} |  |" in card.text
     for commit in result.active:
         for task, fingerprint in commit.manifest["data"].items():
-            assert re.search(rf"\| {task} \| .* \| 8 \| `{fingerprint[:16]}` \|", card.text)
+            assert re.search(rf"\| {task} \| .* \| 16 \| 8 \| `{fingerprint[:16]}` \|", card.text)
     for (source, name), found in result.promises().items():
         worst = max(g["value"] for g in found)
         assert f"| kept | {source}: {name} | {worst:.2g} | {found[0]['bound']:.2g} |" in card.text

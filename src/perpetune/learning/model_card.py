@@ -187,19 +187,19 @@ def _loading(usage: Sequence[str]) -> list[str]:
 
 
 def _data(state: LearnerState, result: Result) -> list[str]:
-    matrix = result.matrix(*result.readings[0]) if result.readings else None
-    sizes = dict(zip(matrix.tasks, matrix.test_sizes.tolist(), strict=True)) if matrix else {}
     lines = [
         "## Data",
         "",
         f"Stream `{result.config['stream']['name']}`, {result.config['stream']['scenario']}-incremental.",
     ]
-    lines += ["", "| task | labels | test examples | fingerprint |", "| --- | --- | --- | --- |"]
+    lines += ["", "| task | labels | training examples | test examples | fingerprint |", "|" + " --- |" * 5]
     for commit in active(result.commits):
         for task, fingerprint in commit.manifest.get("data", {}).items():
             classes = commit.manifest.get("task_classes", {}).get(task, ())
             labels = _labels([state.known.labels[c] for c in classes])
-            cells = (task, labels or "free texts", str(sizes.get(task, "")), f"`{str(fingerprint)[:16]}`")
+            sizes = commit.manifest.get("sizes", {}).get(task, {})  # which earlier runs did not note
+            counts = (str(sizes.get("train", "")), str(sizes.get("test", "")))
+            cells = (task, labels or "free texts", *counts, f"`{str(fingerprint)[:16]}`")
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return [*lines, ""]
 
@@ -239,7 +239,8 @@ def _promises(result: Result) -> list[str]:
 def _made(result: Result, command: str) -> list[str]:
     config = result.config
     started: list[str] = next((e["command"] for e in result.journal if e["event"] == "start" and e.get("command")), [])
-    commands = [shlex.join([Path(started[0]).name, *started[1:]])] if started else []
+    name = Path(started[0]).name if started else ""
+    commands = [shlex.join(["perpetune" if name == "__main__.py" else name, *started[1:]])] if started else []
     lines = ["## How it was made", "", *_fenced([*commands, *([command] if command else [])], "console")]
     given = {k: v for k, v in config["training"].items() if k in ("learning_rate", "num_train_epochs", "max_steps")}
     facts = {"seed": config["seed"], **given, **config["versions"]}
