@@ -18,7 +18,8 @@ from ..recipes import RECIPES
 from ..recipes.papers import PAPERS, bibtex, papers_of_recipe
 from ..runs.commit import active
 from ..runs.result import Result
-from .export_head import ExportedHead, base_of, beside_usage
+from .card_usage import adapters_usage, merged_usage
+from .export_head import ExportedHead
 from .setup import Setup
 from .state import LearnerState
 
@@ -77,70 +78,15 @@ def about_merged(exported: ExportedHead, backbone: Backbone, command: str, note:
     """Of a plain model, with the head that it has or that lies beside it."""
     kind = type(exported.model).__name__
     pipeline = next((use for end, use in CLASSIFIERS.items() if kind.endswith(end)), PIPELINES.get(backbone.modality))
-    return About(_merged_usage(exported, backbone), pipeline, None, command, note)
+    return About(merged_usage(exported, backbone), pipeline, None, command, note)
 
 
 def about_adapters(
     backbone: Backbone, routes: Mapping[str, Any], heads: Mapping[str, Readout | None], command: str, note: str
 ) -> About:
     """Of adapters, and the heads that lie beside them."""
-    usage = _adapters_usage(backbone, routes, heads)
+    usage = adapters_usage(backbone, routes, heads)
     return About(usage, PIPELINES.get(backbone.modality), routes, command, note)
-
-
-def _merged_usage(exported: ExportedHead, backbone: Backbone) -> list[str]:
-    kind, reads = _kind(exported.model), _reader(backbone)
-    load = [
-        f"from transformers import {reads}, {kind}",
-        f'model, reader = {kind}.from_pretrained("."), {reads}.from_pretrained(".")',
-    ]
-    if exported.beside and exported.readout is not None:
-        return beside_usage(backbone, exported.readout.normalised, load)
-    return [*load, _first_use(backbone, exported.model)]
-
-
-def _adapters_usage(backbone: Backbone, routes: Mapping[str, Any], heads: Mapping[str, Readout | None]) -> list[str]:
-    model, reads = base_of(backbone), _reader(backbone)
-    decoder = not getattr(model.config, "is_encoder_decoder", False)
-    auto = "AutoModelForCausalLM" if decoder else "AutoModelForSeq2SeqLM"
-    kind = auto if backbone.modality == "language" and not hasattr(model.config, "vision_config") else _kind(model)
-    names = [each["name"] for each in routes["adapters"]]
-    beside = next((name for name in names if heads.get(name) is not None), None)
-    first = beside or names[0]
-    load = [
-        f"from peft import PeftModel\nfrom transformers import {reads}, {kind}",
-        f"base = {str(routes['base_model'])!r}",
-        f"model, reader = {kind}.from_pretrained(base), {reads}.from_pretrained(base)",
-        f'model = PeftModel.from_pretrained(model, "{first}", adapter_name="{first}").eval()',
-    ]
-    if others := [name for name in names if name != first]:
-        load.append(f'model.load_adapter("{others[0]}", "{others[0]}")  # then model.set_adapter("{others[0]}")')
-    if beside is not None and (readout := heads[beside]) is not None:
-        return beside_usage(backbone, readout.normalised, load, f"{beside}/")
-    return load
-
-
-def _kind(model: Any) -> str:
-    import transformers
-
-    return type(model).__name__ if hasattr(transformers, type(model).__name__) else "AutoModel"
-
-
-def _reader(backbone: Backbone) -> str:
-    if hasattr(base_of(backbone).config, "vision_config"):
-        return "AutoProcessor"
-    return "AutoImageProcessor" if backbone.modality == "image" else "AutoTokenizer"
-
-
-def _first_use(backbone: Backbone, model: Any) -> str:
-    if backbone.modality == "language":
-        prompt = 'reader("a prompt", return_tensors="pt").input_ids'
-        return f"print(reader.decode(model.generate({prompt}, max_new_tokens=50)[0]))"
-    given = '"a text"' if backbone.modality == "text" else "images=[picture]"
-    output = f'model(**reader({given}, return_tensors="pt"))'
-    if "Classification" in type(model).__name__:
-        return f"print(model.config.id2label[int({output}.logits.argmax())])"
-    return f"output = {output}"
 
 
 def note_of(chosen: Mapping[str, float]) -> str:
