@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 import perpetune as pt
 from perpetune.learning.lora_factors import Factors, found_factors, joined
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
 TRAINING = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 2e-2}
 TASKS = ["films", "news", "mood"]
 LORA = {"r": 2, "lora_alpha": 6, "target_modules": "query_value"}

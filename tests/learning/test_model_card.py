@@ -14,7 +14,6 @@ from perpetune.learning import model_card
 from perpetune.recipes.papers import PAPERS, bibtex, papers_of_recipe
 from tests.calling import call
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 import perpetune as pt
 from perpetune.routers import ClassRouter, KMeansRouter, PooledRouter, RidgeRouter
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "serve.md"
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
 

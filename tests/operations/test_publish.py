@@ -69,7 +69,6 @@ def test_errors_are_a_line(error, kind, message, hub, monkeypatch, tmp_path):
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.usefixtures("quick_collection")
 def test_the_command_writes_then_uploads(hub, word_stream, tiny_bert, tmp_path, monkeypatch, capsys):
     run, out = tmp_path / "r", tmp_path / "m"
     training = {"max_steps": 1, "per_device_train_batch_size": 8}

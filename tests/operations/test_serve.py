@@ -12,8 +12,6 @@ import perpetune as pt
 from perpetune.operations.serve import as_shell, vllm_command
 from tests.calling import call
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 
 def adapters(folder, count=2, rank=8, modality="language", **config):
     """An export as far as the server's command line looks at it."""
