@@ -138,8 +138,6 @@ class Learner:
         learner._state = state.restore(written.commits)
         return learner
 
-    adopt = classmethod(adopt)
-
     # ---- what it is ----
 
     @property
@@ -174,6 +172,7 @@ class Learner:
     device = property(lambda self: self.setup.device, doc="Where the model is trained and predicts.")
     progress = property(lambda self: self.setup.progress, doc="The display.")
     evaluate_every = property(lambda self: self.setup.evaluate_every, doc="See the constructor.")
+    adopt = classmethod(adopt)
 
     # ---- learning ----
 
