@@ -60,6 +60,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"text": f"{c} {i}", "label": c, "shop": "ab"[i % 2]} for c in ("red", "blue", "old", "new") for i in range(8)
     ]
     rows(tmp_path / "tickets.jsonl", shops)
+    for week in ("2026-w48", "2026-w49"):
+        for split in ("train", "test"):
+            asked = [{"prompt": f"{week}: capital {n}?", "completion": f" {'ab'[n % 2]}"} for n in range(4)]
+            rows(tmp_path / "weeks" / week / f"{split}.jsonl", asked)
     for i in "ab":
         pairs = [{"prompt": f"{i}: capital number {n}", "response": "ab"[n % 2]} for n in range(4)]
         for split in ("train", "test"):

@@ -93,6 +93,11 @@ def value_of(setting: Setting, given: Any) -> Any:
     return given
 
 
+def value_of_recipe(text: str) -> Any:
+    """A recipe's name, or `{name: value}` as YAML."""
+    return _yaml("--recipe", text) if text.lstrip().startswith("{") else text
+
+
 def whole_numbers(option: str, items: str | list[str]) -> list[int]:
     """
     Raises:

@@ -49,13 +49,15 @@ def completed(run: Run, stream: Stream, learned: Sequence[str], every: bool = Fa
     left = [name for name in learned if name in here]
     now = [task.name for task in stream.tasks[: len(left)]]
     other = not left and stream.source.get("source") != run.config["stream"]["source"].get("source")
-    if now != left or (len(left) < len(learned) and (every or (learned and other))):
+    commits = {name: c for c in active(run.commits) for name in c.manifest.get("data", {})}
+    elsewhere = {name for name, commit in commits.items() if {"trainer", "adopted"} & commit.manifest.keys()}
+    lost = [name for name in learned if name not in here and name not in elsewhere]
+    if now != left or (lost and (every or other)):
         began = ", ".join(task.name for task in stream.tasks[: len(learned)])
         raise RunError(
             f"{run.path} has learned {', '.join(learned)} in this order; the stream now starts with "
             f"{began or 'nothing'}: append new tasks at its end, or use another run directory (--out)"
         )
-    commits = {name: c for c in active(run.commits) for name in c.manifest.get("data", {})}
     tasks = [_known(run, stream, commits, name, here.get(name)) for name in learned]
     new = stream.tasks[len(left) :]
     for task in new:

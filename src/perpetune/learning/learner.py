@@ -24,6 +24,7 @@ from ..runs.directory import Run, read_config
 from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
+from .adopt import adopt
 from .config import RunConfig
 from .opening import open_run
 from .revert import revert
@@ -171,6 +172,7 @@ class Learner:
     device = property(lambda self: self.setup.device, doc="Where the model is trained and predicts.")
     progress = property(lambda self: self.setup.progress, doc="The display.")
     evaluate_every = property(lambda self: self.setup.evaluate_every, doc="See the constructor.")
+    adopt = classmethod(adopt)
 
     # ---- learning ----
 

@@ -62,6 +62,6 @@ def _forget(run: Run, own: Commit, state: LearnerState, stream: Stream) -> None:
     left = {c for task in stream for c in task.classes}
     classes = [c for c in run.commits[-1].manifest["classes"] if c not in left]
     for name, head in state.named_heads():
-        if not head.refresh:
+        if not head.refresh and name in after:  # the language head of free texts keeps nothing
             head.forget(position, classes, before.get(name, {}), after[name])
     gather(state, stream.tasks)

@@ -73,7 +73,7 @@ class TaskLoop:
             training.open_heads()
         with self._phase("rules"):
             context = TaskContext(
-                state.backbone, _begun(self.run), training.batches, training.losses, self.setup.progress.say
+                state.backbone, begun(self.run), training.batches, training.losses, self.setup.progress.say
             )
             for rule in rules:
                 rule.begin_task(context)
@@ -210,7 +210,8 @@ def all_due(index: int, of: int, every: int) -> bool:
     return index == of - 1 or (every > 0 and (index + 1) % every == 0)
 
 
-def _begun(run: Run) -> int:
+def begun(run: Run) -> int:
     """How many sessions rules have seen, those that were taken out again too: they remember them, and draw by
-    number."""
-    return sum("reverts" not in commit.manifest for commit in run.commits[1:])
+    number. Not an adopted one whose inputs they do not know."""
+    seen = (c.manifest for c in run.commits[1:] if "reverts" not in c.manifest)
+    return sum(not manifest.get("adopted", {}).get("unknown") for manifest in seen)

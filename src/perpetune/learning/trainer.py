@@ -201,7 +201,7 @@ def train_task(
                 trainer.attached.remove()
             if arguments.gradient_checkpointing:
                 trainer.model.checkpointing_disable()  # type: ignore[union-attr, operator]
-        _check_buffers(backbone, buffers)
+        check_buffers(backbone, buffers)
         finite.check()
         finite.check_weights()
     losses = [float(x) for x in torch.stack(trainer.losses).float()] if trainer.losses else []
@@ -214,7 +214,7 @@ def train_task(
     )
 
 
-def _check_buffers(backbone: Backbone, before: dict[str, Tensor]) -> None:
+def check_buffers(backbone: Backbone, before: dict[str, Tensor]) -> None:
     """What neither rules nor commits see must not move (running statistics of normalisations do not: see
     `Backbone.train`)."""
     kept = backbone.model.state_dict().keys()
