@@ -20,12 +20,13 @@ from ..models.backbone import Backbone, Pooling
 from ..recipes import make_recipe
 from ..recipes.recipe import Recipe
 from ..recipes.user_pieces import import_modules
-from ..runs.directory import Run, read_config
+from ..runs.directory import read_config
 from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
 from .config import RunConfig
-from .opening import open_run
+from .opening import open_run, reopened
+from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
 from .state import LearnerState
@@ -130,11 +131,7 @@ class Learner:
             RunError: no run is there, it is damaged, or its base model is another one now.
         """
         learner = cls.described(run, **options)
-        config = read_config(Path(run))
-        model, stream = config["model"], config["stream"]
-        backbone = learner.setup.load_base(model["modality"], model["fingerprint"])
-        state = LearnerState(learner.setup, backbone, stream["labels"], stream["inputs"])
-        learner._state = state.restore(Run.read(run).commits)
+        learner._state = reopened(learner.setup)
         return learner
 
     # ---- what it is ----
@@ -174,17 +171,37 @@ class Learner:
 
     # ---- learning ----
 
-    def learn(self, stream: Stream) -> Result:
+    def learn(self, stream: Stream, *, accept: Accept | None = None) -> Result:
         """Learn the tasks that the run has not learned yet.
+
+        Args:
+            accept: judges every task when it is learned, and returns why it may not stay. Then the run, and this
+                learner, are as they were before the task, and no later one is learned; see `Result.rejected`.
 
         Raises:
             PerpetuneError: whatever is wrong, with how to mend it; every finished task is safe.
         """
-        opened = open_run(self.setup, stream)
-        self._state = opened.state
+        return self._learn(stream, accept)
+
+    def retry(
+        self, stream: Stream, task: str, training: Mapping[str, Any] | None = None, *, accept: Accept | None = None
+    ) -> Result:
+        """Throw the newest task away and learn it again, with other settings: to the bit the run that never tried.
+
+        Args:
+            training: settings of this task, over those of the run and of the stream.
+
+        Raises:
+            PerpetuneError: as `learn`; it is not the newest task. The run then stays as it is.
+        """
+        return self._learn(with_settings(stream, task, training or {}), accept, retry=task)
+
+    def _learn(self, stream: Stream, accept: Accept | None, retry: str | None = None) -> Result:
+        opened = open_run(self.setup, stream, retry=retry)
+        self._state, stays = opened.state, False
         try:
             with self.setup.progress:
-                TaskLoop(opened).learn_all()
+                stays = TaskLoop(opened).learn_all(accept)
         except KeyboardInterrupt:
             self.setup.progress.say(
                 "stopped: every finished task is safe; start again with the same run directory to go on"
@@ -192,6 +209,8 @@ class Learner:
             raise
         finally:
             opened.run.close()
+        if not stays:
+            self._state = reopened(self.setup)
         return self._result()
 
     def revert(self, stream: Stream, task: str) -> Result:
@@ -288,9 +307,4 @@ class Learner:
         Args:
             rows: with the columns of `Task.train`; labels: their label texts.
         """
-        setup = self.setup
-        backbone = setup.load_backbone(modality)
-        backbone.open_for([], labels)
-        examples = backbone.prepare(rows)
-        with setup.progress, setup.progress.bar("features of the stream", len(examples)) as advance:
-            return backbone.pooled(examples, setup.batch_size, advance)
+        return prediction.frozen_features(self.setup, rows, modality, labels)

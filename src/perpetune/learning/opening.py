@@ -17,6 +17,7 @@ from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
+from .retry import set_aside
 from .gone_data import check_needed, completed, told, with_known_scenario
 from .setup import Setup, task_settings
 from .state import LearnerState
@@ -37,11 +38,11 @@ class Opened(NamedTuple):
     joined: dict[str, Tensor]
 
 
-def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened:
+def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: str | None = None) -> Opened:
     """Create the run of this setup and stream, or continue the one that is there.
 
     Args:
-        without: a task that is about to be taken out.
+        without: a task that is about to be taken out; retry: the newest, which is thrown away to be learned again.
 
     Raises:
         PerpetuneError: whatever keeps the run from starting; nothing that was learned is touched.
@@ -65,6 +66,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     stream = with_known_scenario(stream, setup.path)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
+        thrown = set_aside(run, retry) if retry is not None else False
         written = read_config(setup.path)["stream"]
         known = [*(run.commits[-1].manifest["learned"] if run.commits else ()), *written["tasks"]]
         whole = stream.ordered_after(known).numbered(written["labels"])
@@ -93,6 +95,8 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         if run.commits and without is None:
             joined = _predict_joined(setup, lambda: untouched(stream.labels).restore([]), run, stream)
         state = untouched(whole.labels).restore(run.commits, without)
+        if thrown:  # now that nothing keeps it from being learned again
+            run.undo(["to be learned again"])
         if without is None:
             run.grow(setup.config(whole, backbone))
             _note_start(setup, run)
@@ -107,6 +111,18 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         run.close()
         raise
     return Opened(run, stream, state, joined)
+
+
+def reopened(setup: Setup) -> LearnerState:
+    """The state after the newest commit of a run.
+
+    Raises:
+        RunError: no run is there, it is damaged, or its base model is another one now.
+    """
+    config = read_config(setup.path)
+    backbone = setup.load_base(config["model"]["modality"], config["model"]["fingerprint"])
+    state = LearnerState(setup, backbone, config["stream"]["labels"], config["stream"]["inputs"])
+    return state.restore(Run.read(setup.path).commits)
 
 
 def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Run, stream: Stream) -> dict[str, Tensor]:

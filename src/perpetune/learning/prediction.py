@@ -15,6 +15,7 @@ from ..heads import Head
 from ..models.backbone import Examples
 from ..streams.predict_inputs import table
 from .evaluator import best_class
+from .setup import Setup
 from .state import LearnerState
 
 
@@ -54,6 +55,15 @@ def answers(state: LearnerState, examples: Examples, task: str | None) -> list[s
         return state.backbone.answers(examples, size)
     weights = _weights(state, states, _reading(state, states, examples), task)
     return by_likeliest_state(states, weights, lambda rows: state.backbone.answers([examples[i] for i in rows], size))
+
+
+def frozen_features(setup: Setup, rows: datasets.Dataset, modality: Any, labels: Sequence[str]) -> Tensor:
+    """See `Learner.frozen_features`."""
+    backbone = setup.load_backbone(modality)
+    backbone.open_for([], labels)
+    examples = backbone.prepare(rows)
+    with setup.progress, setup.progress.bar("features of the stream", len(examples)) as advance:
+        return backbone.pooled(examples, setup.batch_size, advance)
 
 
 def _chosen(classes: Sequence[str], known: dict[str, int]) -> list[int]:

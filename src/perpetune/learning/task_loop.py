@@ -12,6 +12,7 @@ from transformers.trainer_utils import set_seed
 
 from ..consolidation import Session
 from ..core.environment import peak_memory
+from ..core.errors import ConfigError
 from ..core.measurement import Measurement, finite
 from ..models.language_model import LanguageBackbone
 from ..rules import TaskContext
@@ -22,6 +23,7 @@ from ..streams import Task, fingerprint, split_fingerprints
 from .evaluator import choices
 from .language_losses import general_loss, language_losses, measured_language
 from .opening import Opened, filed, task_of
+from .retry import Accept, kept
 from .session import Training, gather, task_seed
 from .trainer import TrainingLog
 
@@ -50,8 +52,17 @@ class TaskLoop:
 
     # ---- the order in which things happen ----
 
-    def learn_all(self) -> None:
-        """Learn one session after another; each is a commit."""
+    def learn_all(self, accept: Accept | None = None) -> bool:
+        """Learn one session after another; each is a commit. With `accept`, up to the first task that is not kept.
+
+        Returns:
+            Whether all of them stay.
+
+        Raises:
+            ConfigError: tasks that are learned all at once cannot be judged one by one.
+        """
+        if accept is not None and len(self.sessions) < len(self.stream):
+            raise ConfigError("this recipe learns its tasks all at once: there is no newest task to judge")
         done = len(active(self.run.commits))
         if not self.run.commits:
             self.commit_untouched()
@@ -60,6 +71,9 @@ class TaskLoop:
         for session in self.sessions[done:]:
             self.phases = {}
             self.learn(session)
+            if accept is not None and not kept(self.run, accept):
+                return False
+        return True
 
     def learn(self, session: Session) -> Commit:
         """Train on a session of tasks, measure, and commit."""
@@ -172,10 +186,14 @@ class TaskLoop:
             "task_classes": {task.name: list(task.classes) for task in session.tasks},
             "not_evaluated": [task.name for task in learned if not len(task.test)],
             "training": {task.name: dict(task.training) for task in session.tasks if task.training},
+            **({"retried": True} if self._tried_before(session) else {}),
             "guarantees": [{**m.to_dict(), "task": session.name} for m in measured],
             "heads": [head.name for head in self.state.heads],
             "trainable_parameters": trainable,
         }
+
+    def _tried_before(self, session: Session) -> bool:
+        return any(commit.manifest.get("undoes") == session.name for commit in self.run.history)
 
     def _note(self, commit: Commit, session: Session) -> None:
         evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)

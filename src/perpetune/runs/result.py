@@ -39,8 +39,8 @@ class Result:
         self.path, self._keep = Path(path), keep
         self.config = read_config(self.path)
         self.journal = read_journal(self.path)
-        self.commits = Run.read(self.path).commits
-
+        run = Run.read(self.path)
+        self.history, self.commits = run.history, run.commits
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
         self._matrices: dict[tuple[str, str], AccuracyMatrix] = {}
@@ -78,6 +78,12 @@ class Result:
         keys = {(name[0], name[1]) for name in (prefix.removeprefix(SCORE).split("/") for prefix in prefixes)}
         order = self.commits[-1].manifest.get("heads", [])
         return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
+
+    @property
+    def rejected(self) -> tuple[str, tuple[str, ...]] | None:
+        """The task that was thrown away last, and why, where nothing was learned since."""
+        newest = self.history[-1].manifest if self.history else {}
+        return (newest["undoes"], tuple(newest["reasons"])) if "undoes" in newest else None
 
     def scores(self, head: str, scenario: str) -> list[dict[str, np.ndarray]]:
         """Per task learned: the score in [0, 1] of every test example (n_j,) of every task evaluated then; rows as in
