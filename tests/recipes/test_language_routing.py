@@ -9,6 +9,7 @@ import torch
 
 import perpetune as pt
 from perpetune import Learner, load_stream
+from perpetune.learning.prediction import frozen_features
 from perpetune.models.loading import load_language_model
 from perpetune.routers import Detector
 
@@ -119,7 +120,7 @@ def test_boundaries_are_found_on_prompts(source, tiny_lm, tmp_path):
     drift = pt.drift(stream, 2, (16, 20), seed=0)
     learner = Learner(tiny_lm("llama"), "color", tmp_path / "r", training=TRAINING)
     result = pt.learn_drift(learner, drift, Detector(level=0.05, length=8))
-    features = learner.frozen_features(drift.rows, "language", stream.labels)
+    features = frozen_features(learner.setup, drift.rows, "language", stream.labels)
     backbone = load_language_model(tiny_lm("llama"))
     backbone.open(stream.labels, [])
     assert torch.equal(features, backbone.pooled(backbone.prepare(drift.rows), 4))

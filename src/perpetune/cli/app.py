@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import PerpetuneError, first_line
-from . import inspect, manage, run
+from . import generate, inspect, manage, run
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -25,7 +25,7 @@ app = typer.Typer(
 for panel, commands in {
     "Train": (run.demo, run.run, run.compare),
     "Look": (inspect.report, inspect.log, inspect.diff, inspect.gate),
-    "Make something of a run": (manage.export, manage.revert, manage.tune_scale),
+    "Make something of a run": (generate.generate, manage.export, manage.revert, manage.tune_scale),
     "Choose": (inspect.list_,),
 }.items():
     for command in commands:

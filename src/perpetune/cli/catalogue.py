@@ -185,5 +185,7 @@ def log_table(result: Result) -> Table:
     for number, commit in enumerate(result.history):
         if "undoes" in commit.manifest:
             why = "; ".join(commit.manifest["reasons"])
-            table.add_row("–", commit.manifest["undoes"], "", "", "", "–", f"not kept (commit {number - 1}): {why}", "–")
+            table.add_row(
+                "–", commit.manifest["undoes"], "", "", "", "–", f"not kept (commit {number - 1}): {why}", "–"
+            )
     return table

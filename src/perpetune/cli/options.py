@@ -30,9 +30,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 MaxForgetting = Annotated[
     float | None, typer.Option(help="What any earlier task may lose: 0.02 is two points, the default.")
 ]
-MinGain = Annotated[
-    float | None, typer.Option(help="What the newest task must gain: 0.01 is one point, the default.")
-]
+MinGain = Annotated[float | None, typer.Option(help="What the newest task must gain: 0.01 is one point, the default.")]
 MaxFlips = Annotated[
     int | None, typer.Option(help="Examples of earlier tasks that may be wrong now and were right before.")
 ]

@@ -7,9 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
-from torch import Tensor
 
 from ..consolidation import Consolidation
 from ..core.environment import default_device
@@ -25,12 +23,13 @@ from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
 from .config import RunConfig
-from .opening import open_run, reopened
+from .generation import Generation, generate
+from .opening import reopened
 from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
 from .state import LearnerState
-from .task_loop import TaskLoop
+from .task_loop import learn
 from .training_settings import REFUSED, resolve_training
 
 
@@ -148,19 +147,12 @@ class Learner:
         return self._state
 
     @property
-    def backbone(self) -> Backbone:
-        """The model as it is now."""
-        return self.state.backbone
-
-    @property
     def recipe(self) -> Recipe:
         """The recipe; once something is learned, with the state that its pieces hold."""
         return self._state.recipe if self._state is not None else self.setup.recipe
 
-    @property
-    def heads(self) -> tuple[Head, ...]:
-        return self.recipe.heads
-
+    backbone = property(lambda self: self.state.backbone, doc="The model as it is now.")
+    heads = property(lambda self: self.recipe.heads, doc="The heads of the recipe.")
     path = property(lambda self: self.setup.path, doc="The run directory.")
     model_name = property(lambda self: self.setup.model, doc="Hub id or folder of the base model.")
     training = property(lambda self: self.setup.training, doc="Complete training settings.")
@@ -181,7 +173,8 @@ class Learner:
         Raises:
             PerpetuneError: whatever is wrong, with how to mend it; every finished task is safe.
         """
-        return self._learn(stream, accept)
+        self._state = learn(self.setup, stream, accept)
+        return self._result()
 
     def retry(
         self, stream: Stream, task: str, training: Mapping[str, Any] | None = None, *, accept: Accept | None = None
@@ -192,25 +185,9 @@ class Learner:
             training: settings of this task, over those of the run and of the stream.
 
         Raises:
-            PerpetuneError: as `learn`; it is not the newest task. The run then stays as it is.
+            PerpetuneError: as `learn`; it is not the newest task.
         """
-        return self._learn(with_settings(stream, task, training or {}), accept, retry=task)
-
-    def _learn(self, stream: Stream, accept: Accept | None, retry: str | None = None) -> Result:
-        opened = open_run(self.setup, stream, retry=retry)
-        self._state, stays = opened.state, False
-        try:
-            with self.setup.progress:
-                stays = TaskLoop(opened).learn_all(accept)
-        except KeyboardInterrupt:
-            self.setup.progress.say(
-                "stopped: every finished task is safe; start again with the same run directory to go on"
-            )
-            raise
-        finally:
-            opened.run.close()
-        if not stays:
-            self._state = reopened(self.setup)
+        self._state = learn(self.setup, with_settings(stream, task, training or {}), accept, retry=task)
         return self._result()
 
     def revert(self, stream: Stream, task: str) -> Result:
@@ -244,11 +221,10 @@ class Learner:
         task: str | None = None,
     ) -> list[str]:
         """Label texts for new inputs: texts, (text, text_pair) tuples, PIL images, prompts, (image, prompt) tuples, or
-        lists of messages. An empty text where a generated answer names no class.
+        lists of messages. Where a generated answer names no class, or free texts were learned, the answer itself.
 
-        An input is predicted as if it were alone, whatever else is in the list: only the last bits of scores differ
-        (padding to the longest of a batch makes sums round anew, 2e-7 with MiniLM), so a tie alone could be decided
-        otherwise.
+        An input is predicted as if it were alone, whatever else is in the list; only the last bits of scores
+        depend on it (padding, 2e-7 with MiniLM).
 
         Args:
             head: which head to read; None takes the first.
@@ -260,6 +236,25 @@ class Learner:
                 task, or a task for a model that has but one state.
         """
         return prediction.predict(self.state, inputs, head, classes, task)
+
+    def generate(
+        self, inputs: Sequence[Any], *, task: str | None = None, streamer: Any = None, **settings: Any
+    ) -> list[str]:
+        """What a language model answers to prompts, lists of messages, or (image, prompt) tuples.
+
+        Where the run learned conversations, a text is a user's turn. Answers end where the model's chat template or
+        generation settings say that one ends.
+
+        Args:
+            task: whose adapter answers, where there is one for every task; None lets the router find out.
+            streamer: of transformers, shown the tokens of one prompt as they come.
+            settings: `max_new_tokens` (256), `temperature` (0: greedily), `top_p`, `seed`, `batch_size`; see
+                `Generation`.
+
+        Raises:
+            ConfigError: no language model, nothing learned yet, other inputs, an unknown task or setting.
+        """
+        return generate(self.state, inputs, Generation.of(settings), task, streamer)
 
     def export(
         self,
@@ -300,11 +295,3 @@ class Learner:
             RunError: the base model is another one now.
         """
         return export.fresh(self.setup, self.state)
-
-    def frozen_features(self, rows: datasets.Dataset, modality: Any, labels: Sequence[str] = ()) -> Tensor:
-        """What routers and boundaries read of each input under the base model (N x `Backbone.pooled_width`).
-
-        Args:
-            rows: with the columns of `Task.train`; labels: their label texts.
-        """
-        return prediction.frozen_features(self.setup, rows, modality, labels)

@@ -17,8 +17,8 @@ from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
-from .retry import set_aside
 from .gone_data import check_needed, completed, told, with_known_scenario
+from .retry import set_aside
 from .setup import Setup, task_settings
 from .state import LearnerState
 from .training_settings import check_training

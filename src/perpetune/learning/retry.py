@@ -1,5 +1,5 @@
-"""A task that is tried, and thrown away again: by a judge, or to be learned with other settings. The run then is what it
-would be without the try."""
+"""A task that is tried, and thrown away again: by a judge, or to be learned with other settings. The run then is what
+it would be without the try."""
 
 from __future__ import annotations
 

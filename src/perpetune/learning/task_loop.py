@@ -19,12 +19,14 @@ from ..rules import TaskContext
 from ..runs.commit import Commit, active
 from ..runs.directory import Run
 from ..runs.result import BEFORE
-from ..streams import Task, fingerprint, split_fingerprints
+from ..streams import Stream, Task, fingerprint, split_fingerprints
 from .evaluator import choices
 from .language_losses import general_loss, language_losses, measured_language
-from .opening import Opened, filed, task_of
+from .opening import Opened, filed, open_run, reopened, task_of
 from .retry import Accept, kept
 from .session import Training, gather, task_seed
+from .setup import Setup
+from .state import LearnerState
 from .trainer import TrainingLog
 
 UNTOUCHED = "untouched"
@@ -220,6 +222,20 @@ class TaskLoop:
         begun = perf_counter()
         yield
         self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - begun
+
+
+def learn(setup: Setup, stream: Stream, accept: Accept | None = None, retry: str | None = None) -> LearnerState:
+    """See `Learner.learn` and `Learner.retry`; the state after the newest commit."""
+    opened = open_run(setup, stream, retry=retry)
+    try:
+        with setup.progress:
+            stays = TaskLoop(opened).learn_all(accept)
+    except KeyboardInterrupt:
+        setup.progress.say("stopped: every finished task is safe; start again with the same run directory to go on")
+        raise
+    finally:
+        opened.run.close()
+    return opened.state if stays else reopened(setup)
 
 
 def all_due(index: int, of: int, every: int) -> bool:
