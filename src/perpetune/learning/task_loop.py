@@ -23,6 +23,7 @@ from ..streams import Stream, Task, fingerprint, split_fingerprints
 from .evaluator import choices
 from .language_losses import general_loss, language_losses, measured_language
 from .opening import Opened, filed, open_run, reopened, task_of
+from .reporting import report
 from .retry import Accept, kept
 from .session import Training, gather, task_seed
 from .setup import Setup
@@ -116,6 +117,7 @@ class TaskLoop:
             commit = self.run.commit(session.name, files, self._facts(session, measured, training.trainable))
         state.learned(commit.manifest["classes"], commit.manifest["learned"])
         self._note(commit, session)
+        report(self.run.path, self.setup.training, state.backbone)
         return commit
 
     # ---- before a session ----
@@ -207,6 +209,7 @@ class TaskLoop:
             steps=self.log.steps,
             first_loss=finite(self.log.first_loss),
             last_loss=finite(self.log.last_loss),
+            losses=[[step, finite(loss)] for step, loss in self.log.losses],
             train_seconds=round(training, 3),
             evaluate_seconds=round(evaluating, 3),
             peak_memory_bytes=peak_memory(self.setup.device),

@@ -55,6 +55,7 @@ class ReportData:
         drift: of a stream whose boundaries were not told: `true` segments {start, stop, task}, `parts` found {start,
             stop, task (a number), detected_at}, `told`, `window`, and `figures`, see `metrics.boundaries`.
         headline: (scenario, head) to show first; None lets the page choose.
+        losses: of the tasks of a run that were trained, {task, steps, points: (step, training loss)}.
     """
 
     title: str
@@ -74,6 +75,7 @@ class ReportData:
     routes: Sequence[Mapping[str, Any]] = ()
     drift: Mapping[str, Any] | None = None
     headline: tuple[str, str] | None = None
+    losses: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Record:
     per_task: tuple[Mapping[str, Any], ...]
     run: str
     formulas: Mapping[str, str]
+    test_sizes: tuple[int, ...] = ()
 
     @property
     def work(self) -> tuple[str, int | None, str]:
@@ -159,6 +162,7 @@ def _read(index: int, record: Any) -> Record:
         per_task=tuple(_plain(p) for p in row.get("per_task") or ()),
         run=str(row.get("run") or ""),
         formulas=dict(row.get("formulas") or {}),
+        test_sizes=tuple(row.get("test_sizes") or ()),
     )
 
 
