@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerControl, TrainerState
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
@@ -55,7 +55,8 @@ def report(path: Path, settings: dict[str, Any], model: Any) -> None:
     result = Result(path)
     with one_line("report_to"):
         arguments = training_arguments(settings, str(path / "logs" / FOLDER), 0, use_cpu=True)
-        callbacks = [kind() for kind in get_reporting_integration_callbacks(arguments.report_to)]
+        callbacks = [DefaultFlowCallback()]  # without which the handler warns
+        callbacks += [kind() for kind in get_reporting_integration_callbacks(arguments.report_to)]
         handler = CallbackHandler(callbacks, model, None, None, None)  # type: ignore[arg-type]
         count = len(result.tasks)
         state, control = TrainerState(global_step=count, epoch=float(count), max_steps=count), TrainerControl()

@@ -11,6 +11,7 @@ from ..core.errors import ConfigError, RunError, nearest
 from ..core.measurement import broken_promise
 from ..learning.language_losses import LOSS
 from ..metrics.accuracy import RIGHT, AccuracyMatrix, measured_mean
+from ..metrics.uncertainty import coarseness
 from ..runs.result import BEFORE, Result
 from .verdict import MOST_CLASSES, Before, Loss, Verdict, nats
 
@@ -127,7 +128,24 @@ def judge(
         for c in low[:MOST_CLASSES]
     ]
     failures = _failures(verdict, max_forgetting, min_gain, max_flips, max_loss_increase)
-    return replace(verdict, failures=(*rare, *failures))
+    size = len(new[task]) if accuracy is not None else 0
+    return replace(verdict, failures=(*rare, *failures), coarse=_coarse(verdict, size, max_forgetting, min_gain))
+
+
+def _coarse(v: Verdict, size: int, max_forgetting: float, min_gain: float) -> str:
+    """The limit that is finest against its test set, where it is finer than one example or one standard error."""
+    checked = [("max-forgetting", max_forgetting, t.name, t.now, t.examples) for t in v.tasks]
+    checked += [("min-gain", min_gain, v.task, v.accuracy, size)] if v.accuracy is not None else []
+    found = [
+        (
+            1 / n,
+            f"{name} of {100 * limit:g} points is finer than the test set of `{task}` can tell ({n} examples): {than}",
+        )
+        for name, limit, task, now, n in checked
+        if (than := coarseness(limit, now, n))
+    ]
+    more = f"; so it is for {len(found) - 1} more" if len(found) > 1 else ""
+    return max(found)[1] + more if found else ""
 
 
 def _last_measured(matrix: AccuracyMatrix, task: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..core.errors import RunError
+from ..metrics.uncertainty import mean_error, standard_error
 
 FIGURES = (
     "final_accuracy",
@@ -118,6 +119,20 @@ class Record:
     run: str
     formulas: Mapping[str, str]
     test_sizes: tuple[int, ...] = ()
+
+    def error(self, j: int) -> float | None:
+        """Standard error of the accuracy of a task at the end."""
+        return standard_error(self._last[j], self.test_sizes[j]) if self.test_sizes else None
+
+    @property
+    def final_error(self) -> float | None:
+        """Standard error of the mean over all tasks at the end."""
+        return mean_error(self._last, self.test_sizes) if self.test_sizes else None
+
+    @property
+    def _last(self) -> tuple[float | None, ...]:
+        measured = [row for row in self.matrix if any(v is not None for v in row)]
+        return measured[-1] if measured else (None,) * len(self.tasks)
 
     @property
     def work(self) -> tuple[str, int | None, str]:

@@ -110,6 +110,7 @@ def render(data: ReportData) -> str:
         confusions=routes.MOST_TASKS,
         strips=segments.strips_svg(data.drift) if data.drift else None,
         losses=losses.losses_svg(data.losses) if data.losses else None,
+        sizes=dict(zip(records[0].tasks, records[0].test_sizes, strict=False)),
         promises=promises,
         measured=_measured(records),
         costs=tables.costs_by_recipe(records),

@@ -13,6 +13,7 @@ from ..metrics.accuracy import AccuracyMatrix, class_scores, flips_share, score_
 from ..metrics.per_class import ClassAccuracy, class_accuracies, final_accuracy_macro, worst_first
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
+from ..metrics.uncertainty import sizes_told
 from .commit import Commit, active, reverted
 from .directory import Run, read_config, read_journal
 
@@ -249,6 +250,7 @@ class Result:
             if (macro := self.macro(head, scenario)) is not None:
                 figures.insert(1, f"final_accuracy_macro {100 * macro:.1f}")
             lines.append("  " + ", ".join(figures).replace("_", " "))
+            lines.append(f"  {sizes_told(matrix)}")
             if classes := self.per_class(head, scenario):
                 shown = [f"{c.label} {100 * c.accuracy:.1f} ({c.examples})" for c in classes[:MOST_CLASSES]]
                 more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""
