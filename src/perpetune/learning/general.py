@@ -1,4 +1,4 @@
-"""General ability of a language model, on prompts that belong to no task: how far it has moved from the untouched model.
+"""General ability of a language model, on prompts of no task: how far it has moved from the untouched model.
 
 KL(p_0 || p_t) of next-token distributions, in nats, mean over positions of the prompts and of the untouched model's
 greedy answers to them; and the share of prompts whose greedy answer is still the same, token by token.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
@@ -23,18 +23,27 @@ from ..models.backbone import Examples
 from ..models.language_model import LanguageBackbone
 from .language_losses import SOURCE
 
-POSITIONS = 512  # whose distributions are compared, evenly spread: each takes a number for every token of the vocabulary
+if TYPE_CHECKING:
+    from .state import LearnerState
+
+POSITIONS = (
+    512  # whose distributions are compared, evenly spread: each takes a number for every token of the vocabulary
+)
 LONGEST = 50  # tokens of a greedy answer at most
 KL, SAME = "KL from the untouched model on general prompts", "general prompts answered otherwise"
 
 
-def read_general(path: str | Path) -> list[Any]:
-    """Prompts of a file: .txt, one a line; .jsonl with `prompt` or `messages` on each.
+def read_general(given: str | Path | Sequence[Any] | None) -> tuple[Any, ...]:
+    """Prompts as they are, or of a file: .txt, one a line; .jsonl with `prompt` or `messages` on each.
 
     Raises:
         ConfigError: the file cannot be read, or holds something else.
     """
-    path = Path(path)
+    if given is None:
+        return ()
+    if not isinstance(given, (str, Path)):
+        return tuple(given)
+    path = Path(given)
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         rows = [json.loads(line) if path.suffix == ".jsonl" else {"prompt": line} for line in lines]
@@ -48,7 +57,7 @@ def read_general(path: str | Path) -> list[Any]:
         raise ConfigError(f"general: {path} holds no prompt")
     if len({isinstance(each, str) for each in found}) > 1:
         raise ConfigError(f"general: {path} mixes prompts and messages: give one kind")
-    return found
+    return tuple(found)
 
 
 @dataclass
@@ -146,15 +155,24 @@ def _logits(backbone: LanguageBackbone, batch: Examples) -> Tensor:
     return backbone.model(**inputs, decoder_input_ids=fed.to(inputs["input_ids"].device), use_cache=False).logits
 
 
-def general_of(backbone: Any, prompts: Sequence[Any], batch_size: int) -> General:
-    """
+def general_of(state: LearnerState) -> General | None:
+    """What the prompts of a setup are compared with, read while the model is untouched; None without prompts, and where
+    every task has a state of its own.
+
     Raises:
-        ConfigError: no language model, or no prompt that it has room for.
+        ConfigError: no language model, or one that has no room for an answer.
     """
+    setup, backbone = state.setup, state.backbone
+    if not setup.general:
+        return None
     if "answers" not in backbone.offers:
         raise ConfigError(f"general: `{backbone.name}` is no language model, and answers no prompts: leave it out")
+    if state.consolidation.states is not None:
+        setup.progress.say(
+            "general: every task has a state of its own, and no model is one for all prompts: not measured"
+        )
+        return None
     language = cast(LanguageBackbone, backbone)
-    limit = language.longest_sequence
-    if limit is not None and limit <= LONGEST:
-        raise ConfigError(f"general: `{backbone.name}` reads {limit} tokens, and an answer may take {LONGEST}")
-    return General.of(language, prompts, batch_size)
+    if language.longest_sequence is not None and language.longest_sequence <= LONGEST:
+        raise ConfigError(f"general: `{backbone.name}` reads {language.longest_sequence} tokens, no room for an answer")
+    return General.of(language, setup.general, setup.batch_size)

@@ -23,6 +23,7 @@ from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
 from .config import RunConfig
+from .general import read_general
 from .generation import Generation, generate
 from .opening import reopened
 from .retry import Accept, with_settings
@@ -49,6 +50,7 @@ class Learner:
         pooling, max_length, trust_remote_code: see `load_backbone`.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
+        general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
         device: where to train and predict; None takes an accelerator where there is one.
         progress: a display; None shows nothing.
 
@@ -74,6 +76,7 @@ class Learner:
         max_length: int | None = None,
         trust_remote_code: bool = False,
         evaluate_every: int = 1,
+        general: str | Path | Sequence[Any] | None = None,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -89,6 +92,7 @@ class Learner:
             training=resolve_training(made.training, training or {}),
             loading={"pooling": pooling, "max_length": max_length, "trust_remote_code": trust_remote_code},
             evaluate_every=evaluate_every,
+            general=read_general(general),
             seed=seed,
             device=torch.device(device) if device is not None else default_device(),
             progress=progress or Progress(),
@@ -100,7 +104,7 @@ class Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
-        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code", "evaluate_every")
+        names = "seed training heads pooling max_length device trust_remote_code evaluate_every general".split()
         settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
         settings |= {name: getattr(config, name) for name in names}
         return cls(config.model, **{**settings, **instead})
@@ -223,8 +227,7 @@ class Learner:
         """Label texts for new inputs: texts, (text, text_pair) tuples, PIL images, prompts, (image, prompt) tuples, or
         lists of messages. Where a generated answer names no class, or free texts were learned, the answer itself.
 
-        An input is predicted as if it were alone, whatever else is in the list; only the last bits of scores
-        depend on it (padding, 2e-7 with MiniLM).
+        An input is predicted as if it were alone; only the last bits of scores depend on the others (padding).
 
         Args:
             head: which head to read; None takes the first.

@@ -17,6 +17,7 @@ from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
+from .general import general_of
 from .gone_data import check_needed, completed, told, with_known_scenario
 from .retry import set_aside
 from .setup import Setup, task_settings
@@ -94,7 +95,9 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
         joined = {}
         if run.commits and without is None:
             joined = _predict_joined(setup, lambda: untouched(stream.labels).restore([]), run, stream)
-        state = untouched(whole.labels).restore(run.commits, without)
+        state = untouched(whole.labels)
+        state.general = general_of(state)
+        state.restore(run.commits, without)
         if thrown:  # now that nothing keeps it from being learned again
             run.undo(["to be learned again"])
         if without is None:

@@ -111,7 +111,8 @@ class TaskLoop:
             measured += consolidation.guarantee()
             measured += [m for head in state.heads for m in head.guarantee()]
             measured += [*self._stale_statistics(session), *self._feature_drift(session)]
-            measured += language_losses(state, evaluated, self.run.commits[0].manifest.get("general_loss"))
+            untouched = self.run.commits[0].manifest.get("general_loss")
+            measured += language_losses(state, evaluated, untouched, self._due(session))
         with self._phase("commit"):
             files = {**consolidation.files(), **state.files(predictions | before)}
             commit = self.run.commit(session.name, files, self._facts(session, measured, training.trainable))
@@ -155,8 +156,10 @@ class TaskLoop:
 
     def _evaluated(self, session: Session) -> Sequence[Task]:
         """The tasks that are evaluated after a session: all so far where that is due, else its own."""
-        due = all_due(session.index, len(self.sessions), self.setup.evaluate_every)
-        return self.stream.tasks[0 if due else session.first : session.learned]
+        return self.stream.tasks[0 if self._due(session) else session.first : session.learned]
+
+    def _due(self, session: Session) -> bool:
+        return all_due(session.index, len(self.sessions), self.setup.evaluate_every)
 
     def _stale_statistics(self, session: Session) -> list[Measurement]:
         state = self.state

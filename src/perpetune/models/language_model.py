@@ -225,7 +225,7 @@ class LanguageBackbone(Backbone):
 
     def _likelihoods(self, examples: Examples, classes: Sequence[int]) -> Tensor:
         """log p(answer | prompt), (N x len(classes)); each prompt is read once, where the model can go on from it."""
-        read = PromptsRead(self.model, self._inputs(examples), self.start)
+        read = PromptsRead(self.model, self.inputs(examples), self.start)
         if not read.continues:
             return torch.stack([self._alone(examples, c) for c in classes], 1)
         options = [[self.tokens.answer(self.labels[c], e["blank"], e["turn"]) for c in classes] for e in examples]
@@ -241,15 +241,15 @@ class LanguageBackbone(Backbone):
     def answers(self, examples: Examples, batch_size: int, longest: int | None = None, **how: Any) -> list[str]:
         """Generated answers, of at most so many tokens; `how` as in `answer_scoring.generate`, by default greedily."""
         batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
-        with self._asked():
+        with self.asked():
             return [text for batch in batches for text in self._answers(batch, longest, **how)]
 
     def _answers(self, examples: Examples, longest: int | None = None, **how: Any) -> list[str]:
         ends = (self.start, self.ends, self.tokens.pad, longest or self.longest)
-        tokens = scoring.generate(self.model, self._inputs(examples), *ends, **how)
+        tokens = scoring.generate(self.model, self.inputs(examples), *ends, **how)
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
-    def _inputs(self, examples: Examples) -> dict[str, Tensor]:
+    def inputs(self, examples: Examples) -> dict[str, Tensor]:
         return self._here({**self._padded([e["input_ids"] for e in examples]), **self._pictures(examples)})
 
     @torch.inference_mode()
@@ -268,7 +268,7 @@ class LanguageBackbone(Backbone):
         return self._read_all(examples, batch_size, advance, self._mean_state, self.pooled_width)
 
     def _mean_state(self, examples: Examples) -> Tensor:
-        return scoring.mean_state(self.model, self._inputs(examples), self.start)
+        return scoring.mean_state(self.model, self.inputs(examples), self.start)
 
     def halves(self, texts: Sequence[str]) -> Examples:
         """Texts as examples: the first half of the words is the prompt, and up to 50 tokens of the rest the answer,
