@@ -57,7 +57,7 @@ def report(path: Path, settings: dict[str, Any], model: Any) -> None:
         arguments = training_arguments(settings, str(path / "logs" / FOLDER), 0, use_cpu=True)
         callbacks = [DefaultFlowCallback()]  # without which the handler warns
         callbacks += [kind() for kind in get_reporting_integration_callbacks(arguments.report_to)]
-        handler = CallbackHandler(callbacks, model, None, None, None)  # type: ignore[arg-type]
+        handler = CallbackHandler(callbacks, model, None, None, None)
         count = len(result.tasks)
         state, control = TrainerState(global_step=count, epoch=float(count), max_steps=count), TrainerControl()
         handler.on_train_begin(arguments, state, control)
