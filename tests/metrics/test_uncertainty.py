@@ -22,6 +22,11 @@ def test_of_scores_between_0_and_1_it_is_an_upper_bound():
     assert scores.mean(1).std() < standard_error(float(scores.mean()), 40)
 
 
+def test_all_right_is_not_certain():
+    assert standard_error(1.0, 50) == standard_error(0.0, 50) == pytest.approx((0.99 * 0.01 / 50) ** 0.5)
+    assert standard_error(1.0, 1) == 0.5
+
+
 def test_nothing_measured_has_no_error():
     assert standard_error(None, 10) is None and standard_error(float("nan"), 10) is None
     assert mean_error([0.5, None], [10, 10]) is None and mean_error([], []) is None
@@ -32,7 +37,7 @@ def test_nothing_measured_has_no_error():
     [
         (0.02, 0.5, 20, "one example is 5 and one standard error 11 points"),
         (0.02, 0.9, 100, "one standard error 3 points"),
-        (0.02, 1.0, 20, "one example is 5 points"),
+        (0.02, 1.0, 40, "one example is 2.5 points"),
         (0.02, 0.9, 1000, None),
         (0.0, 0.5, 20, None),
         (-1, 0.5, 20, None),

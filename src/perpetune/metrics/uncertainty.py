@@ -12,10 +12,13 @@ NAMED = 10  # tasks whose test sizes are told one by one
 
 def standard_error(accuracy: float | None, examples: int) -> float | None:
     """sqrt(a (1 - a) / n), the binomial standard error of a mean of n scores that are 0 or 1; of scores in between it
-    is the most that theirs can be. None where nothing was measured."""
+    is the most that theirs can be. 0 and 1 are taken for half an example short of it, for n examples tell no more. None
+    where nothing was measured."""
     if accuracy is None or accuracy != accuracy or examples < 1:
         return None
-    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / examples)
+    half = 1 / (2 * examples)
+    a = min(max(accuracy, half), 1 - half)
+    return math.sqrt(a * (1 - a) / examples)
 
 
 def mean_error(accuracies: Sequence[float | None], sizes: Sequence[int]) -> float | None:
