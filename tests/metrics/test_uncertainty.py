@@ -23,7 +23,8 @@ def test_of_scores_between_0_and_1_it_is_an_upper_bound():
 
 
 def test_all_right_is_not_certain():
-    assert standard_error(1.0, 50) == standard_error(0.0, 50) == pytest.approx((0.99 * 0.01 / 50) ** 0.5)
+    assert standard_error(1.0, 50) == pytest.approx((0.99 * 0.01 / 50) ** 0.5)
+    assert standard_error(0.0, 50) == pytest.approx(standard_error(1.0, 50))
     assert standard_error(1.0, 1) == 0.5
 
 
