@@ -15,7 +15,7 @@ from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
 from ..metrics.uncertainty import sizes_told
 from .commit import Commit, active, reverted
-from .directory import Run, read_config, read_journal
+from .directory import Run, read_journal
 
 # Predictions on the tasks of a commit before they were learned: by the model before, and, for tasks that joined the
 # stream after the first commit, by the untouched one.
@@ -38,10 +38,10 @@ class Result:
 
     def __init__(self, path: str | Path, keep: Any = None) -> None:
         self.path, self._keep = Path(path), keep
-        self.config = read_config(self.path)
-        self.journal = read_journal(self.path)
         run = Run.read(self.path)
-        self.history, self.commits = run.history, run.commits
+        self.config, self.commits = run.config, run.commits
+        self.journal = read_journal(self.path)
+        self.history = run.history
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
         self._matrices: dict[tuple[str, str], AccuracyMatrix] = {}
