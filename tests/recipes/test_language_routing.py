@@ -91,8 +91,10 @@ def test_an_answer_that_names_none_of_the_classes_is_none(source, tiny_lm, tmp_p
     learner, stream = Learner(tiny_lm("llama"), "color", tmp_path / "r", heads=BOTH, training=TRAINING), source("films")
     learner.learn(stream)
     good = stream.labels[stream.tasks[0].classes[0]]
-    monkeypatch.setattr(learner.backbone, "_answers", lambda examples: ["nonsense", good][: len(examples)])
-    assert learner.predict(stream.tasks[0].test["prompt"][:2], head="language_generated") == ["", good]
+    monkeypatch.setattr(learner.backbone, "_answers", lambda examples, *a, **k: ["nonsense", good][: len(examples)])
+    prompts = stream.tasks[0].test["prompt"][:2]
+    assert learner.predict(prompts, head="language_generated") == ["nonsense", good]
+    assert learner.predict(prompts, head="language_generated", classes=stream.labels[:2]) == ["", good]
 
 
 def test_free_answers_are_generated_under_the_adapter_of_their_task(tiny_lm, tmp_path):
