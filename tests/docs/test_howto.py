@@ -56,6 +56,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with every stream that a page names."""
     texts(tmp_path / "my_tasks")
+    (tmp_path / "questions.csv").write_text("number,text\n7,refund of order 12\n8,login of order 3\n")
     shops = [
         {"text": f"{c} {i}", "label": c, "shop": "ab"[i % 2]} for c in ("red", "blue", "old", "new") for i in range(8)
     ]

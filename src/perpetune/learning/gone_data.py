@@ -131,6 +131,8 @@ def _known(run: Run, stream: Stream, commits: dict[str, Commit], name: str, task
         )
     if not len(task.train):  # nor is its folder what it was
         return replace(task, classes=classes_of(run, commit, name), training=own)
+    if commit.manifest.get("retried") and not task.training:
+        return replace(task, training=own)  # the settings of the try that stayed
     if own != dict(task.training):
         raise RunError(
             f"task `{name}` was learned with training settings {own or 'of the run'} of its own, now they are "
@@ -161,7 +163,7 @@ def classes_of(run: Run, commit: Commit, name: str) -> tuple[int, ...]:
     if known is not None:
         return tuple(known)
     target = commit.tensors("predictions.safetensors").get(f"target/{name}")
-    before = run.commits[commit.manifest["index"] - 1].manifest["classes"]
+    before = run.commits[run.commits.index(commit) - 1].manifest["classes"]
     brought = set(commit.manifest["classes"]) - set(before)
     return tuple(sorted(brought | (set(target.tolist()) if target is not None else set())))
 
