@@ -56,10 +56,15 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with every stream that a page names."""
     texts(tmp_path / "my_tasks")
+    (tmp_path / "questions.csv").write_text("number,text\n7,refund of order 12\n8,login of order 3\n")
     shops = [
         {"text": f"{c} {i}", "label": c, "shop": "ab"[i % 2]} for c in ("red", "blue", "old", "new") for i in range(8)
     ]
     rows(tmp_path / "tickets.jsonl", shops)
+    for week in ("2026-w48", "2026-w49"):
+        for split in ("train", "test"):
+            asked = [{"prompt": f"{week}: capital {n}?", "completion": f" {'ab'[n % 2]}"} for n in range(4)]
+            rows(tmp_path / "weeks" / week / f"{split}.jsonl", asked)
     for i in "ab":
         pairs = [{"prompt": f"{i}: capital number {n}", "response": "ab"[n % 2]} for n in range(4)]
         for split in ("train", "test"):
@@ -72,6 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ]
             rows(tmp_path / "questions" / i / f"{split}.jsonl", asked)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # files that a page writes are imported from the current folder
     return tmp_path
 
 

@@ -49,7 +49,7 @@ def uncollected() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def settled() -> Iterator[None]:
+def quick_collection() -> Iterator[None]:
     """What is alive now is not looked at by the garbage collector any more: a full collection, as the Trainer asks for
     before every task, then looks at what was made since, and not at all of torch and transformers (half a second)."""
     if gc.get_freeze_count():

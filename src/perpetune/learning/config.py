@@ -81,6 +81,13 @@ class RunConfig(pydantic.BaseModel):
         example="5",
         ge=0,
     )
+    general: str | None = setting(
+        None,
+        "File of prompts that belong to no task (.txt, or .jsonl with prompt or messages): how far a language model's "
+        "answers to them move from the untouched model's, whenever all tasks are evaluated.",
+        panel="Evaluation",
+        example="general.jsonl",
+    )
     device: str | None = setting(
         None, "cpu, cuda, cuda:1 or mps; by default an accelerator where there is one.", panel="Training", example="cpu"
     )

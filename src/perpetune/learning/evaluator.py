@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -223,10 +224,10 @@ def under_state(
 
 
 def answers_by_state(
-    backbone: Backbone, states: PerTaskStates, weights: Tensor, examples: Examples, size: int
+    backbone: Backbone, states: PerTaskStates, weights: Tensor, examples: Examples, size: int, **how: Any
 ) -> list[str]:
     """Generated answers, each under the likeliest of the states that its prompt is shown to (weights: N x T)."""
-    return by_likeliest_state(states, weights, lambda rows: backbone.answers([examples[i] for i in rows], size))
+    return by_likeliest_state(states, weights, lambda rows: backbone.answers([examples[i] for i in rows], size, **how))
 
 
 def readings(stream: Stream) -> tuple[str, ...]:

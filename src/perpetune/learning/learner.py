@@ -7,12 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
-from torch import Tensor
 
 from ..consolidation import Consolidation
-from ..core.environment import default_device, settled
+from ..core.environment import default_device
 from ..core.errors import ConfigError
 from ..core.progress import Progress
 from ..heads import Head, make_head
@@ -20,16 +18,20 @@ from ..models.backbone import Backbone, Pooling
 from ..recipes import make_recipe
 from ..recipes.recipe import Recipe
 from ..recipes.user_pieces import import_modules
-from ..runs.directory import Run, read_config
+from ..runs.directory import read_config
 from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
+from .adopt import adopt
 from .config import RunConfig
-from .opening import open_run
+from .general import read_general
+from .generation import Generation, generate
+from .opening import reopened
+from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
 from .state import LearnerState
-from .task_loop import TaskLoop
+from .task_loop import learn
 from .training_settings import REFUSED, resolve_training
 
 
@@ -49,6 +51,7 @@ class Learner:
         pooling, max_length, trust_remote_code: see `load_backbone`.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
+        general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
         device: where to train and predict; None takes an accelerator where there is one.
         progress: a display; None shows nothing.
 
@@ -74,6 +77,7 @@ class Learner:
         max_length: int | None = None,
         trust_remote_code: bool = False,
         evaluate_every: int = 1,
+        general: str | Path | Sequence[Any] | None = None,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -89,6 +93,7 @@ class Learner:
             training=resolve_training(made.training, training or {}),
             loading={"pooling": pooling, "max_length": max_length, "trust_remote_code": trust_remote_code},
             evaluate_every=evaluate_every,
+            general=read_general(general),
             seed=seed,
             device=torch.device(device) if device is not None else default_device(),
             progress=progress or Progress(),
@@ -100,7 +105,7 @@ class Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
-        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code", "evaluate_every")
+        names = "seed training heads pooling max_length device trust_remote_code evaluate_every general".split()
         settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
         settings |= {name: getattr(config, name) for name in names}
         return cls(config.model, **{**settings, **instead})
@@ -130,11 +135,7 @@ class Learner:
             RunError: no run is there, it is damaged, or its base model is another one now.
         """
         learner = cls.described(run, **options)
-        written = Run.read(run)
-        model, stream = written.config["model"], written.config["stream"]
-        backbone = learner.setup.load_base(model["modality"], model["fingerprint"])
-        state = LearnerState(learner.setup, backbone, stream["labels"], stream["inputs"])
-        learner._state = state.restore(written.commits)
+        learner._state = reopened(learner.setup)
         return learner
 
     # ---- what it is ----
@@ -151,19 +152,12 @@ class Learner:
         return self._state
 
     @property
-    def backbone(self) -> Backbone:
-        """The model as it is now."""
-        return self.state.backbone
-
-    @property
     def recipe(self) -> Recipe:
         """The recipe; once something is learned, with the state that its pieces hold."""
         return self._state.recipe if self._state is not None else self.setup.recipe
 
-    @property
-    def heads(self) -> tuple[Head, ...]:
-        return self.recipe.heads
-
+    backbone = property(lambda self: self.state.backbone, doc="The model as it is now.")
+    heads = property(lambda self: self.recipe.heads, doc="The heads of the recipe.")
     path = property(lambda self: self.setup.path, doc="The run directory.")
     model_name = property(lambda self: self.setup.model, doc="Hub id or folder of the base model.")
     training = property(lambda self: self.setup.training, doc="Complete training settings.")
@@ -171,27 +165,35 @@ class Learner:
     device = property(lambda self: self.setup.device, doc="Where the model is trained and predicts.")
     progress = property(lambda self: self.setup.progress, doc="The display.")
     evaluate_every = property(lambda self: self.setup.evaluate_every, doc="See the constructor.")
+    adopt = classmethod(adopt)
 
     # ---- learning ----
 
-    def learn(self, stream: Stream) -> Result:
+    def learn(self, stream: Stream, *, accept: Accept | None = None) -> Result:
         """Learn the tasks that the run has not learned yet.
+
+        Args:
+            accept: judges every task when it is learned, and returns why it may not stay. Then the run, and this
+                learner, are as they were before the task, and no later one is learned; see `Result.rejected`.
 
         Raises:
             PerpetuneError: whatever is wrong, with how to mend it; every finished task is safe.
         """
-        opened = open_run(self.setup, stream)
-        self._state = opened.state
-        try:
-            with self.setup.progress, settled():
-                TaskLoop(opened).learn_all()
-        except KeyboardInterrupt:
-            self.setup.progress.say(
-                "stopped: every finished task is safe; start again with the same run directory to go on"
-            )
-            raise
-        finally:
-            opened.run.close()
+        self._state = learn(self.setup, stream, accept)
+        return self._result()
+
+    def retry(
+        self, stream: Stream, task: str, training: Mapping[str, Any] | None = None, *, accept: Accept | None = None
+    ) -> Result:
+        """Throw the newest task away and learn it again, with other settings: to the bit the run that never tried.
+
+        Args:
+            training: settings of this task, over those of the run and of the stream.
+
+        Raises:
+            PerpetuneError: as `learn`; it is not the newest task.
+        """
+        self._state = learn(self.setup, with_settings(stream, task, training or {}), accept, retry=task)
         return self._result()
 
     def revert(self, stream: Stream, task: str) -> Result:
@@ -225,11 +227,9 @@ class Learner:
         task: str | None = None,
     ) -> list[str]:
         """Label texts for new inputs: texts, (text, text_pair) tuples, PIL images, prompts, (image, prompt) tuples, or
-        lists of messages. An empty text where a generated answer names no class.
+        lists of messages. Where a generated answer names no class, or free texts were learned, the answer itself.
 
-        An input is predicted as if it were alone, whatever else is in the list: only the last bits of scores differ
-        (padding to the longest of a batch makes sums round anew, 2e-7 with MiniLM), so a tie alone could be decided
-        otherwise.
+        An input is predicted as if it were alone; only the last bits of scores depend on the others (padding).
 
         Args:
             head: which head to read; None takes the first.
@@ -242,36 +242,57 @@ class Learner:
         """
         return prediction.predict(self.state, inputs, head, classes, task)
 
+    def generate(
+        self, inputs: Sequence[Any], *, task: str | None = None, streamer: Any = None, **settings: Any
+    ) -> list[str]:
+        """What a language model answers to prompts, lists of messages, or (image, prompt) tuples.
+
+        Where the run learned conversations, a text is a user's turn. Answers end where the model's chat template or
+        generation settings say that one ends.
+
+        Args:
+            task: whose adapter answers, where there is one for every task; None lets the router find out.
+            streamer: of transformers, shown the tokens of one prompt as they come.
+            settings: `max_new_tokens` (256), `temperature` (0: greedily), `top_p`, `seed`, `batch_size`; see
+                `Generation`.
+
+        Raises:
+            ConfigError: no language model, nothing learned yet, other inputs, an unknown task or setting.
+        """
+        return generate(self.state, inputs, Generation.of(settings), task, streamer)
+
     def export(
         self,
         folder: str | Path,
         *,
+        format: Literal["merged", "adapters"] = "merged",
         only: Sequence[str] | None = None,
         without: Collection[str] = (),
         scales: Mapping[str, float] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        head: bool = True,
+        head: bool | str = True,
+        cumulative: bool = False,
     ) -> Path:
-        """Write a plain transformers folder, adapters merged; the run stays as it is.
-
-        Without a choice of tasks this is the model as it is now; with one, the base model and what the chosen tasks
-        left on its weights, added up in fp32: the same bits as if the other deltas had never been.
+        """Write a folder that loads without perpetune, with a model card; the run stays as it is.
 
         Args:
-            only: tasks to take, None all; without: tasks to leave out.
+            format: "merged", a plain transformers model; "adapters", LoRA for plain peft and vLLM: one for every task
+                where each has its own, else one of summed rank, and `routes.json` (docs/how-to/serve.md).
+            only: tasks to take, None all; without: tasks to leave out. Weights are then the base and what the chosen
+                left on it, added up in fp32: the same bits as if the others had never been.
             scales: factors of tasks, times the consolidation's own.
             dtype: what the fp32 weights are rounded to, once.
-            head: the model as it is now takes its first head along where that is linear: as a class for classification
-                of transformers, with labels, whose logits are the scores; or, where no such class pools as the run did,
-                in `classifier.safetensors` beside the model, with a README.md that uses it. False writes the model
-                alone.
+            head: which goes along where it is linear, by name; True the first, False none. In a class for
+                classification of transformers, or, where none pools as the run did, in `classifier.safetensors`.
+            cumulative: of adapters: also one for the model after each task before the last.
 
         Raises:
-            ConfigError: nothing is learned yet, there is no network to export, no weights could hold the adapter; an
-                unknown task; tasks that leave nothing to choose from.
+            ConfigError: nothing is learned yet; no network, or no weights or LoRA could hold the change; an unknown
+                task, head or format; tasks that leave nothing to choose from.
             RunError: the folder is a run directory, or cannot be written; then nothing of it is there.
         """
-        return export.export(self.setup, self.state, Path(folder), only, without, scales, dtype, head)[0]
+        choice = (only, without, scales, dtype, head, format, cumulative)
+        return export.export(self.setup, self.state, Path(folder), *choice)[0]
 
     def fresh(self) -> tuple[Backbone, Consolidation]:
         """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.
@@ -281,16 +302,3 @@ class Learner:
             RunError: the base model is another one now.
         """
         return export.fresh(self.setup, self.state)
-
-    def frozen_features(self, rows: datasets.Dataset, modality: Any, labels: Sequence[str] = ()) -> Tensor:
-        """What routers and boundaries read of each input under the base model (N x `Backbone.pooled_width`).
-
-        Args:
-            rows: with the columns of `Task.train`; labels: their label texts.
-        """
-        setup = self.setup
-        backbone = setup.load_backbone(modality)
-        backbone.open_for([], labels)
-        examples = backbone.prepare(rows)
-        with setup.progress, setup.progress.bar("features of the stream", len(examples)) as advance:
-            return backbone.pooled(examples, setup.batch_size, advance)

@@ -16,7 +16,9 @@ from ..runs.directory import Run
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
+from .general import general_of
 from .gone_data import check_needed, completed, told, with_known_scenario
+from .retry import set_aside
 from .setup import Setup, task_settings
 from .state import LearnerState
 from .training_settings import check_training
@@ -36,11 +38,11 @@ class Opened(NamedTuple):
     joined: dict[str, Tensor]
 
 
-def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened:
+def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: str | None = None) -> Opened:
     """Create the run of this setup and stream, or continue the one that is there.
 
     Args:
-        without: a task that is about to be taken out.
+        without: a task that is about to be taken out; retry: the newest, which is thrown away to be learned again.
 
     Raises:
         PerpetuneError: whatever keeps the run from starting; nothing that was learned is touched.
@@ -64,6 +66,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     stream = with_known_scenario(stream, setup.path)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
+        thrown = set_aside(run, retry) if retry is not None else False
         written = run.config["stream"]
         known = [*(run.commits[-1].manifest["learned"] if run.commits else ()), *written["tasks"]]
         whole = stream.ordered_after(known).numbered(written["labels"])
@@ -91,7 +94,11 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         joined = {}
         if run.commits and without is None:
             joined = _predict_joined(setup, lambda: untouched(stream.labels).restore([]), run, stream)
-        state = untouched(whole.labels).restore(run.commits, without)
+        state = untouched(whole.labels)
+        state.general = general_of(state)
+        state.restore(run.commits, without)
+        if thrown:  # now that nothing keeps it from being learned again
+            run.undo(["to be learned again"])
         if without is None:
             run.grow(setup.config(whole, backbone))
             _note_start(setup, run)
@@ -106,6 +113,18 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         run.close()
         raise
     return Opened(run, stream, state, joined)
+
+
+def reopened(setup: Setup) -> LearnerState:
+    """The state after the newest commit of a run.
+
+    Raises:
+        RunError: no run is there, it is damaged, or its base model is another one now.
+    """
+    run = Run.read(setup.path)
+    model, stream = run.config["model"], run.config["stream"]
+    backbone = setup.load_base(model["modality"], model["fingerprint"])
+    return LearnerState(setup, backbone, stream["labels"], stream["inputs"]).restore(run.commits)
 
 
 def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Run, stream: Stream) -> dict[str, Tensor]:

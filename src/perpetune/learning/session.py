@@ -14,6 +14,7 @@ from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
 from ..streams import Task
 from .class_weights import SETTING, class_weights
+from .loss_log import FILE, LossLog, logging_steps
 from .setup import task_settings
 from .state import LearnerState
 from .trainer import TaskModel, TrainingLog, train_task
@@ -76,12 +77,13 @@ class Training:
                 head,
                 state.recipe.rules,
                 self.examples,
-                setup.training_of(session.tasks),
+                {"logging_steps": logging_steps(steps), **setup.training_of(session.tasks)},
                 task=session.name,
                 seed=task_seed(setup.seed, session.name),
                 steps=steps,
                 advance=advance,
                 logs=setup.path / "logs" / session.name,
+                callbacks=[LossLog(session.name, setup.path / FILE, setup.progress.note)],
             )
 
     def close_heads(self) -> None:

@@ -32,7 +32,7 @@ class Setup:
         path: the run directory.
         training: complete training settings, see `resolve_training`.
         loading: pooling, max_length, trust_remote_code, see `load_backbone`.
-        evaluate_every, seed, device, progress: see `Learner`.
+        evaluate_every, seed, device, progress: see `Learner`; general: its prompts.
     """
 
     model: str | None
@@ -45,6 +45,7 @@ class Setup:
     seed: int
     device: torch.device
     progress: Progress
+    general: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.evaluate_every, int) or self.evaluate_every < 0:

@@ -19,6 +19,7 @@ from ..heads import Head
 from ..models.backbone import Backbone, Examples
 from ..rules import Attached, Rule, attach
 from ..tuners.decay import decays
+from .loss_log import curve
 from .training_settings import one_line, training_arguments
 
 
@@ -55,12 +56,13 @@ class TaskModel(nn.Module):
 @dataclass(frozen=True)
 class TrainingLog:
     """Optimizer steps taken, the mean loss over the first and the last tenth of them, and the mean seconds of a step
-    (all but the first, which warms up)."""
+    (all but the first, which warms up); and the losses in between, see `loss_log.curve`."""
 
     steps: int
     first_loss: float | None
     last_loss: float | None
     step_seconds: float = 0.0
+    losses: tuple[tuple[int, float], ...] = ()
 
 
 class _Finite(TrainerCallback):
@@ -160,6 +162,7 @@ def train_task(
     steps: int,
     advance: Callable[[int], None] = lambda n: None,
     logs: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingLog:
     """Train the backbone's and the head's trainable parameters on one task.
 
@@ -167,6 +170,7 @@ def train_task(
 
     Args:
         logs: folder for integrations (`report_to`) that write files; None throws them away.
+        callbacks: of transformers; they see what is logged.
 
     Raises:
         ConfigError: settings with which no Trainer can be made; see `check_training`, which says so beforehand.
@@ -186,7 +190,7 @@ def train_task(
                 data_collator=backbone.collate,
                 rules=rules,
                 head_learning_rate=float(settings["head_learning_rate"]),
-                callbacks=[steps_taken],
+                callbacks=[steps_taken, *callbacks],
             )
         from transformers import PrinterCallback
 
@@ -201,7 +205,7 @@ def train_task(
                 trainer.attached.remove()
             if arguments.gradient_checkpointing:
                 trainer.model.checkpointing_disable()  # type: ignore[union-attr, operator]
-        _check_buffers(backbone, buffers)
+        check_buffers(backbone, buffers)
         finite.check()
         finite.check_weights()
     losses = [float(x) for x in torch.stack(trainer.losses).float()] if trainer.losses else []
@@ -211,10 +215,11 @@ def train_task(
         sum(losses[:tenth]) / tenth if losses else None,
         sum(losses[-tenth:]) / tenth if losses else None,
         steps_taken.step_seconds,
+        curve(losses, trainer.state.global_step),
     )
 
 
-def _check_buffers(backbone: Backbone, before: dict[str, Tensor]) -> None:
+def check_buffers(backbone: Backbone, before: dict[str, Tensor]) -> None:
     """What neither rules nor commits see must not move (running statistics of normalisations do not: see
     `Backbone.train`)."""
     kept = backbone.model.state_dict().keys()

@@ -164,13 +164,7 @@ def check_training(settings: dict[str, Any], backbone: Backbone) -> None:
     Raises:
         ConfigError: a value that is refused, settings that do not suit the model, or a package that is not installed.
     """
-    for key in ("optim", "lr_scheduler_type"):
-        value = str(settings.get(key, ""))
-        reason = next((why for name, why in _OPTIMIZERS_REFUSED.items() if value.startswith(name)), None)
-        if value.endswith("layerwise"):
-            reason = "it has an optimizer for every layer, which rules cannot hang on"
-        if reason:
-            raise ConfigError(f"{key} `{value}` is not supported: {reason}")
+    check_optimizer(settings)
     on_cpu = next(backbone.model.parameters(), torch.empty(0)).device.type == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(settings, folder, 0, on_cpu)
@@ -188,6 +182,20 @@ def check_training(settings: dict[str, Any], backbone: Backbone) -> None:
     with one_line():
         names = ("num_workers", "persistent_workers", "prefetch_factor", "multiprocessing_context")
         DataLoader([0], **{name: getattr(arguments, f"dataloader_{name}", None) for name in names})  # type: ignore
+
+
+def check_optimizer(settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: an optimizer or a schedule under which rules would not act.
+    """
+    for key in ("optim", "lr_scheduler_type"):
+        value = str(settings.get(key, ""))
+        reason = next((why for name, why in _OPTIMIZERS_REFUSED.items() if value.startswith(name)), None)
+        if value.endswith("layerwise"):
+            reason = "it has an optimizer for every layer, which rules cannot hang on"
+        if reason:
+            raise ConfigError(f"{key} `{value}` is not supported: {reason}")
 
 
 def _check_integrations(arguments: TrainingArguments) -> None:

@@ -84,7 +84,7 @@ class LanguageBackbone(Backbone):
         self.rouge_l, self.longest = rouge_l, longest
         self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads) + rouge_l
         self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
-        self.room, self.limit, limit = self.max_length, None, self._positions
+        self.room, self.limit, limit = self.max_length, None, self.longest_sequence
         for text in self.labels:
             check_ids(self.tokens.tokenizer, list(self.tokens.answer(text)), self._embedded, self.name)
         if limit is not None:
@@ -95,7 +95,7 @@ class LanguageBackbone(Backbone):
                 raise ModelError(f"`{self.name}` reads {limit} tokens, and its answers take all of them")
 
     @property
-    def _positions(self) -> int | None:
+    def longest_sequence(self) -> int | None:
         """How long a sequence of prompt and answer may be; None where they have a sequence each, or it may be any."""
         config = self.model.config.get_text_config(decoder=True)
         return longest_text(self.model, config) if self.start is None else None
@@ -143,7 +143,7 @@ class LanguageBackbone(Backbone):
             ModelError: prompt and response are longer than the model reads, or hold a token that it does not know.
         """
         check_ids(self.tokens.tokenizer, [*prompt, *answer], self._embedded, self.name)
-        limit = self._positions
+        limit = self.longest_sequence
         if limit is not None and len(prompt) + len(answer) > limit:
             raise ModelError(
                 f"a response of {len(answer)} tokens behind a prompt of {len(prompt)} is longer than the {limit} that "
@@ -226,7 +226,7 @@ class LanguageBackbone(Backbone):
 
     def _likelihoods(self, examples: Examples, classes: Sequence[int]) -> Tensor:
         """log p(answer | prompt), (N x len(classes)); each prompt is read once, where the model can go on from it."""
-        read = PromptsRead(self.model, self._inputs(examples), self.start)
+        read = PromptsRead(self.model, self.inputs(examples), self.start)
         if not read.continues:
             return torch.stack([self._alone(examples, c) for c in classes], 1)
         options = [[self.tokens.answer(self.labels[c], e["blank"], e["turn"]) for c in classes] for e in examples]
@@ -239,19 +239,18 @@ class LanguageBackbone(Backbone):
         return super().read([{**e, "answer": a} for e, a in zip(examples, answers, strict=True)])[:, 0]
 
     @torch.inference_mode()
-    def answers(self, examples: Examples, batch_size: int) -> list[str]:
-        """Greedily generated answers."""
+    def answers(self, examples: Examples, batch_size: int, longest: int | None = None, **how: Any) -> list[str]:
+        """Generated answers, of at most so many tokens; `how` as in `answer_scoring.generate`, by default greedily."""
         batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
-        with self._asked():
-            return [text for batch in batches for text in self._answers(batch)]
+        with self.asked():
+            return [text for batch in batches for text in self._answers(batch, longest, **how)]
 
-    def _answers(self, examples: Examples) -> list[str]:
-        tokens = scoring.generate(
-            self.model, self._inputs(examples), self.start, self.ends, self.tokens.pad, self.longest
-        )
+    def _answers(self, examples: Examples, longest: int | None = None, **how: Any) -> list[str]:
+        ends = (self.start, self.ends, self.tokens.pad, longest or self.longest)
+        tokens = scoring.generate(self.model, self.inputs(examples), *ends, **how)
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
-    def _inputs(self, examples: Examples) -> dict[str, Tensor]:
+    def inputs(self, examples: Examples) -> dict[str, Tensor]:
         return self._here({**self._padded([e["input_ids"] for e in examples]), **self._pictures(examples)})
 
     @torch.inference_mode()
@@ -270,12 +269,12 @@ class LanguageBackbone(Backbone):
         return self._read_all(examples, batch_size, advance, self._mean_state, self.pooled_width)
 
     def _mean_state(self, examples: Examples) -> Tensor:
-        return scoring.mean_state(self.model, self._inputs(examples), self.start)
+        return scoring.mean_state(self.model, self.inputs(examples), self.start)
 
     def halves(self, texts: Sequence[str]) -> Examples:
         """Texts as examples: the first half of the words is the prompt, and up to 50 tokens of the rest the answer,
         without an end. None at all where the model has no room for them."""
-        limit = self._positions
+        limit = self.longest_sequence
         room = self.room if limit is None else min(self.room, limit - LONGEST)
         return self.tokens.halves(texts, room, LONGEST) if room >= 1 else []
 

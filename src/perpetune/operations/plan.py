@@ -94,7 +94,8 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
     stream = replace(stream, tasks=here)  # of what is learned already, the data may be gone
     size = int(learner.setup.training["per_device_train_batch_size"])
     with tempfile.TemporaryDirectory() as folder:
-        setup = replace(learner.setup, path=Path(folder), evaluate_every=1)
+        untold = {**learner.setup.training, "report_to": "none"}  # a trial is nobody else's news
+        setup = replace(learner.setup, path=Path(folder), evaluate_every=1, training=untold)
         short = _shortened(stream, size, setup.batch_size)
         opened = open_run(setup, short)
         loop = TaskLoop(opened, TRIAL_STEPS)

@@ -114,7 +114,7 @@ def verify(run: str | Path) -> Verification:
             whole, tasks = folder.name, tuple(commit.manifest.get("learned", ()))  # type: ignore[union-attr]
         elif commit is not None and not own:
             apart.append(folder.name)
-    lost = tuple(task for task in learned if task not in tasks and not task.startswith("revert-"))
+    lost = tuple(task for task in learned if task not in tasks and not task.startswith(("revert-", "undo-")))
     return Verification(path, checked, tuple(damages), whole, tasks, lost, tuple(apart))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -158,6 +158,13 @@ class RidgeRouter(SumsRouter):
         columns[:, fit.order] = fit.density.log_posterior(s) if probabilities and fit.density else s
         return columns
 
+    def plain(self) -> tuple[dict[str, Any], State]:
+        """See `Router.plain`: theta, and the density of its scores where there is one."""
+        fit = self.fit()
+        settings, tensors = self._plain(fit.head, fit.order)
+        found = {} if fit.density is None else fit.density.plain()
+        return {**settings, "posterior": bool(found)}, {**tensors, **found}
+
     def guarantee(self) -> list[Measurement]:
         """Storage, the promises of the sums, and how many held-out samples the posterior rests on."""
         measured = super().guarantee()
@@ -226,6 +233,14 @@ class Density:
             logdet = torch.stack([self._logdet(t) for t in range(T)])
         logp = -0.5 * logdet - (TAILS + T) / 2 * torch.log1p(d2 / (TAILS - 2))
         return logp - logp.logsumexp(1, keepdim=True)
+
+    def plain(self) -> State:
+        """With a precision and a determinant for every task, those of the widened S where it has none of its own."""
+        S_t = [self.P[t] if own else self.W.T @ self.W / self.widened[t] for t, own in enumerate(self.own.tolist())]
+        far = self.common + len(self.m) * self.widened.log()
+        logdet = [self._logdet(t) if own else far[t] for t, own in enumerate(self.own.tolist())]
+        held = {"m": self.m, "W": self.W, "Wm": self.Wm, "common": self.common, "widened": self.widened}
+        return {**held, "P": torch.stack(S_t), "logdet": torch.stack(logdet)}
 
     def _logdet(self, t: int) -> Tensor:
         return self.logdet[t] if self.logdet is not None else self.P.of(t)[1]  # type: ignore[union-attr]

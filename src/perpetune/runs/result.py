@@ -15,6 +15,7 @@ from ..metrics.flips import flips_share, score_flips
 from ..metrics.per_class import ClassAccuracy, class_accuracies, final_accuracy_macro, worst_first
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
+from ..metrics.uncertainty import sizes_told
 from .commit import Commit, active, reverted
 from .directory import Run, read_journal
 
@@ -42,25 +43,23 @@ class Result:
         run = Run.read(self.path)
         self.config, self.commits = run.config, run.commits
         self.journal = read_journal(self.path)
-
+        self.history = run.history
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
-        self._matrices: dict[tuple[str, str], AccuracyMatrix] = {}
-        self._rows: dict[tuple[str, str], tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {}
-        self._scores: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {}
+        self._once: dict[tuple[str, str, str], Any] = {}  # what was made of all predictions
 
     @cached_property
+    @uncollected()
     def _predictions(self) -> dict[Path, dict[str, dict[str, np.ndarray]]]:
         """By commit, prefix and task, of the commits that count: the untouched model, tasks that were not taken out,
         the two newest."""
         found: dict[Path, dict[str, dict[str, np.ndarray]]] = {}
-        with uncollected():
-            for commit in (*self.commits[:1], *self.active, *self.commits[-2:]):
-                if commit.path not in found:
-                    of = found[commit.path] = {}
-                    for key, stored in commit.arrays("predictions.safetensors").items():
-                        prefix, slash, task = key.rpartition("/")
-                        of.setdefault(prefix + slash, {})[task] = stored
+        for commit in (*self.commits[:1], *self.active, *self.commits[-2:]):
+            if commit.path not in found:
+                of = found[commit.path] = {}
+                for key, stored in commit.arrays("predictions.safetensors").items():
+                    prefix, slash, task = key.rpartition("/")
+                    of.setdefault(prefix + slash, {})[task] = stored
         return found
 
     @cached_property
@@ -84,15 +83,21 @@ class Result:
         order = self.commits[-1].manifest.get("heads", [])
         return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
 
+    @property
+    def rejected(self) -> tuple[str, tuple[str, ...]] | None:
+        """The task that was thrown away last, and why, where nothing was learned since."""
+        newest = self.history[-1].manifest if self.history else {}
+        return (newest["undoes"], tuple(newest["reasons"])) if "undoes" in newest else None
+
     def scores(self, head: str, scenario: str) -> list[dict[str, np.ndarray]]:
         """Per task learned: the score in [0, 1] of every test example (n_j,) of every task evaluated then; rows as in
         `predictions`."""
-        if (head, scenario) not in self._scores:
+        if ("scores", head, scenario) not in self._once:
             rows, targets = self.predictions(head, scenario)
             free, _ = self.predictions(f"{SCORE}{head}", scenario)
             both = enumerate(zip(rows, free, strict=True))
-            self._scores[head, scenario] = [class_scores(a, targets, f"in row {i}") | b for i, (a, b) in both]
-        return self._scores[head, scenario]
+            self._once["scores", head, scenario] = [class_scores(a, targets, f"in row {i}") | b for i, (a, b) in both]
+        return self._once["scores", head, scenario]
 
     def scores_at(self, commit: Commit, head: str, scenario: str, prefix: str = "") -> dict[str, np.ndarray]:
         """The scores (n_j,) that a commit stored of each task; with `BEFORE`, those of the model before it."""
@@ -114,15 +119,14 @@ class Result:
         which its own commit holds (that of the task before it, in older runs). A task that was taken out has neither
         row nor column; rows before it was taken out are of models that knew it.
         """
-        if (head, scenario) not in self._rows:
-            self._rows[head, scenario] = self._predicted(head, scenario)
-        return self._rows[head, scenario]
+        if ("rows", head, scenario) not in self._once:
+            self._once["rows", head, scenario] = self._predicted(head, scenario)
+        return self._once["rows", head, scenario]
 
     def _predicted(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         targets: dict[str, np.ndarray] = {}
         for commit in self.active:
-            # the newest that is left: tasks are learned in one order
             newest = next(task for task in reversed(commit.manifest["learned"]) if task in self._place)
             rows[self._place[newest]] |= self.found(commit, f"{head}/{scenario}/")
             targets |= self.found(commit, "target/")
@@ -140,9 +144,8 @@ class Result:
             commit: that of an active task, the first, or one of the two newest.
         """
         stored = self._predictions[commit.path].get(prefix, {})
-        if stored.keys() <= self._place.keys():
-            return stored
-        return {task: v for task, v in stored.items() if task in self._place}
+        whole = stored.keys() <= self._place.keys()
+        return stored if whole else {task: v for task, v in stored.items() if task in self._place}
 
     def baseline(self, head: str, scenario: str) -> dict[str, np.ndarray]:
         """Predictions of the untouched model on each task that it could be evaluated on, when the run began or when the
@@ -154,11 +157,11 @@ class Result:
 
     def matrix(self, head: str, scenario: str) -> AccuracyMatrix:
         """a(i, j): accuracy on task j after learning task i."""
-        if (head, scenario) not in self._matrices:
+        if ("matrix", head, scenario) not in self._once:
             scores, baseline = self.scores(head, scenario), self.baseline_scores(head, scenario)
             sizes = {task: len(found) for row in [baseline, *scores] for task, found in row.items()}
-            self._matrices[head, scenario] = AccuracyMatrix.from_scores(scores, sizes, self.tasks, baseline)
-        return self._matrices[head, scenario]
+            self._once["matrix", head, scenario] = AccuracyMatrix.from_scores(scores, sizes, self.tasks, baseline)
+        return self._once["matrix", head, scenario]
 
     def per_class(self, head: str, scenario: str, tasks: Sequence[str] | None = None) -> list[ClassAccuracy]:
         """The accuracy at the end of every class (by its text) in the test data of these tasks, or of all; the worst
@@ -259,6 +262,7 @@ class Result:
             if (macro := self.macro(head, scenario)) is not None:
                 figures.insert(1, f"final_accuracy_macro {100 * macro:.1f}")
             lines.append("  " + ", ".join(figures).replace("_", " "))
+            lines.append(f"  {sizes_told(matrix)}")
             if classes := self.per_class(head, scenario):
                 shown = [f"{c.label} {100 * c.accuracy:.1f} ({c.examples})" for c in classes[:MOST_CLASSES]]
                 more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""
@@ -271,7 +275,7 @@ class Result:
         if gone := self.commits[-1].manifest.get("not_evaluated") if self.commits else None:
             lines.append(f"  not evaluated any more, since the test data is gone: {', '.join(gone)}")
         lines += [f"  taken out: {task}" for task in self.reverted]
-        promises = self._promises()
+        promises = self.promises()
         lines += [self._promise(*key, found) for key, found in promises.items()]
         broken = [name for (_, name), found in promises.items() if not all(g["holds"] for g in found)]
         if broken:
@@ -279,7 +283,8 @@ class Result:
             lines.append(f"BROKEN PROMISE: {what}: do not use or export this model before you know why")
         return "\n".join(lines)
 
-    def _promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    def promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """What was measured of every promise, by (source, name), in the order of learning."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for g in self.guarantees:
             if g["bound"] is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Value
 
 from ..core.errors import ConfigError, nearest
 from ..metrics.text import metric
@@ -55,6 +55,10 @@ def as_free_texts(
         def rows(data: Dataset | None, free: bool = free) -> Dataset | None:
             if data is None:
                 return None
+            if not len(data):  # gone since it was learned; `datasets` adds no column to nothing
+                added = {"label": Value("int64"), **({"response": Value("string")} if free else {})}
+                columns = Features({**data.features, **added})
+                return Dataset.from_dict({name: [] for name in columns}, features=columns)
             values = data["label"][:]
             new = [-1] * len(values) if free else [number[y] for y in values]
             data = data.remove_columns("label").add_column("label", new, feature=Value("int64"))

@@ -25,6 +25,7 @@ from .relabel import in_one_form, relabelled, warn_of_drafts
 from .sampling import shuffled
 from .splitting import divide, slug
 from .task import Scenario, Stream
+from .tokens import SOURCE, without_rows
 
 
 def load_stream(
@@ -206,6 +207,9 @@ def load_again(
     options = {**written["source"], "tasks": list(tasks)}
     if source:  # of a benchmark, the data lies elsewhere, and its name stays
         options["data" if options.get("source") in BENCHMARKS and source not in BENCHMARKS else "source"] = source
+    if options.get("source") == SOURCE:
+        known = tuple(without_rows(task) for task in tasks)
+        return Stream(name, known, tuple(labels), written["scenario"], tuple(written["inputs"]), written["source"])
     if "drift" in options:
         raise ConfigError(f"the tasks of `{name}` are parts that were found in a stream: only the run itself has them")
     if "source" not in options:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 
-from perpetune.core.environment import settled, uncollected
+from perpetune.core.environment import quick_collection, uncollected
 
 
 def test_what_was_there_is_not_looked_at_again():
     kept = [[] for _ in range(1000)]
     before = len(gc.get_objects())
-    with settled():
+    with quick_collection():
         inside = len(gc.get_objects())
-        with settled():  # a learner within another
+        with quick_collection():  # a learner within another
             assert gc.get_freeze_count() >= 1000
     assert inside < before / 20 and kept and not gc.get_freeze_count()
 
