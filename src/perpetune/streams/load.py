@@ -20,6 +20,7 @@ from .formats import FORMATS, read_hub, read_split, split_files
 from .free_texts import as_free_texts, metrics_of
 from .origin import Origin
 from .prompting import Template
+from .prompting import as_texts
 from .prompting import pose as posed
 from .relabel import in_one_form, relabelled, warn_of_drafts
 from .sampling import shuffled
@@ -81,7 +82,8 @@ def load_stream(
             or `image`, or `image` and `caption`; for language models `prompt` and `response`, with `image` or without,
             or `messages` (lists of {role, content}, the last of which is the answer). Paths of images start where the
             file is.
-        pose: make instructions of texts to be classified, by this template: "instruction" or "published"; see `pose`.
+        pose: make instructions of texts to be classified, by this template: "instruction" or "published"; or learn texts
+            without labels as they are: "language"; see `pose`.
         relabel: new label texts, {"very positive": "positive", "neutral": None}: tasks that say the same in other words
             share their classes; rows of a label that becomes None are left out.
         training: settings of single tasks, {"news": {"num_train_epochs": 5}}: over those of their task.json, and over
@@ -110,6 +112,7 @@ def load_stream(
     text = os.fspath(source)
     path = Path(text).expanduser()
     benchmark = BENCHMARKS.get(text)
+    read_as = as_texts(columns, pose)
     folder = None if data is None else Path(data).expanduser().resolve()
     _check_benchmark(text, folder, [o for o in ("split_by", "columns", "test_share") if o in given])
     own = benchmark.options if benchmark is not None else {}
@@ -123,7 +126,7 @@ def load_stream(
     elif split_by is None:
         if not path.is_dir():
             raise _no_source(path, text)
-        drafts = read_folder(path, tasks, columns, learned)
+        drafts = read_folder(path, tasks, read_as, learned)
     else:
         classes_per_task, splits, origins = _dataset(path, text, split_by, classes_per_task, seed, test_share)
         drafts = divide(
@@ -134,7 +137,7 @@ def load_stream(
             test_share=test_share,
             seed=seed,
             order_seed=order_seed,
-            columns=columns,
+            columns=read_as,
             folder=(path if path.is_dir() else path.parent) if local else None,
             origins=origins,
         )
