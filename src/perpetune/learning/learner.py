@@ -30,6 +30,7 @@ from .revert import revert
 from .setup import Setup
 from .state import LearnerState
 from .task_loop import TaskLoop
+from .trainer_choice import TrainerName, settled
 from .training_settings import REFUSED, resolve_training
 
 
@@ -47,6 +48,7 @@ class Learner:
             weight by label.
         seed: decides everything random.
         pooling, max_length, trust_remote_code: see `load_backbone`.
+        trainer, response_prefix: of language models: "trl" or "perpetune"; a text before responses; see `settle`.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
         device: where to train and predict; None takes an accelerator where there is one.
@@ -73,6 +75,8 @@ class Learner:
         pooling: Pooling | None = None,
         max_length: int | None = None,
         trust_remote_code: bool = False,
+        trainer: TrainerName | None = None,
+        response_prefix: str | None = None,
         evaluate_every: int = 1,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
@@ -92,6 +96,8 @@ class Learner:
             seed=seed,
             device=torch.device(device) if device is not None else default_device(),
             progress=progress or Progress(),
+            trainer=trainer,
+            response_prefix=response_prefix,
         )
         self._state: LearnerState | None = None
 
@@ -100,7 +106,8 @@ class Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
-        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code", "evaluate_every")
+        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code", "evaluate_every",
+                 "trainer", "response_prefix")  # fmt: skip
         settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
         settings |= {name: getattr(config, name) for name in names}
         return cls(config.model, **{**settings, **instead})
@@ -117,6 +124,7 @@ class Learner:
         model, settings = config["model"], {k: v for k, v in config["training"].items() if k not in REFUSED}
         name = options.pop("model", None) or config["model_name"]
         loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
+        options = {**settled(config), **options}
         recipe = options.pop("recipe", config["recipe"])
         return cls(name, recipe, run, training=settings, seed=config["seed"], **loading, **options)
 

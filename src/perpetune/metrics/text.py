@@ -70,8 +70,8 @@ METRICS: dict[str, Metric] = {f.__name__: f for f in (exact_match, rouge_l, toke
 
 
 def metric(name: str) -> Metric:
-    """The metric of generated answers of this name, or a user's own, `module:function`, of a module that the user has imported: data must
-    not decide which code runs.
+    """The metric of generated answers of this name, or a user's own, `module:function`, of a module that the user has
+    imported: data must not decide which code runs.
 
     Raises:
         ConfigError: no such metric, or its module is not imported.

@@ -14,9 +14,9 @@ from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..metrics.text import normalised, rouge_l
 from . import answer_scoring as scoring
+from . import prompt_examples
 from .answer_scoring import LONGEST, PromptsRead, Read, last_logits, log_p_of, positions
 from .backbone import Backbone, Examples, fingerprint
-from . import prompt_examples
 from .prompt_tokens import Prompt, PromptTokenizer, pad_rows
 from .tokenizer_check import check_ids, embedding_rows, longest_text
 

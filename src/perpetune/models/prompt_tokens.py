@@ -12,7 +12,6 @@ from ..core.errors import ModelError
 from ..streams.conversations import Conversation
 from ..streams.passage import unmark
 
-
 # what an answer is tokenised behind: the first after which its first token begins with it
 _BEFORE = (":", "\n", "a", ")", "")
 
@@ -46,9 +45,7 @@ class PromptTokenizer:
         ModelError: a tokenizer without offsets or without an end-of-sequence token.
     """
 
-    def __init__(
-        self, tokenizer: Any, *, decoder: bool, picture: int | None = None, prefix: str | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, decoder: bool, picture: int | None = None, prefix: str | None = None) -> None:
         self.tokenizer, self.decoder, self.picture, self.prefix = tokenizer, decoder, picture, prefix
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
@@ -145,11 +142,13 @@ class PromptTokenizer:
         """
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ModelError("the tokenizer has no chat template for `messages`: use a chat model, or `prompt` instead")
-        read = [Conversation.read(c) for c in conversations]
+        read = [Conversation.read(c or []) for c in conversations]
         turns = [list(self._turns(talk)) for talk in read] if all_turns else None
         return self.prompts([self._written(talk.marked(), True) for talk in read], room, special=False, turns=turns)
 
     def _written(self, talk: Conversation, open_turn: bool) -> str:
+        if not talk.messages:
+            return ""
         try:
             return self.tokenizer.apply_chat_template(
                 talk.messages, tokenize=False, add_generation_prompt=open_turn, **talk.settings
@@ -216,7 +215,10 @@ class PromptTokenizer:
     def _reply(self, text: str) -> tuple[int, ...]:
         end = self.tokenizer.decode([self.turn_end])
         said = text.rpartition(end)[0] if end in text else text.rstrip()
-        return (*next(tokens for tokens, clean in (self._behind(b, said) for b in ("\n", *_BEFORE)) if clean), self.turn_end)
+        return (
+            *next(tokens for tokens, clean in (self._behind(b, said) for b in ("\n", *_BEFORE)) if clean),
+            self.turn_end,
+        )
 
     def _behind(self, before: str, text: str) -> tuple[tuple[int, ...], bool]:
         """(the tokens of a text behind another one, whether none of them holds a part of that)."""

@@ -1,5 +1,5 @@
-"""Files as TRL and its users write them, brought to `prompt` and `response`, or to `messages`, before columns are looked
-for: `prompt` and `completion`, conversations with tools, ShareGPT, Alpaca, and texts that answer nothing."""
+"""Files as TRL and its users write them, brought to `prompt` and `response`, or to `messages`, before columns are
+looked for: `prompt` and `completion`, conversations with tools, ShareGPT, Alpaca, and texts that answer nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def recognised(data: Dataset, origin: Origin, columns: Mapping[str, str]) -> Dat
     | `messages` (perhaps `tools`, `chat_template_kwargs`) | `messages`, `response` |
     | `prompt`, `completion`: texts | `prompt`, `response` |
     | `prompt`, `completion`: lists of messages | `messages`, `response` |
-    | `conversations` of {from, value} or {role, content} (ShareGPT), perhaps `system`, `tools` | `messages`, `response` |
+    | `conversations` of {from, value} or {role, content} (ShareGPT; perhaps `system`) | `messages`, `response` |
     | `instruction`, `output`, perhaps `input` (Alpaca) | `messages`, `response` |
 
     Args:
@@ -46,7 +46,9 @@ def recognised(data: Dataset, origin: Origin, columns: Mapping[str, str]) -> Dat
     if "messages" in names and not names & {"text", "image"}:
         return _conversations(data, data["messages"][:], "messages", origin)
     if "conversations" in names and not names & {"text", "image", "prompt", "label"}:
-        return _conversations(data, [_from_value(row) for row in data["conversations"][:]], "conversations", origin)
+        systems = data["system"][:] if "system" in names else [None] * len(data)
+        read = [_from_value(*row) for row in zip(data["conversations"][:], systems, strict=True)]
+        return _conversations(data, read, "conversations", origin)
     if {"prompt", "completion"} <= names and "response" not in names:
         if "messages" not in names and _holds_lists(data, "prompt"):
             both = zip(data["prompt"][:], data["completion"][:], strict=True)
@@ -88,8 +90,8 @@ def _settings(data: Dataset, origin: Origin) -> list[dict[str, Any]]:
     return found if any(found) else []
 
 
-def _from_value(row: Any) -> Any:
-    """Messages of {from, value}."""
+def _from_value(row: Any, system: str | None) -> Any:
+    """Messages of {from, value}, behind what the system says."""
     row = parsed(row)
     if not isinstance(row, list) or not all(isinstance(turn, dict) for turn in row):
         return None
@@ -97,7 +99,8 @@ def _from_value(row: Any) -> Any:
         return row
     if any(turn.get("from") not in ROLES for turn in row):
         return None
-    return [{"role": ROLES[turn["from"]], "content": turn.get("value")} for turn in row]
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *({"role": ROLES[turn["from"]], "content": turn.get("value")} for turn in row)]
 
 
 def _alpaca(row: dict[str, Any]) -> Any:

@@ -22,8 +22,8 @@ USUAL = {
 
 
 class Columns(NamedTuple):
-    """inputs: as in `Stream.inputs`; target: the column that is learned; names: our name -> the file's, without `prompt`
-    where responses are texts that answer nothing."""
+    """inputs: as in `Stream.inputs`; target: the column that is learned; names: our name -> the file's, without
+    `prompt` where responses are texts that answer nothing."""
 
     inputs: tuple[str, ...]
     target: str

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from datasets import Dataset, Value
 
 from ..core.errors import ConfigError, nearest
 from ..metrics.text import LIKELIHOOD, metric
 from .task import Stream, Task
+
+Responses = Literal["exact", "stripped"]
 
 
 def metrics_of(tasks: Sequence[Task], chosen: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -39,10 +42,13 @@ def answers_nothing(task: Task) -> bool:
 
 
 def stripped(stream: Stream) -> Stream:
-    """The stream with responses without blanks around them, as all streams were read at first: for runs that began so."""
+    """The stream with responses without blanks around them, as all streams were read at first; for runs that began."""
     labels = tuple(label.strip() for label in stream.labels)
-    if stream.modality != "language" or (labels == stream.labels and not any(task.metric for task in stream)):
+    if stream.modality != "language":
         return stream
+    source = {**stream.source, "responses": "stripped"} if stream.source else {}
+    if labels == stream.labels and not any(task.metric for task in stream):
+        return replace(stream, source=source)
     number = {label: c for c, label in enumerate(dict.fromkeys(labels))}
 
     def rows(data: Dataset | None) -> Dataset | None:
@@ -59,7 +65,7 @@ def stripped(stream: Stream) -> Stream:
         splits = {split: rows(getattr(task, split)) for split in ("train", "test", "validation")}
         classes = tuple(dict.fromkeys(number[labels[c]] for c in task.classes))
         tasks.append(replace(task, classes=classes, **splits))  # type: ignore[arg-type]
-    return replace(stream, tasks=tuple(tasks), labels=tuple(number))
+    return replace(stream, tasks=tuple(tasks), labels=tuple(number), source=source)
 
 
 def as_free_texts(

@@ -54,8 +54,8 @@ def pose(stream: Stream, template: Template = "instruction") -> Stream:
     question; the published template tells the name of the dataset as well, at test time, too. The text is marked as
     what may be cut where the prompt is too long for a model.
 
-    "language" poses nothing: the rows are texts to be continued, all of whose tokens are learned; their column `text` is
-    read as responses without prompts (see `as_texts`).
+    "language" poses nothing: the rows are texts that answer nothing, all of whose tokens are learned; their column
+    `text` is read as responses without prompts (see `as_texts`).
 
     Args:
         stream: with `text`, or `text` and `text_pair`. `Task.instruction` says what to decide; without it the line is
