@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 import torch
 import yaml
 
 import perpetune as pt
 from perpetune.core.errors import ConfigError, RunError
+from perpetune.learning import trainer_choice as choice
+from perpetune.learning.token_masking import masked
+from perpetune.learning.training_settings import DEFAULTS, resolve_training, training_arguments
+from perpetune.learning.trl_training import token_rows
+from perpetune.models.loading import load_language_model
+from perpetune.streams.rows import open_rows
 
 pytest.importorskip("trl")
 
@@ -66,3 +73,210 @@ def test_the_first_start_chooses_trl_and_trains_as_our_own_trainer(recipe, strea
     assert theirs.keys() == ours.keys() and len(theirs) > 4
     for key, value in theirs.items():  # the same batches and the same loss; Adam makes signs of rounding errors
         assert (value - ours[key]).abs().max() < 5e-3, key
+
+
+def test_every_name_of_sft_config_is_honoured_set_by_the_run_or_refused():
+    import inspect
+
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    own = {*inspect.signature(SFTConfig.__init__).parameters} - {*inspect.signature(TrainingArguments).parameters}
+    known = choice.HONOURED | choice.OURS.keys() | choice.REFUSED.keys()
+    assert own - {"self"} <= known, own - known
+    for name in (*choice.OURS, *choice.REFUSED):
+        with pytest.raises(ConfigError, match=f"`{name}` (is set by the run|has no effect here)"):
+            resolve_training({name: 1})
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"training": {"packing": True}, "trainer": "perpetune"}, "`packing` is a setting of TRL's SFTTrainer"),
+        ({"training": {"assistant_only_loss": True}}, "assistant_only_loss is for conversations"),
+        ({"training": {"activation_offloading": True}}, "activation_offloading brings activations"),
+        ({"training": {"loss_type": "nil"}}, "Invalid `loss_type` nil"),
+    ],
+)
+def test_what_is_refused_is_refused_before_training_in_one_line(settings, said, stream, model, tmp_path):
+    if "loss_type" in settings["training"]:
+        settings = {**settings, "training": {**SETTINGS, **settings["training"]}}
+    with pytest.raises(ConfigError, match=said) as raised:
+        pt.Learner(model, "lora", tmp_path / "run", **settings).learn(stream)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_goes_on_with_its_own_trainer(stream, model, tmp_path):
+    run = tmp_path / "run"
+    pt.Learner(model, "lora", run, training=SETTINGS, trainer="perpetune").learn(stream.select(["dates"]))
+    config = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    with pytest.raises(RunError, match="trainer was perpetune, now it is trl"):
+        pt.Learner(model, "lora", run, training=SETTINGS, trainer="trl").learn(stream)
+    del config["trainer"], config["model"]["response_prefix"]  # as runs were written at first
+    (run / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    learner = pt.Learner(model, "lora", run, training=SETTINGS)
+    learner.learn(stream)
+    assert (learner.setup.trainer, learner.setup.response_prefix) == ("perpetune", "auto")
+    assert pt.Learner.open(run).backbone.tokens.prefix is None
+
+
+def test_an_encoder_and_a_decoder_stay_with_our_trainer(stream, tiny_lm, tmp_path):
+    t5 = tiny_lm("t5")
+    with pytest.raises(ConfigError, match="cannot train this run: the model is an encoder and a decoder"):
+        pt.Learner(t5, "lora", tmp_path / "a", training=SETTINGS, trainer="trl").learn(stream)
+    said: list[str] = []
+    learner = pt.Learner(t5, "lora", tmp_path / "b", training=SETTINGS)
+    learner.progress.say = said.append  # type: ignore[method-assign]
+    learner.learn(stream.select(["dates"]))
+    assert "perpetune's own trainer (the model is an encoder and a decoder)" in said[0]
+
+
+def test_the_model_is_left_as_it_was(stream, model, tmp_path):
+    learner = pt.Learner(model, "lora", tmp_path / "run", training={**SETTINGS, "gradient_checkpointing": True})
+    learner.learn(stream.select(["dates"]))
+    backbone, plain = learner.backbone, load_language_model(model)
+    base = backbone.model.get_base_model() if hasattr(backbone.model, "get_base_model") else backbone.model
+    assert "forward" not in vars(base) and not base.lm_head._forward_hooks
+    assert base.config.to_dict() == plain.model.config.to_dict()
+    assert base.generation_config.to_dict() == plain.model.generation_config.to_dict()
+
+
+# ---- which tokens carry loss ----
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_lm, tmp_path_factory):
+    """A model whose tokenizer has a chat template."""
+    import shutil
+
+    folder = shutil.copytree(tiny_lm("llama"), tmp_path_factory.mktemp("chat") / "model")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "chat_template": CHAT}), encoding="utf-8")
+    return folder
+
+
+def talk(*turns):
+    roles = ["user", "assistant"] * len(turns)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]}
+
+
+def arguments(**settings):
+    return training_arguments({**DEFAULTS, **settings}, "unused", 0, True, "trl", 8)
+
+
+@pytest.mark.parametrize("ending", ["", " ", "\n"])
+def test_training_reads_the_tokens_of_prediction_and_then_the_response(ending, model):
+    backbone = load_language_model(model)
+    backbone.open_for([], [])
+    backbone.tokens.prefix = ""
+    rows = {"prompt": [f"where is my parcel{ending}"], "response": [" it is\non the way  "], "label": [-1], "id": ["a"]}
+    rows = datasets.Dataset.from_dict(rows)
+    trained = token_rows(backbone.prepare(rows), arguments())[0]
+    asked = backbone.prepare(rows.remove_columns("response").add_column("response", [""]))[0]["input_ids"]
+    answer = [t for t in trained["labels"] if t != -100]
+    assert trained["input_ids"] == [*asked, *answer]
+    tokenizer = backbone.processor
+    assert tokenizer.decode(answer[:-1]) in (rows["response"][0], rows["response"][0].lstrip(" "))  # bytes stay
+    assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_the_loss_is_that_of_all_turns_or_the_last(chat_model):
+    backbone = load_language_model(chat_model)
+    backbone.open_for([], [])
+    backbone.tokens.prefix = ""
+    data = datasets.Dataset.from_list([{**talk("good day", "hello you", "bad movie", "so it is")}])
+    rows = open_rows(data, "the rows").finish({"so it is": 0})
+    rows = rows.add_column("response", ["so it is"])
+    tokenizer = backbone.processor
+
+    def learned(**settings):
+        found = backbone.prepare(rows, all_turns=bool(settings))
+        (row,) = token_rows(found, arguments(**settings))
+        return tokenizer.decode([t for t in row["labels"] if t != -100]).replace(" ", ""), row["input_ids"]
+
+    last, ids = learned()
+    every, same = learned(assistant_only_loss=True)
+    end = tokenizer.eos_token
+    assert (last, every) == (f"soitis{end}", f"helloyou{end}soitis{end}") and ids == same
+    whole, _ = learned(completion_only_loss=False)
+    assert "badmovie" in whole
+
+
+def test_packed_rows_have_the_loss_of_the_same_rows_apart(stream, model, tmp_path):
+    """Each token of a packed row sees its own example alone, so the losses are the same numbers."""
+    first = {}
+    for packing in (True, False):
+        settings = {"num_train_epochs": 1, "per_device_train_batch_size": 100, "packing": packing}
+        learner = pt.Learner(model, "lora", tmp_path / str(packing), training=settings)
+        learner.learn(stream.select(["dates"]))
+        line = [x for x in map(json.loads, (tmp_path / str(packing) / "journal.jsonl").open(encoding="utf-8"))]
+        first[packing] = next(x for x in line if x.get("task") == "dates")
+    assert first[True]["first_loss"] == pytest.approx(first[False]["first_loss"], rel=1e-4)
+    assert first[True]["steps"] == first[False]["steps"] == 1
+
+
+def test_noise_and_dft_change_the_loss_that_they_should(stream, model, tmp_path):
+    losses = set()
+    for name, setting in {"plain": {}, "dft": {"loss_type": "dft"}, "noise": {"neftune_noise_alpha": 50}}.items():
+        pt.Learner(model, "lora", tmp_path / name, training={**SETTINGS, **setting}).learn(stream.select(["dates"]))
+        losses.add([json.loads(x) for x in (tmp_path / name / "journal.jsonl").open()][-1]["first_loss"])
+    assert len(losses) == 3
+
+
+# ---- what is masked, cut and mixed ----
+
+
+def test_stm_masks_the_tokens_that_the_untouched_model_finds_hard(model):
+    """A token carries loss if and only if exp(-log p_0) is at most the threshold (2501.14315)."""
+    backbone = load_language_model(model)
+    backbone.open_for([], [])
+    rows = [{"prompt": p, "response": r, "label": -1, "id": p} for pairs in WEEKS.values() for p, r in pairs.items()]
+    examples = backbone.prepare(datasets.Dataset.from_list(rows))
+    expected = []
+    for e in examples:
+        ids = torch.tensor([[*e["input_ids"], *e["answer"]]])
+        with torch.no_grad():
+            p = backbone.model(ids).logits[0].double().softmax(-1)
+        place = range(len(e["input_ids"]), ids.shape[1])
+        expected.append([float(1 / p[i - 1, ids[0, i]]) for i in place])
+    threshold = sorted(x for row in expected for x in row)[10] * 1.0001
+    found = masked(backbone, examples, threshold, batch_size=3)
+    for e, row, targets in zip(examples, expected, found, strict=True):
+        assert targets == tuple(t if x <= threshold else -100 for t, x in zip(e["answer"], row, strict=True))
+    for example, targets in zip(examples, found, strict=True):
+        example["targets"] = targets
+    labels = token_rows(examples, arguments())["labels"]
+    assert sum(t != -100 for row in labels for t in row) == 11
+    head = pt.LanguageHead()
+    head.begin_task([])
+    batch = backbone.collate(examples)
+    batch.pop("labels")
+    kept = [x for row in expected for x in row if x <= threshold]
+    assert float(head.loss(backbone(**batch), torch.zeros(4))) == pytest.approx(
+        sum(torch.tensor(kept).log().tolist()) / len(kept), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("trainer", ["trl", "perpetune"])
+def test_stm_is_measured_against_the_untouched_model_in_every_task(trainer, stream, model, tmp_path):
+    said: list[str] = []
+    settings = {**SETTINGS, "stm": 80.0, "max_steps": 2}
+    learner = pt.Learner(model, "sequential_lora", tmp_path / "run", training=settings, trainer=trainer)
+    learner.progress.say = said.append  # type: ignore[method-assign]
+    learner.learn(stream)
+    told = [line for line in said if "(stm)" in line]
+    apart = pt.Learner(model, "sequential_lora", tmp_path / "apart", training=settings, trainer=trainer)
+    said.clear()
+    apart.progress.say = said.append  # type: ignore[method-assign]
+    apart.learn(stream.select(["faq"]))
+    assert len(told) == 2 and told[1] in said  # whatever was learned before
+
+
+def test_cut_prompts_are_counted_before_training(stream, model, tmp_path):
+    said: list[str] = []
+    learner = pt.Learner(model, "lora", tmp_path / "run", training={**SETTINGS, "max_steps": 1}, max_length=5)
+    learner.progress.say = said.append  # type: ignore[method-assign]
+    learner.learn(stream.select(["faq"]))
+    (line,) = [line for line in said if "longer than" in line]
+    assert "task `faq`: 12 of 12 training examples (100.0%) are longer than 5 tokens" in line and "max_length" in line

@@ -47,8 +47,7 @@ class Learner:
         training: names of `transformers.TrainingArguments`, `head_learning_rate`, and `class_weights`: "balanced", or a
             weight by label.
         seed: decides everything random.
-        pooling, max_length, trust_remote_code: see `load_backbone`.
-        trainer, response_prefix: of language models: "trl" or "perpetune"; a text before responses; see `settle`.
+        pooling, max_length, trust_remote_code: see `load_backbone`; trainer, response_prefix: see `settle`.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
         device: where to train and predict; None takes an accelerator where there is one.
@@ -106,10 +105,8 @@ class Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
-        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code", "evaluate_every",
-                 "trainer", "response_prefix")  # fmt: skip
-        settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
-        settings |= {name: getattr(config, name) for name in names}
+        own = RunConfig.model_fields.keys() - {"model", "stream", "out", "imports"}
+        settings = {"run": config.out or Path("runs") / recipe, **{name: getattr(config, name) for name in own}}
         return cls(config.model, **{**settings, **instead})
 
     @classmethod
@@ -122,11 +119,10 @@ class Learner:
         config = read_config(Path(run))
         # what had no effect was once taken and is refused now: without it the run is what it was
         model, settings = config["model"], {k: v for k, v in config["training"].items() if k not in REFUSED}
+        options = {"recipe": config["recipe"], **settled(config), **options}
         name = options.pop("model", None) or config["model_name"]
         loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
-        options = {**settled(config), **options}
-        recipe = options.pop("recipe", config["recipe"])
-        return cls(name, recipe, run, training=settings, seed=config["seed"], **loading, **options)
+        return cls(name, run=run, training=settings, seed=config["seed"], **loading, **options)
 
     @classmethod
     def open(cls, run: str | Path, **options: Any) -> Learner:

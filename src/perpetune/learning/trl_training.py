@@ -67,7 +67,7 @@ def ruled_sft_trainer() -> Any:
     """The class: `SFTTrainer` under rules. Importing TRL takes seconds."""
     from trl import SFTTrainer
 
-    class RuledSFTTrainer(UnderRules, SFTTrainer):  # type: ignore[misc]
+    class RuledSFTTrainer(UnderRules, SFTTrainer):
         def _send_telemetry(self) -> None:
             """Nothing is reported of what is trained."""
 
@@ -113,7 +113,7 @@ def token_rows(examples: Examples, arguments: Any) -> datasets.Dataset:
     for e in examples:
         prompt = e["input_ids"]
         spoken = e.get("spoken") if arguments.assistant_only_loss else None
-        before = prompt if whole else [IGNORED] * len(prompt)
+        before: list[int] = prompt if whole else [IGNORED] * len(prompt)
         if spoken and not whole:
             before = [token if own else IGNORED for token, own in zip(prompt, spoken, strict=True)]
         labels.append([*before, *e.get("targets", e["answer"])])

@@ -198,10 +198,10 @@ def _checked(data: Dataset, name: str, origin: Origin, folder: Path | None) -> D
     return data
 
 
-def _answers(labels: Sequence[str], origin: Origin, what: str) -> np.ndarray:
+def _answers(labels: np.ndarray, origin: Origin, what: str) -> np.ndarray:
     """(n,) the answers as they are, or captions without blanks around them."""
     bare = _filled([label.strip() for label in labels], origin, what)
-    return bare if what == "captions" else np.array(labels, dtype=object)
+    return bare if what == "captions" else labels
 
 
 def _filled(texts: Sequence[str], origin: Origin, what: str) -> np.ndarray:
