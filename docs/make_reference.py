@@ -71,6 +71,8 @@ TITLES = {
     "2404.04316": "Parameter Efficient Quasi-Orthogonal Fine-Tuning via Givens Rotation (GOFT, qGOFT)",
     "2405.13383": "Gradient Projection For Continual Parameter-Efficient Tuning (PEGP)",
     "2410.10179": "Is Parameter Collision Hindering Continual Learning in LLMs? (N-LoRA)",
+    "2501.14315": "Mitigating Forgetting in LLM Fine-Tuning via Low-Perplexity Token Learning (STM)",
+    "2603.04964": "Replaying pre-training data improves fine-tuning",
     "2411.02813": "Sparse Orthogonal Parameters Tuning for Continual Learning (SoTU)",
 }
 

@@ -60,9 +60,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"text": f"{c} {i}", "label": c, "shop": "ab"[i % 2]} for c in ("red", "blue", "old", "new") for i in range(8)
     ]
     rows(tmp_path / "tickets.jsonl", shops)
+    rows(tmp_path / "generic.jsonl", [{"text": f"what everybody knows {n}"} for n in range(5)])
     for i in "ab":
         pairs = [{"prompt": f"{i}: capital number {n}", "response": "ab"[n % 2]} for n in range(4)]
         for split in ("train", "test"):
+            rows(tmp_path / "notes" / i / f"{split}.jsonl", [{"text": f"note {n} of {i}"} for n in range(4)])
             rows(tmp_path / "prompts" / i / f"{split}.jsonl", pairs)
             for label in (f"stop {i}", f"go {i}"):
                 pictures(tmp_path / "signs" / i / split / label, 3)

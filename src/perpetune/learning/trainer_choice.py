@@ -11,6 +11,7 @@ from packaging.version import Version
 from ..core.errors import ConfigError
 from ..models.backbone import Backbone
 from ..models.language_model import LanguageBackbone
+from ..recipes.recipe import Recipe
 from ..runs.directory import read_config
 from ..streams import Stream
 from ..streams.free_texts import stripped
@@ -53,28 +54,24 @@ def settle(setup: Setup, stream: Stream, backbone: Backbone) -> Stream:
         ConfigError: TRL is asked for, and cannot train this.
     """
     if not isinstance(backbone, LanguageBackbone):
-        if setup.trainer == "trl":
+        if setup.trainer == "trl" and stream.modality != "language":  # a control without a network trains by itself
             raise ConfigError("trainer `trl` trains language models on prompts, and this stream has none: leave it out")
         setup.trainer = OLD
         return stream
     written = read_config(setup.path) if (Path(setup.path) / "run.yaml").is_file() else None
     if written is not None:
-        then = settled(written)
-        setup.trainer = setup.trainer or then.get("trainer", OLD)
-        if setup.response_prefix is None:
-            setup.response_prefix = then.get("response_prefix", AUTO)
-        if written["stream"]["source"].get("responses", "stripped") == "stripped":
-            stream = stripped(stream)
+        adopt(setup, written)
+        stream = stream if "trainer" in written else stripped(stream)
     else:
         posed = stream.source.get("pose") in ("instruction", "published")
         if setup.response_prefix is None:  # the prompts of templates end with `Answer:`
             setup.response_prefix = AUTO if posed else ""
-        why = not_trl(backbone)
+        why = not_trl(backbone, setup.recipe)
         if setup.trainer is None:
             setup.trainer = "perpetune" if why else "trl"
             by = f"TRL's SFTTrainer {version('trl')}" if not why else f"perpetune's own trainer ({why})"
-            setup.progress.say(f"{setup.path} is trained by {by}; choose with trainer: trl or perpetune")
-    if setup.trainer == "trl" and (why := not_trl(backbone)):
+            setup.progress.say(f"this run is trained by {by}; choose with trainer: trl or perpetune")
+    if setup.trainer == "trl" and (why := not_trl(backbone, setup.recipe)):
         raise ConfigError(f"trainer `trl` cannot train this run: {why}; leave it out, or set trainer: perpetune")
     backbone.tokens.prefix = None if setup.response_prefix == AUTO else setup.response_prefix
     return stream
@@ -88,14 +85,26 @@ def settled(config: dict[str, Any]) -> dict[str, Any]:
     return {"trainer": config.get("trainer", OLD), "response_prefix": model.get("response_prefix", AUTO)}
 
 
-def not_trl(backbone: LanguageBackbone) -> str | None:
-    """Why TRL cannot train this model; None where it can."""
+def adopt(setup: Setup, written: dict[str, Any]) -> None:
+    """Give a setup what its run.yaml says of the settings that it leaves open."""
+    then = settled(written)
+    setup.trainer = setup.trainer or then.get("trainer", OLD)
+    if setup.response_prefix is None:
+        setup.response_prefix = then.get("response_prefix", AUTO)
+
+
+def not_trl(backbone: LanguageBackbone, recipe: Recipe) -> str | None:
+    """Why TRL cannot train this model with this recipe; None where it can."""
     if backbone.start is not None:
         return "the model is an encoder and a decoder"
     if type(backbone) is not LanguageBackbone:
         return "the model reads images"
     if backbone.model.get_output_embeddings() is None or not hasattr(backbone.model, "base_model"):
         return "the model has no head that TRL could fuse"
+    targets = getattr(getattr(recipe.tuner, "config", None), "target_modules", None)
+    output = next(n for n, m in backbone.model.named_modules() if m is backbone.model.get_output_embeddings())
+    if isinstance(targets, (list, set, tuple)) and any(f".{output}".endswith(f".{name}") for name in targets):
+        return f"the tuner adapts `{output}`, which TRL's loss reads without adapters"
     try:
         found = version("trl")
     except PackageNotFoundError:

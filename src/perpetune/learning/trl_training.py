@@ -91,8 +91,9 @@ def sft_trainer(
     kind = ruled_sft_trainer()
     tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
     rows = token_rows(examples, settings)
+    trained = [(p, p.data) for p in backbone.model.parameters() if p.requires_grad]
     with _quiet_datasets():
-        return kind(
+        trainer: UnderRules = kind(
             model=backbone.model,
             args=arguments,
             train_dataset=rows,
@@ -100,6 +101,9 @@ def sft_trainer(
             callbacks=callbacks,
             rules=rules,
         )
+    for parameter, data in trained:  # on a quantised base, TRL rounds adapters to bf16
+        parameter.data = data
+    return trainer
 
 
 def token_rows(examples: Examples, settings: dict[str, Any]) -> datasets.Dataset:
@@ -117,7 +121,7 @@ def token_rows(examples: Examples, settings: dict[str, Any]) -> datasets.Dataset
         before: list[int] = prompt if whole else [IGNORED] * len(prompt)
         if spoken and not whole:
             before = [token if own else IGNORED for token, own in zip(prompt, spoken, strict=True)]
-        labels.append([*before, *e.get("targets", e["answer"])])
+        labels.append([*before, *(e["targets"] if "targets" in e else e["answer"])])
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
