@@ -13,8 +13,8 @@ import perpetune as pt
 from perpetune.core.errors import ConfigError, RunError
 from perpetune.learning import trainer_choice as choice
 from perpetune.learning.token_masking import masked
-from perpetune.learning.training_settings import resolve_training
-from perpetune.learning.trl_training import token_rows
+from perpetune.learning.training_settings import resolve_training, training_arguments
+from perpetune.learning.trl_training import lent, sft_trainer, token_rows
 from perpetune.models.loading import load_language_model
 from perpetune.models.prompt_tokens import PromptTokenizer
 from perpetune.recipes import make_recipe
@@ -148,6 +148,22 @@ def test_the_model_is_left_as_it_was(stream, model, tmp_path):
     assert "forward" not in vars(base) and not base.lm_head._forward_hooks
     assert base.config.to_dict() == plain.model.config.to_dict()
     assert base.generation_config.to_dict() == plain.model.generation_config.to_dict()
+
+
+def test_adapters_on_a_quantised_base_stay_in_single_precision(model, tmp_path):
+    """`SFTTrainer` rounds them to bf16; rules, deltas and commits count on fp32."""
+    import peft
+
+    backbone = load_language_model(model)
+    backbone.open_for([], [])
+    backbone.model.is_loaded_in_4bit = True
+    backbone.model = peft.get_peft_model(backbone.model, peft.LoraConfig(target_modules=["q_proj"]))
+    rows = datasets.Dataset.from_dict({"prompt": ["a"], "response": ["b"], "label": [-1], "id": ["x"]})
+    settings = training_arguments(resolve_training(), str(tmp_path), 0, True, "trl")
+    before = {n: p.clone() for n, p in backbone.model.named_parameters() if p.requires_grad}
+    with lent(backbone):
+        sft_trainer(backbone, backbone.prepare(rows), settings, {}, [], [])
+    assert before and all(torch.equal(backbone.model.get_parameter(n), p) for n, p in before.items())
 
 
 # ---- which tokens carry loss ----

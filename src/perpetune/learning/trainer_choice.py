@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from packaging.version import Version
 
 from ..core.errors import ConfigError
@@ -101,6 +102,8 @@ def not_trl(backbone: LanguageBackbone, recipe: Recipe) -> str | None:
         return "the model reads images"
     if backbone.model.get_output_embeddings() is None or not hasattr(backbone.model, "base_model"):
         return "the model has no head that TRL could fuse"
+    if next(backbone.model.parameters()).device.type != "cpu" and torch.accelerator.device_count() > 1:
+        return "several GPUs are visible, and TRL trains on one: set CUDA_VISIBLE_DEVICES"
     targets = getattr(getattr(recipe.tuner, "config", None), "target_modules", None)
     output = next(n for n, m in backbone.model.named_modules() if m is backbone.model.get_output_embeddings())
     if isinstance(targets, (list, set, tuple)) and any(f".{output}".endswith(f".{name}") for name in targets):

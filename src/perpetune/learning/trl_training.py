@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..models.backbone import Backbone, Examples
+from ..models.loading import quiet
 from ..rules import Attached, Rule, attach
 from ..tuners.decay import decays
 
@@ -146,8 +147,8 @@ def packed_count(backbone: Backbone, examples: Examples, strategy: str) -> int:
 def lent(backbone: Backbone) -> Iterator[None]:
     """The model as `SFTTrainer` takes it, and afterwards as it was.
 
-    The trainer gives it another `forward` (a fused head), hooks (offloading), and another padding token, which stands
-    in its settings, in those of generation and in the tokenizer's.
+    The trainer gives it another `forward` (a fused head), hooks (offloading), and other special tokens, which stand in
+    its settings, in those of generation and in the tokenizer's; what transformers says of that is not shown.
     """
     model = backbone.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -159,7 +160,8 @@ def lent(backbone: Backbone) -> Iterator[None]:
     tags, pad = getattr(base, "model_tags", None), tokenizer.pad_token
     backbone.train()
     try:
-        yield
+        with quiet():
+            yield
     finally:
         for module, name, before in forwards:
             module.__dict__.pop(name, None)

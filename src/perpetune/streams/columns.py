@@ -100,9 +100,11 @@ def _missing(target: str, found: Sequence[str], origin: Origin) -> StreamError:
     likely = [usual[name] for name in USUAL.get(target, "").split() if name in usual]
     others = [name for name in found if name not in ("text", "image", "label")]
     example = [*likely, *others, "name"][0]
+    alone = ', or learn texts as they are by a language model, pose="language"' if "text" in found else ""
+    alone = alone if target == "label" else ""
     listed = ", ".join(f"`{name}`" for name in found)
     return StreamError(
-        f"no column {what} in {origin.whole}, which has {listed}: rename one, for instance {_advice(example, target)}"
+        f"no column {what} in {origin.whole}, which has {listed}: rename one, for instance {_advice(example, target)}{alone}"
     )
 
 
