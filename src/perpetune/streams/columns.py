@@ -100,11 +100,12 @@ def _missing(target: str, found: Sequence[str], origin: Origin) -> StreamError:
     likely = [usual[name] for name in USUAL.get(target, "").split() if name in usual]
     others = [name for name in found if name not in ("text", "image", "label")]
     example = [*likely, *others, "name"][0]
-    alone = ', or learn texts as they are by a language model, pose="language"' if "text" in found else ""
-    alone = alone if target == "label" else ""
+    unlabelled = target == "label" and "text" in found
+    other = ', or let a language model learn texts as they are, pose="language"' if unlabelled else ""
     listed = ", ".join(f"`{name}`" for name in found)
     return StreamError(
-        f"no column {what} in {origin.whole}, which has {listed}: rename one, for instance {_advice(example, target)}{alone}"
+        f"no column {what} in {origin.whole}, which has {listed}: rename one, for instance "
+        f"{_advice(example, target)}{other}"
     )
 
 
