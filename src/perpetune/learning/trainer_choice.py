@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from packaging.version import Version
 
 from ..core.errors import ConfigError
 from ..models.backbone import Backbone
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 TrainerName = Literal["trl", "perpetune"]
 OLD: TrainerName = "perpetune"  # of runs that do not say
-LEAST = "1.16"
+LEAST = (1, 16)
 AUTO = "auto"  # a blank between prompt and response, unless the prompt ends with one
 
 # names of TRL's SFTConfig, besides those of TrainingArguments
@@ -112,8 +111,8 @@ def not_trl(backbone: LanguageBackbone, recipe: Recipe) -> str | None:
         found = version("trl")
     except PackageNotFoundError:
         return "TRL is not installed: pip install 'perpetune[language]'"
-    if Version(found) < Version(LEAST):
-        return f"TRL {found} is older than {LEAST}: pip install --upgrade trl"
+    if tuple(map(int, found.split(".")[:2])) < LEAST:
+        return f"TRL {found} is older than {LEAST[0]}.{LEAST[1]}: pip install --upgrade trl"
     return None
 
 
