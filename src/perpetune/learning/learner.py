@@ -134,11 +134,11 @@ class Learner:
             RunError: no run is there, it is damaged, or its base model is another one now.
         """
         learner = cls.described(run, **options)
-        config = read_config(Path(run))
-        model, stream = config["model"], config["stream"]
+        written = Run.read(run)
+        model, stream = written.config["model"], written.config["stream"]
         backbone = learner.setup.load_base(model["modality"], model["fingerprint"])
         state = LearnerState(learner.setup, backbone, stream["labels"], stream["inputs"])
-        learner._state = state.restore(Run.read(run).commits)
+        learner._state = state.restore(written.commits)
         return learner
 
     # ---- what it is ----
