@@ -89,8 +89,6 @@ PAPERS = {
         "Yang, Shuo and others", "Is Parameter Collision Hindering Continual Learning in LLMs? (N-LoRA)"
     ),
     "2411.02813": Paper(
-    "2501.14315": "Mitigating Forgetting in LLM Fine-Tuning via Low-Perplexity Token Learning (STM)",
-    "2603.04964": "Replaying pre-training data improves fine-tuning",
         "Ning, Kun-Peng and others", "Sparse Orthogonal Parameters Tuning for Continual Learning (SoTU)"
     ),
 }
