@@ -32,6 +32,7 @@ from .revert import revert
 from .setup import Setup
 from .state import LearnerState
 from .task_loop import learn
+from .trainer_choice import TrainerName, settled
 from .training_settings import REFUSED, resolve_training
 
 
@@ -45,15 +46,13 @@ class Learner:
         run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
         heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the
             features.
-        training: names of `transformers.TrainingArguments`, `head_learning_rate`, and `class_weights`: "balanced", or a
-            weight by label.
-        seed: decides everything random.
-        pooling, max_length, trust_remote_code: see `load_backbone`.
+        training: names of `TrainingArguments` (and TRL's `SFTConfig`), and our own; see `resolve_training`.
+        seed: decides everything random; progress: a display; None shows nothing.
+        pooling, max_length, trust_remote_code: see `load_backbone`; trainer, response_prefix: see `settle`.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
         general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
         device: where to train and predict; None takes an accelerator where there is one.
-        progress: a display; None shows nothing.
 
     Raises:
         ConfigError: an unknown recipe, head or training setting.
@@ -76,6 +75,8 @@ class Learner:
         pooling: Pooling | None = None,
         max_length: int | None = None,
         trust_remote_code: bool = False,
+        trainer: TrainerName | None = None,
+        response_prefix: str | None = None,
         evaluate_every: int = 1,
         general: str | Path | Sequence[Any] | None = None,
         device: str | torch.device | None = None,
@@ -97,6 +98,8 @@ class Learner:
             seed=seed,
             device=torch.device(device) if device is not None else default_device(),
             progress=progress or Progress(),
+            trainer=trainer,
+            response_prefix=response_prefix,
         )
         self._state: LearnerState | None = None
 
@@ -105,9 +108,8 @@ class Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
-        names = "seed training heads pooling max_length device trust_remote_code evaluate_every general".split()
-        settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
-        settings |= {name: getattr(config, name) for name in names}
+        own = RunConfig.model_fields.keys() - {"model", "stream", "out", "imports"}
+        settings = {"run": config.out or Path("runs") / recipe, **{name: getattr(config, name) for name in own}}
         return cls(config.model, **{**settings, **instead})
 
     @classmethod
@@ -120,10 +122,10 @@ class Learner:
         config = read_config(Path(run))
         # what had no effect was once taken and is refused now: without it the run is what it was
         model, settings = config["model"], {k: v for k, v in config["training"].items() if k not in REFUSED}
+        options = {"recipe": config["recipe"], **settled(config), **options}
         name = options.pop("model", None) or config["model_name"]
         loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
-        recipe = options.pop("recipe", config["recipe"])
-        return cls(name, recipe, run, training=settings, seed=config["seed"], **loading, **options)
+        return cls(name, run=run, training=settings, seed=config["seed"], **loading, **options)
 
     @classmethod
     def open(cls, run: str | Path, **options: Any) -> Learner:

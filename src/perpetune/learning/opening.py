@@ -21,6 +21,7 @@ from .gone_data import check_needed, completed, told, with_known_scenario
 from .retry import set_aside
 from .setup import Setup, task_settings
 from .state import LearnerState
+from .trainer_choice import OLD, check_trl_settings, settle
 from .training_settings import check_training
 
 
@@ -50,6 +51,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
     if not len(stream) and without is None:
         raise StreamError(f"stream `{stream.name}` has no task")
     backbone = setup.load_backbone(stream.modality)
+    stream = settle(setup, stream, backbone)
     setup.fit_heads(backbone, stream.captions)
     setup.recipe.tuner.check(backbone.model)
     if backbone.left_out and not any(head.starts_from_own for head in setup.recipe.heads):
@@ -61,7 +63,8 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
     for each in stream:  # before anything is written
         settings = task_settings(setup.training, each)
         if settings not in checked:
-            check_training(settings, backbone)
+            check_trl_settings(settings, setup.trainer, stream)
+            check_training(settings, backbone, setup.trainer or OLD)
             checked.append(settings)
     stream = with_known_scenario(stream, setup.path)
     run = Run.open(setup.path, setup.config(stream, backbone))
