@@ -37,6 +37,11 @@ class TaskModel(nn.Module):
         """Where NEFTune adds its noise."""
         return self.backbone.model.get_input_embeddings()
 
+    @property
+    def hf_device_map(self) -> Any:
+        """Of a model that is dealt to several devices, which the Trainer then leaves where it is."""
+        return getattr(self.backbone.model, "hf_device_map", None)
+
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **settings: Any) -> None:
         own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         self.backbone.model.activation_checkpointing_enable(activation_checkpointing_kwargs=own, **settings)
