@@ -217,13 +217,16 @@ def main(arguments: list[str] | None = None) -> None:
             "model": given.model, "folder": f"{root}/model", "stream": f"{root}/stream", "length": 512,
             "examples": f"{root}/examples.json", "steps": given.steps, "batch": given.batch,
         }  # fmt: skip
-        measured("folder", settings)
+        if Path(given.model).is_dir():
+            settings["folder"] = given.model
+        else:
+            measured("folder", settings)
         measured("examples", settings)
         for precision in given.precisions.split(","):
             for checkpointing in (False, True):
                 own = {**settings, "precision": precision, "checkpointing": checkpointing}
                 row = {**own, **{what: measured(what, own) for what in ("peft", "perpetune")}}
-                print(precision, checkpointing, row["peft"], row["perpetune"], file=sys.stderr, flush=True)
+                print(json.dumps(row), file=sys.stderr, flush=True)
                 found.append(row)
     command = (
         f"python -m benchmarks.language_memory --model PATH/TO/{Path(given.model).name} --steps {given.steps} "
