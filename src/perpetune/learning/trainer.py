@@ -29,6 +29,8 @@ class TaskModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        if hasattr(backbone.model, "hf_device_map"):  # dealt to several devices: the Trainer leaves it where it is
+            self.hf_device_map = backbone.model.hf_device_map
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         return {"loss": self.head.loss(self.backbone(**inputs), labels)}
@@ -36,11 +38,6 @@ class TaskModel(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         """Where NEFTune adds its noise."""
         return self.backbone.model.get_input_embeddings()
-
-    @property
-    def hf_device_map(self) -> Any:
-        """Of a model that is dealt to several devices, which the Trainer then leaves where it is."""
-        return getattr(self.backbone.model, "hf_device_map", None)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **settings: Any) -> None:
         own = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
