@@ -23,7 +23,7 @@ from .config_check import check_same
 from .earlier import in_todays_words
 
 CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
-WORTH_LINKING = 65536  # bytes
+WORTH_LINKING = 4096  # bytes: a block of most disks
 
 
 class Run:
