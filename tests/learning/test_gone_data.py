@@ -176,3 +176,14 @@ def test_a_task_that_is_not_learned_needs_its_data(data, model, tmp_path):
     )
     with pytest.raises(StreamError, match="task `mood` has no train split, and .* has not learned it"):
         learn(model, tmp_path / "r", lacking)
+
+
+def test_a_learned_task_under_another_name_is_named(data, model, tmp_path):
+    learn(model, tmp_path / "run", of(data, TASKS[:2]))
+    (data / "films").rename(data / "pictures")
+    heard = Heard()
+    again = load_stream(data, tasks=["news", "pictures"], scenario="class", learned=TASKS[:2])
+    learn(model, tmp_path / "run", again, progress=heard)
+    assert any(
+        "`pictures` has the training rows of `films`" in text and "call it `films`" in text for text in heard.said
+    )

@@ -87,7 +87,16 @@ def _read(name: str, loading: Loading) -> tuple[Any, Any, Collection[str]]:
             model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **given)
             reads: Any = AutoProcessor if pictures else AutoTokenizer
             return model, reads.from_pretrained(source, **own), info["missing_keys"]
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise ModelError(
             f"cannot load `{name}` as a language model with a tokenizer ({first_line(error)}): give a hub id or a "
             "folder with config.json, weights and the files of the tokenizer, or of the processor where it reads "

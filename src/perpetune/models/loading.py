@@ -21,7 +21,7 @@ from .in_memory import InMemory
 from .language_loading import load_language_model, quiet
 from .pooling import Pooling
 from .precision import Loading
-from .tokenizer_check import check_vocabulary, embedding_rows, longest_text, settle_padding
+from .tokenizer_check import check_room, check_vocabulary, embedding_rows, longest_text, settle_padding
 
 
 def load_model(source: str | Path | InMemory, modality: Modality, loading: Loading) -> Backbone:
@@ -86,6 +86,7 @@ def _load_encoder(source: str | Path | InMemory, modality: Literal["text", "imag
         limit = min(getattr(processor, "model_max_length", 256), longest_text(model, config) or 256)
         max_length = min(max_length or 256, limit)
         check_vocabulary(processor, embedding_rows(model), name)
+        check_room(processor, max_length, name)
     backbone = Backbone(
         model,
         processor,
@@ -117,7 +118,7 @@ def _read_encoder(source: str, modality: str, loading: Loading) -> tuple[Any, An
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
             model, lacking = _load_model(_encoder(config, source), source, config, loading)
             return model, auto.from_pretrained(source, trust_remote_code=trust), lacking
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         kind = "tokenizer" if modality == "text" else "image processor"
         raise ModelError(
             f"cannot load `{source}` as a transformers model with a {kind} ({first_line(error)}): give a hub id or a "
