@@ -75,7 +75,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.usefixtures("quick_collection")
 @pytest.mark.parametrize("page", RUN, ids=lambda p: p.stem)
 def test_the_page_works(page, folder, models, monkeypatch, capsys):
     reader = Reader(models, monkeypatch)

@@ -62,7 +62,7 @@ def perpetune(
 
     Start with `perpetune demo`. Then give it your own model and a folder of tasks:
 
-    `perpetune run --model sentence-transformers/all-MiniLM-L6-v2 --stream my_tasks/ --recipe olora --out runs/olora`
+    `perpetune run --model sentence-transformers/all-MiniLM-L6-v2 --stream my_tasks/ --recipe routed --out runs/routed`
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -48,7 +48,7 @@ def completed(run: Run, stream: Stream, learned: Sequence[str], every: bool = Fa
     here = {task.name: task for task in stream}
     left = [name for name in learned if name in here]
     now = [task.name for task in stream.tasks[: len(left)]]
-    other = not left and stream.source.get("source") != read_config(run.path)["stream"]["source"].get("source")
+    other = not left and stream.source.get("source") != run.config["stream"]["source"].get("source")
     if now != left or (len(left) < len(learned) and (every or (learned and other))):
         began = ", ".join(task.name for task in stream.tasks[: len(learned)])
         raise RunError(

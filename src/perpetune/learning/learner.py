@@ -23,7 +23,7 @@ from ..models.precision import Loading
 from ..recipes import make_recipe
 from ..recipes.recipe import Recipe
 from ..recipes.user_pieces import import_modules
-from ..runs.directory import Run, read_config
+from ..runs.directory import Run
 from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
@@ -129,11 +129,11 @@ class Learner:
             RunError: no run is there, it is damaged, or its base model is another one now.
         """
         learner = cls.described(run, **options)
-        config = read_config(Path(run))
-        model, stream = config["model"], config["stream"]
+        written = Run.read(run)
+        model, stream = written.config["model"], written.config["stream"]
         backbone = learner.setup.load_base(model["modality"], model["fingerprint"])
         state = LearnerState(learner.setup, backbone, stream["labels"], stream["inputs"])
-        learner._state = state.restore(Run.read(run).commits)
+        learner._state = state.restore(written.commits)
         return learner
 
     # ---- what it is ----

@@ -14,7 +14,7 @@ from ..metrics.per_class import ClassAccuracy, class_accuracies, final_accuracy_
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
 from .commit import Commit, active, reverted
-from .directory import Run, read_config, read_journal
+from .directory import Run, read_journal
 
 # Predictions on the tasks of a commit before they were learned: by the model before, and, for tasks that joined the
 # stream after the first commit, by the untouched one.
@@ -37,9 +37,9 @@ class Result:
 
     def __init__(self, path: str | Path, keep: Any = None) -> None:
         self.path, self._keep = Path(path), keep
-        self.config = read_config(self.path)
+        run = Run.read(self.path)
+        self.config, self.commits = run.config, run.commits
         self.journal = read_journal(self.path)
-        self.commits = Run.read(self.path).commits
 
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
