@@ -72,6 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ]
             rows(tmp_path / "questions" / i / f"{split}.jsonl", asked)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # files that a page writes are imported from the current folder
     return tmp_path
 
 

@@ -27,7 +27,7 @@ for panel, commands in {
     "Train": (run.demo, run.run, run.compare),
     "Look": (inspect.report, inspect.log, inspect.diff, inspect.gate),
     "Use": (predict.predict,),
-    "Make something of a run": (manage.export, manage.revert, manage.tune_scale),
+    "Make something of a run": (manage.export, manage.serve_config, manage.revert, manage.tune_scale),
     "Choose": (inspect.list_,),
 }.items():
     for command in commands:

@@ -18,6 +18,7 @@ class Continue(Consolidation):
     """One tuner all the way: a commit holds its state after the task, and the last commit is the model. Of a model that
     is trained whole, it holds the entries that are not those of the base."""
 
+    adapters = "newest"
     _attached: bool = field(default=False, init=False, repr=False, compare=False)
     _base: BaseWeights | None = field(default=None, init=False, repr=False, compare=False)
     _whole: bool = field(default=False, init=False, repr=False, compare=False)  # commits as earlier versions wrote them

@@ -137,8 +137,12 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
-    def readout(self, classes: Sequence[int]) -> Readout | None:
-        """The scores of these classes as one linear map of the features; None where they are not one."""
+    def readout(self, classes: Sequence[int], task: int | None = None) -> Readout | None:
+        """The scores of these classes as one linear map of the features; None where they are not one.
+
+        Args:
+            task: see `scores`.
+        """
         return None
 
     def knows(self, classes: Sequence[int]) -> bool:

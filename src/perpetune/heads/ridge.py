@@ -148,7 +148,7 @@ class RidgeHead(StatisticsHead):
             scores[:, seen] = exact_matmul(h, self.bits, Theta) * self.unit
         return scores.to(matmul_dtype(features.device)).to(features.device)
 
-    def readout(self, classes: Sequence[int]) -> Readout | None:
+    def readout(self, classes: Sequence[int], task: int | None = None) -> Readout | None:
         """See `Head.readout`: random features are not linear."""
         if self.features:
             return None

@@ -207,6 +207,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
             write(aside)
             path.mkdir(exist_ok=True)
             for file in aside.iterdir():
+                if (path / file.name).is_dir():
+                    shutil.rmtree(path / file.name)
                 os.replace(file, path / file.name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -255,7 +255,7 @@ class Result:
         if gone := self.commits[-1].manifest.get("not_evaluated") if self.commits else None:
             lines.append(f"  not evaluated any more, since the test data is gone: {', '.join(gone)}")
         lines += [f"  taken out: {task}" for task in self.reverted]
-        promises = self._promises()
+        promises = self.promises()
         lines += [self._promise(*key, found) for key, found in promises.items()]
         broken = [name for (_, name), found in promises.items() if not all(g["holds"] for g in found)]
         if broken:
@@ -263,7 +263,8 @@ class Result:
             lines.append(f"BROKEN PROMISE: {what}: do not use or export this model before you know why")
         return "\n".join(lines)
 
-    def _promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    def promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """What was measured of every promise, by (source, name), in the order of learning."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for g in self.guarantees:
             if g["bound"] is not None:
