@@ -65,9 +65,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for split in ("train", "test"):
             asked = [{"prompt": f"{week}: capital {n}?", "completion": f" {'ab'[n % 2]}"} for n in range(4)]
             rows(tmp_path / "weeks" / week / f"{split}.jsonl", asked)
+    rows(tmp_path / "generic.jsonl", [{"text": f"what everybody knows {n}"} for n in range(5)])
     for i in "ab":
         pairs = [{"prompt": f"{i}: capital number {n}", "response": "ab"[n % 2]} for n in range(4)]
         for split in ("train", "test"):
+            rows(tmp_path / "notes" / i / f"{split}.jsonl", [{"text": f"note {n} of {i}"} for n in range(4)])
             rows(tmp_path / "prompts" / i / f"{split}.jsonl", pairs)
             for label in (f"stop {i}", f"go {i}"):
                 pictures(tmp_path / "signs" / i / split / label, 3)

@@ -28,7 +28,7 @@ class RunConfig(pydantic.BaseModel):
     model: str | None = setting(
         None,
         "Hub id or folder of an encoder (texts, images), of a pair of encoders like CLIP, or of a language model for "
-        "prompts.",
+        "prompts; of the latter also a .gguf file.",
         panel="Model",
         example="sentence-transformers/all-MiniLM-L6-v2",
     )
@@ -62,7 +62,8 @@ class RunConfig(pydantic.BaseModel):
         Shortcut("learning_rate", "--learning-rate", float, "Of the tuner; each recipe has its own default.", "1e-3"),
     ] = setting(
         {},
-        "Any setting of transformers.TrainingArguments, head_learning_rate, or class_weights (balanced, or by label).",
+        "Any setting of transformers.TrainingArguments or of TRL's SFTConfig, head_learning_rate, class_weights "
+        "(balanced, or by label), or stm (a perplexity above which tokens of responses carry no loss).",
         panel="Training",
         option="--set",
         example="warmup_steps=10",
@@ -74,6 +75,20 @@ class RunConfig(pydantic.BaseModel):
         example="cls",
     )
     max_length: int | None = setting(None, "Longest text, in tokens.", panel="Model", example="256", gt=0)
+    trainer: Literal["trl", "perpetune"] | None = setting(
+        None,
+        "Who trains language models on prompts: TRL's SFTTrainer (trl) or a Trainer of our own (perpetune). By default "
+        "trl for a new run, where TRL is installed and can train the model.",
+        panel="Training",
+        example="perpetune",
+    )
+    response_prefix: str | None = setting(
+        None,
+        "What stands between a prompt and its response; auto: a blank, unless the prompt ends with one. By default "
+        "nothing, and auto behind prompts that --pose made.",
+        panel="Model",
+        example="auto",
+    )
     evaluate_every: int = setting(
         1,
         "Evaluate all earlier tasks only after every so many tasks, and after the last; 0: after the last alone.",
@@ -92,6 +107,30 @@ class RunConfig(pydantic.BaseModel):
         None, "cpu, cuda, cuda:1 or mps; by default an accelerator where there is one.", panel="Training", example="cpu"
     )
     trust_remote_code: bool = setting(False, "Run the code that a model brings along from the Hub.", panel="Model")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None,
+        "Precision of the base model, in training and evaluation; adapters and heads are float32. By default the "
+        "checkpoint's own for language models (float32 for a recipe that changes the weights themselves), float32 for "
+        "encoders.",
+        panel="Model",
+        example="bfloat16",
+    )
+    quantization: str | dict[str, Any] | None = setting(
+        None,
+        "Keep the base model in 4 or 8 bits under the adapters: nf4, fp4, int8 (bitsandbytes), or the settings of any "
+        "quantization of transformers.",
+        panel="Model",
+        example="nf4",
+    )
+    gguf_file: str | None = setting(
+        None, "The GGUF file of the model, in its folder or repository.", panel="Model", example="model.Q4_1.gguf"
+    )
+    attn_implementation: str | None = setting(
+        None, "How attention is computed: eager, sdpa, flash_attention_2.", panel="Model", example="sdpa"
+    )
+    device_map: str | dict[str, Any] | None = setting(
+        None, "Deal the model to devices as accelerate does, in place of --device.", panel="Model", example="auto"
+    )
     imports: list[str] = setting(
         [],
         "Your module with pieces of the recipe, in this folder or installed; may be given again.",

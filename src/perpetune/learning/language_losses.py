@@ -90,9 +90,7 @@ def _mean(name: str, by_task: dict[str, float], unit: str, note: str) -> Measure
 def _responses(evaluator: Evaluator, backbone: LanguageBackbone, task: Task) -> Tensor:
     """log p(response | prompt) and the number of its tokens of a task's test examples, (N x 2)."""
     if "options" not in backbone.reads or task.metric is not None:
-        examples = evaluator.prepared(task, "test")
-        with evaluator.progress.bar(f"loss on {task.name}", len(examples)) as advance:
-            return backbone.responses(examples, evaluator.batch_size, advance)
+        return evaluator.responses(task)
     own = torch.tensor(task.test["label"][:])[:, None]  # its likelihood is known: it was an option
     log_p = evaluator.features(task, "test").gather(1, own)
     tokens = backbone.label_embeddings(backbone.labels)[own[:, 0]]

@@ -12,7 +12,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..metrics.accuracy import AccuracyMatrix, summary
 from ..runs.result import Result
-from .training_settings import one_line, training_arguments
+from .trainer_choice import OLD
+from .training_settings import REPORTING, one_line, training_arguments
 
 FOLDER = "tasks"  # of figures after each task, beside one for the losses of each task
 
@@ -54,7 +55,8 @@ def report(path: Path, settings: dict[str, Any], model: Any) -> None:
         return
     result = Result(path)
     with one_line("report_to"):
-        arguments = training_arguments(settings, str(path / "logs" / FOLDER), 0, use_cpu=True)
+        told = {name: value for name, value in settings.items() if name in REPORTING}
+        arguments = training_arguments(told, str(path / "logs" / FOLDER), 0, use_cpu=True, by=OLD)
         callbacks = [DefaultFlowCallback()]  # without which the handler warns
         callbacks += [kind() for kind in get_reporting_integration_callbacks(arguments.report_to)]
         handler = CallbackHandler(callbacks, model, None, None, None)

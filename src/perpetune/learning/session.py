@@ -12,13 +12,18 @@ from torch import Tensor
 from ..consolidation import Session
 from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
+from ..models.language_model import LanguageBackbone
+from ..models.prompt_examples import cut_line
 from ..streams import Task
 from .class_weights import SETTING, class_weights
 from .loss_log import FILE, LossLog, logging_steps
 from .setup import task_settings
 from .state import LearnerState
+from .token_masking import STM, mask_tokens
 from .trainer import TaskModel, TrainingLog, train_task
+from .trainer_choice import OLD
 from .training_settings import count_steps
+from .trl_training import packed_count
 
 
 class Training:
@@ -32,8 +37,20 @@ class Training:
     def __init__(self, state: LearnerState, session: Session) -> None:
         self.state, self.session = state, session
         reads = state.recipe.tuner.trains or state.training_head.trains
-        self.examples: Examples = state.backbone.prepare(state.consolidation.rows(session)) if reads else []
+        self.examples: Examples = self._prepared() if reads else []
         self.trainable = 0
+
+    def _prepared(self) -> Examples:
+        state, settings = self.state, self.state.setup.training_of(self.session.tasks)
+        rows = state.consolidation.rows(self.session)
+        if not isinstance(state.backbone, LanguageBackbone):
+            return state.backbone.prepare(rows)
+        found = state.backbone.prepare(rows, all_turns=bool(settings.get("assistant_only_loss")))
+        if said := cut_line(self.session.name, found, state.backbone.room):
+            state.setup.progress.say(said)
+        if (threshold := settings.get(STM)) is not None:
+            state.setup.progress.say(mask_tokens(state, self.session.name, found, threshold))
+        return found
 
     def open_heads(self) -> None:
         consolidation, states = self.state.consolidation, self.state.consolidation.states
@@ -68,7 +85,11 @@ class Training:
         self.trainable = sum(p.numel() for m in (backbone, head) for p in m.parameters() if p.requires_grad)
         if not self.trainable:
             return TrainingLog(0, None, None)
+        settings = setup.training_of(session.tasks)
         steps = step_budget(session, setup.training)
+        if settings.get("packing"):  # an epoch has fewer rows
+            count = packed_count(backbone, self.examples, settings.get("packing_strategy", "bfd"))
+            steps = min(steps, count_steps(count, settings))
         steps = steps if step_limit is None else min(steps, step_limit)
         title = f"{state.recipe.name} · {session.name} ({session.index + 1}/{of}) · train"
         with setup.progress.bar(title, steps) as advance:
@@ -77,13 +98,14 @@ class Training:
                 head,
                 state.recipe.rules,
                 self.examples,
-                {"logging_steps": logging_steps(steps), **setup.training_of(session.tasks)},
+                {"logging_steps": logging_steps(steps), **settings},
                 task=session.name,
                 seed=task_seed(setup.seed, session.name),
                 steps=steps,
                 advance=advance,
                 logs=setup.path / "logs" / session.name,
                 callbacks=[LossLog(session.name, setup.path / FILE, setup.progress.note)],
+                by=setup.trainer or OLD,
             )
 
     def close_heads(self) -> None:

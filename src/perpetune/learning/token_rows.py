@@ -20,9 +20,9 @@ class TokenBackbone(LanguageBackbone):
     """A language model that also takes rows of tokens: `input_ids`, and `targets`, which are -100 where there is no
     loss. Of a decoder both have one length; of an encoder and a decoder, `targets` are the answer."""
 
-    def prepare(self, rows: datasets.Dataset) -> Examples:
+    def prepare(self, rows: datasets.Dataset, *, all_turns: bool = False) -> Examples:
         if "targets" not in rows.column_names:
-            return super().prepare(rows)
+            return super().prepare(rows, all_turns=all_turns)
         columns = (rows[name][:] for name in ("input_ids", "targets", "id"))
         return [self._example(*row) for row in zip(*columns, strict=True)]
 

@@ -58,9 +58,9 @@ def computed(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def loaded_from(source: str) -> Iterator[None]:
-    """Models that are made within come from the files of this folder or hub id, unchanged."""
-    token = _files.set(_described(source))
+def loaded_from(source: str | None) -> Iterator[None]:
+    """Models that are made within come from the files of this folder or hub id, unchanged (None: from memory)."""
+    token = _files.set(_described(source) if source is not None else None)
     try:
         yield
     finally:
@@ -80,7 +80,9 @@ def forgotten() -> Iterator[None]:
 def _described(source: str) -> str | None:
     """Paths, sizes and times of the files of a model; None where they are few or not on this machine."""
     folder = Path(source)
-    if not folder.is_dir():
+    if folder.is_file():
+        folder = folder.parent
+    elif not folder.is_dir():
         from transformers.utils import cached_file
 
         missing = {f"_raise_exceptions_for_{w}": False for w in ("missing_entries", "gated_repo", "connection_errors")}

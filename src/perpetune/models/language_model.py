@@ -14,10 +14,11 @@ from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..metrics.text import normalised, rouge_l
 from . import answer_scoring as scoring
+from . import prompt_examples
 from .answer_scoring import LONGEST, PromptsRead, Read, last_logits, log_p_of, positions
 from .backbone import Backbone, Examples
 from .fingerprint import fingerprint
-from .prompt_tokens import PromptTokenizer, pad_rows
+from .prompt_tokens import Prompt, PromptTokenizer, pad_rows
 from .tokenizer_check import check_ids, embedding_rows, longest_text
 
 IGNORED = -100
@@ -102,8 +103,12 @@ class LanguageBackbone(Backbone):
 
     # ---- examples ----
 
-    def prepare(self, rows: datasets.Dataset) -> Examples:
-        """Rows with `prompt` or `messages` to tokens: `input_ids` of the prompt; `answer`, which ends the sequence."""
+    def prepare(self, rows: datasets.Dataset, *, all_turns: bool = False) -> Examples:
+        """Rows with `prompt` or `messages` to tokens, see `prompt_examples`; the answer ends the sequence.
+
+        Args:
+            all_turns: find out which tokens of conversations are the assistant's.
+        """
         column = next((c for c in ("prompt", "messages") if c in rows.column_names), None)
         if column is None:
             raise ModelError(
@@ -113,25 +118,12 @@ class LanguageBackbone(Backbone):
         if "image" in rows.column_names:
             raise ModelError(f"`{self.name}` reads no images: use a model that does (LLaVA), or leave out the column")
         turn = column == "messages"
-        read = self.tokens.conversations if turn else self.tokens.prompts
+        read = partial(self.tokens.conversations, all_turns=all_turns) if turn else self.tokens.prompts
         return self._examples(read(rows[column][:], self.room), rows, turn)
 
-    def _examples(
-        self, prompts: Sequence[tuple[list[int], bool]], rows: datasets.Dataset, turn: bool = False
-    ) -> Examples:
-        return [
-            {
-                "input_ids": prompt,
-                "answer": self._fitted(self.tokens.answer(text, blank, turn), prompt),
-                "blank": blank,
-                "turn": turn,
-                "label": y,
-                "id": i,
-            }
-            for (prompt, blank), text, y, i in zip(
-                prompts, self.responses_of(rows), rows["label"], rows["id"], strict=True
-            )
-        ]
+    def _examples(self, prompts: Sequence[Prompt], rows: datasets.Dataset, turn: bool = False) -> Examples:
+        made = prompt_examples.examples(self.tokens, prompts, rows, self.responses_of(rows), self.room, turn)
+        return [{**e, "answer": self._fitted(e["answer"], e["input_ids"])} for e in made]
 
     def responses_of(self, rows: datasets.Dataset) -> list[str]:
         """The expected response of each row: its own text, or the label text of its class."""
@@ -158,16 +150,17 @@ class LanguageBackbone(Backbone):
         The decoder of an encoder-decoder model reads the answer shifted by its start token, padded on the right.
         """
         answers = [list(e["answer"]) for e in examples]
+        targets = [list(e.get("targets", e["answer"])) for e in examples]  # some tokens may carry no loss
         labels = torch.tensor([e["label"] for e in examples])
         if self.start is None:
             both = [[*e["input_ids"], *e["answer"]] for e in examples]
-            known = {"answers": pad_rows(answers, IGNORED, left=True), "labels": labels}
+            known = {"answers": pad_rows(targets, IGNORED, left=True), "labels": labels}
             return {**self._padded(both), **self._pictures(examples), **known}
         shifted = [[self.start, *answer[:-1]] for answer in answers]
         return {
             **self._padded([e["input_ids"] for e in examples]),
             **{f"decoder_{k}": v for k, v in self._padded(shifted).items()},
-            "answers": pad_rows(answers, IGNORED, left=False),
+            "answers": pad_rows(targets, IGNORED, left=False),
             "labels": labels,
         }
 
@@ -184,16 +177,19 @@ class LanguageBackbone(Backbone):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """log p(answer | prompt) and the number of its tokens, the end-of-sequence token among them: (N x 2)."""
-        answers = inputs.pop("answers")
+        known = inputs["answers"] != IGNORED
+        log_p = self.token_log_p(**inputs)
+        return torch.stack([log_p.sum(1), known.sum(1).to(log_p)], 1)
+
+    def token_log_p(self, answers: Tensor, **inputs: Tensor) -> Tensor:
+        """log p of each token of the answers (N x A), 0 where these are -100."""
         if self.start is None:
             keep = answers.shape[1] + 1
             extra = {**positions(self.model, inputs), **last_logits(self.model, keep)}
             logits = self.model(**inputs, **extra, use_cache=False).logits[:, -keep:-1]
         else:
             logits = self.model(**inputs, use_cache=False).logits
-        known = answers != IGNORED
-        log_p = log_p_of(logits, answers.clamp(min=0)) * known
-        return torch.stack([log_p.sum(1), known.sum(1).to(log_p)], 1)
+        return log_p_of(logits, answers.clamp(min=0)) * (answers != IGNORED)
 
     @torch.inference_mode()
     def outputs(

@@ -44,8 +44,7 @@ class Result:
         self.config, self.commits = run.config, run.commits
         self.journal = read_journal(self.path)
         self.history = run.history
-        self.active = active(self.commits)
-        self.reverted = reverted(self.commits)
+        self.active, self.reverted = active(self.commits), reverted(self.commits)
         self._once: dict[tuple[str, str, str], Any] = {}  # what was made of all predictions
 
     @cached_property
