@@ -24,7 +24,8 @@ from perpetune.core.errors import ConfigError
 from perpetune.routers import KMeansRouter
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
-BESIDE = ("head.safetensors", "rules.safetensors", "predictions.safetensors", "commit.json")  # not the consolidation's
+HEADS = ("head_added.safetensors", "head_sums.safetensors")
+BESIDE = (*HEADS, "rules.safetensors", "predictions.safetensors", "commit.json")  # not the consolidation's
 
 
 def lora():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -50,7 +50,7 @@ class RidgeHead(StatisticsHead):
     """
 
     name = "ridge"
-    class_axis: ClassVar[dict[str, int]] = {"cross": 1, "counts": 1}
+    class_axis: ClassVar[Mapping[str, int]] = {"cross": 1, "counts": 1}
     symmetric: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __init__(

@@ -39,11 +39,10 @@ class ObservingHead(OpenedHead):
 class StatisticsHead(ObservingHead):
     """A head made of sums over samples, `self.statistics`, in fixed point (see `moments`), on the CPU.
 
-    Subclasses say what the sums are (`shapes`), which axis runs over classes (`class_axis`), and which are symmetric
-    matrices (`symmetric`: only the upper triangle is saved).
+    Subclasses say what the sums are (`shapes`), which axis runs over classes (`Head.class_axis`), and which are
+    symmetric matrices (`symmetric`: only the upper triangle is saved).
     """
 
-    class_axis: ClassVar[dict[str, int]] = {}
     symmetric: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, refresh: bool = False) -> None:

@@ -1,4 +1,8 @@
-"""What routers by ridge share: sums over the samples of each task, exact in any order, from which they are fitted."""
+"""What routers by ridge share: sums over the samples of each task, exact in any order, from which they are fitted.
+
+The sum over all tasks is held: a new task is added to it, and one that is forgotten or observed again is taken out.
+Since sums are exact, the bits are those of a sum made anew.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,8 @@ class SumsRouter(Router):
     bits: Any = field(init=False, repr=False, compare=False)
     _fitted: Any = field(default=None, init=False, repr=False, compare=False)
     _one: RidgeHead = field(init=False, repr=False, compare=False)  # for one task at a time
+    _total: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _added: dict[int, tuple[State, bytes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._one = self._head()  # checks the settings
@@ -39,6 +45,7 @@ class SumsRouter(Router):
     def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
         super().open(width, labels, seed=seed)
         self._one = self._opened(self.kinds(labels))
+        self._total, self._added = {name: self._one.statistics[name].clone() for name in ("gram", "clipped")}, {}
 
     def _head(self) -> RidgeHead:
         return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
@@ -80,8 +87,44 @@ class SumsRouter(Router):
 
     def _order(self) -> list[int]:
         """The tasks in an order of their own, by what is stored of them: sums of features, and of squares."""
-        return sorted(self.tasks, key=lambda task: _digest(self.known[task]))
+        self._add_up()
+        return sorted(self.tasks, key=lambda task: self._added[task][1])
+
+    def _add_up(self) -> None:
+        """Bring the sum over all tasks up to date: what is known of a task is never changed in place."""
+        for task in [t for t, (state, _) in self._added.items() if self.known.get(t) is not state]:
+            self._count(self._added.pop(task)[0], -1)
+        for task in self.known.keys() - self._added.keys():
+            self._count(self.known[task], 1)
+            self._added[task] = self.known[task], _digest(self.known[task])
+
+    def _count(self, state: State, sign: int) -> None:
+        self._one.load_state(state)
+        self._total = {name: total + sign * self._one.statistics[name] for name, total in self._total.items()}
+
+    def _fit_head(self, names: Sequence[str], cross: Sequence[Tensor], counts: Sequence[Tensor]) -> RidgeHead:
+        """A head of these classes (K of them) that has seen the samples of all tasks.
+
+        Args:
+            cross, counts: of each task, as a head saves them: (folds x k x M) and (folds x k); the k sum up to K.
+        """
+        head = self._opened(names)
+        rows = {"cross": torch.cat(list(cross), 1), "counts": torch.cat(list(counts), 1)}
+        head.check_samples(int(rows["counts"].sum()))
+        head.statistics = {**self._total, **rows}
+        head.changed()
+        return head
+
+    def _squares(self, task: int, fold: int) -> Tensor:
+        """G_t, (M x M), in steps^2."""
+        self._one.load_state(self.known[task])
+        return self._one.statistics["gram"][fold]
 
 
 def _digest(state: State) -> bytes:
     return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in ("cross", "gram"))).digest()
+
+
+def holds_for_most(enough: Tensor, many_tasks: bool) -> bool:
+    """Whether tasks (T,) have samples enough for a posterior: all of them, or at least half where there are many."""
+    return bool(enough.all()) if not many_tasks else 2 * int(enough.sum()) >= len(enough)
