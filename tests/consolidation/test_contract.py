@@ -14,6 +14,7 @@ from perpetune.consolidation import (
     Concatenate,
     Continue,
     DeltaMerge,
+    FirstTask,
     Joint,
     Merge,
     PerTask,
@@ -38,6 +39,8 @@ CASES = {
     "DeltaMerge": lambda: pt.Recipe(pt.AllWeights(), [], DeltaMerge()),
     "PerTask": lambda: pt.Recipe(lora(), [], PerTask(KMeansRouter(2))),
     "Concatenate": lambda: pt.Recipe(lora(), [], Concatenate(), pt.SubspaceHead()),
+    "FirstTask": lambda: pt.Recipe(lora(), [], FirstTask(), [pt.RidgeHead(0), pt.PrototypeHead()]),
+    "FirstTask, two blocks": lambda: pt.Recipe(lora(), [], FirstTask("better", True), pt.PrototypeHead()),
     "Replay": lambda: pt.Recipe(lora(), [], Replay(per_class=2)),
     "Joint": lambda: pt.Recipe(lora(), [], Joint()),
 }

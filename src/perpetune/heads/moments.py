@@ -15,6 +15,7 @@ from ..core.measurement import Measurement
 from .base import matmul_dtype
 from .exact_sums import EXACT_BITS, FixedPoint, check_room, exact_matmul
 from .feature_maps import FeatureMap
+from .holdout import HoldoutMoments
 from .readout import Readout
 from .statistics import Shape, StatisticsHead
 
@@ -31,14 +32,17 @@ class MomentsHead(StatisticsHead):
     A subclass gives the `maps`, by the prefix of their sums, and `fit`. Scores are h Theta + `offset`.
     """
 
-    class_axis: ClassVar[dict[str, int]] = {"cross": 1, "counts": 1}
+    class_axis: ClassVar[dict[str, int]] = {"cross": 1, "counts": 1, "shards": 0, "shard_counts": 0}
     symmetric: ClassVar[frozenset[str]] = frozenset({"gram"})
     holdout: float
     bits: int
+    shards: int = 0  # parts of a class's hold-out whose sums are kept apart, see `HoldoutMoments`
 
     def check_moments(self) -> None:
         if not 0 < self.holdout < 1:
             raise ConfigError(f"head `{self.name}`: holdout={self.holdout}; give a share between 0 and 1")
+        if self.shards < 0:
+            raise ConfigError(f"head `{self.name}`: shards={self.shards}; give their number, or 0 for none")
         if not 8 <= self.bits <= 24:
             raise ConfigError(f"head `{self.name}`: bits={self.bits}; give 8 to 24")
 
@@ -51,6 +55,10 @@ class MomentsHead(StatisticsHead):
         """A head with nothing left to choose needs no hold-out."""
         return 2
 
+    @property
+    def _shards(self) -> int:
+        return self.shards if self.folds == 2 else 0
+
     def make_maps(self) -> dict[str, FeatureMap]:
         """The maps of the open head, by the prefix of the names of their sums."""
         raise NotImplementedError
@@ -61,7 +69,11 @@ class MomentsHead(StatisticsHead):
             m = feature_map.size
             shapes[f"{prefix}gram"] = torch.float64, (self.folds, m, m)  # G, in steps^2; [0] train, [1] hold-out
             shapes[f"{prefix}cross"] = torch.float64, (self.folds, classes, m)  # Q^T, in steps
+            if self._shards:
+                shapes[f"{prefix}shards"] = torch.float64, (classes, self._shards, m)  # in steps
         shapes["counts"] = torch.int64, (self.folds, classes)
+        if self._shards:
+            shapes["shard_counts"] = torch.int64, (classes, self._shards)
         shapes["clipped"] = torch.int64, (2,)  # clipped entries, all entries
         return shapes
 
@@ -102,16 +114,23 @@ class MomentsHead(StatisticsHead):
         self.check_samples(int(self.class_counts().sum()) + len(labels))
         fold = torch.tensor([self.folds == 2 and in_holdout(i, self.holdout) for i in ids], dtype=torch.long)
         s, classes = self.statistics, len(self.labels)
+        part = labels * self._shards + torch.tensor([shard(i, self._shards) for i in ids], dtype=torch.long)
         for rows in torch.arange(len(labels)).split(ROWS):
             mine = [(k, fold[rows] == k) for k in range(self.folds)]
             for k, of_k in mine:
                 s["counts"][k] += torch.bincount(labels[rows][of_k], minlength=classes)
+            held = part[rows][fold[rows] == 1]
+            if self._shards:
+                counted = torch.bincount(held, minlength=classes * self._shards)
+                s["shard_counts"] += counted.reshape(classes, self._shards)
             for prefix, feature_map in self.maps.items():
                 h, clipped = feature_map.steps(features[rows])
                 s["clipped"] += torch.tensor([clipped, h.numel() + len(rows) * self.width])
                 for k, of_k in mine:
                     s[f"{prefix}gram"][k].addmm_(h[of_k].T, h[of_k])
                     s[f"{prefix}cross"][k].index_add_(0, labels[rows][of_k], h[of_k])
+                if self._shards:
+                    s[f"{prefix}shards"].flatten(0, 1).index_add_(0, held, h[fold[rows] == 1])
         self.changed()
 
     def seen(self) -> list[int]:
@@ -125,6 +144,15 @@ class MomentsHead(StatisticsHead):
         G = self.statistics[f"{prefix}gram"] * unit**2
         Q = self.statistics[f"{prefix}cross"][:, seen].mT.contiguous() * unit
         return G, Q, self.statistics["counts"][:, seen]
+
+    def holdout_moments(self, seen: Sequence[int], prefix: str = "", features: int | None = None) -> HoldoutMoments:
+        """The hold-out fold as `HoldoutMoments` reads it, of the first of the features."""
+        G, Q, n = (sums[1] for sums in self.moments(seen, prefix))
+        moments = G[:features, :features], Q[:features], n
+        if not self._shards:
+            return HoldoutMoments(*moments)
+        sums = self.statistics[f"{prefix}shards"][seen][..., :features] * self.maps[prefix].unit
+        return HoldoutMoments(*moments, sums, self.statistics["shard_counts"][seen])
 
     def fit(self) -> tuple[list[int], Tensor, float]:
         """Classes seen (k of them), Theta (M x k), strength. Computed once after each change."""
@@ -193,3 +221,8 @@ class MomentsHead(StatisticsHead):
 def in_holdout(sample_id: str, share: float) -> bool:
     """Whether a sample belongs to the hold-out: by its id alone, not by its position."""
     return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") < share * 2**64
+
+
+def shard(sample_id: str, of: int) -> int:
+    """To which of so many shards of the hold-out a sample belongs: by its id alone."""
+    return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[8:16], "big") % of if of else 0

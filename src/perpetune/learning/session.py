@@ -26,12 +26,14 @@ class Training:
     Attributes:
         examples: the rows as model inputs, while the session lasts; none where nothing reads them.
         trainable: number of parameters that training changes.
+        learns: whether there is anything to train: the model, or a head that is read.
     """
 
     def __init__(self, state: LearnerState, session: Session) -> None:
         self.state, self.session = state, session
-        reads = state.recipe.tuner.trains or state.training_head.trains
-        self.examples: Examples = state.backbone.prepare(state.consolidation.rows(session)) if reads else []
+        adapts = state.recipe.tuner.trains and state.consolidation.adapts(session)
+        self.learns = adapts or state.heads[0].trains
+        self.examples: Examples = state.backbone.prepare(state.consolidation.rows(session)) if self.learns else []
         self.trainable = 0
 
     def open_heads(self) -> None:
@@ -65,7 +67,8 @@ class Training:
         state, session = self.state, self.session
         setup, backbone, head = state.setup, state.backbone, state.training_head
         self.trainable = sum(p.numel() for m in (backbone, head) for p in m.parameters() if p.requires_grad)
-        if not self.trainable:
+        if not self.trainable or not self.learns:
+            self.trainable = 0
             return TrainingLog(0, None, None)
         steps = step_budget(session, setup.training)
         steps = steps if step_limit is None else min(steps, step_limit)

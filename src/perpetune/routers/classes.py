@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads.ridge import FEWEST, RidgeHead, solve
+from ..heads.moments import MomentsHead
+from ..heads.ridge import FEWEST, solve
 from .base import RouterError, State
 from .sums import SumsRouter
 
@@ -56,7 +57,7 @@ class ClassRouter(SumsRouter):
     def summarise(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> State:
         return self._sums(features, labels, ids)
 
-    def fit(self) -> tuple[RidgeHead, Tensor, Tensor, float | None]:
+    def fit(self) -> tuple[MomentsHead, Tensor, Tensor, float | None]:
         """The head over all (task, class), for each of its K columns the task (K,) and the class (K,), and tau."""
         self.check_observed()
         if self._fitted is None:
@@ -75,7 +76,7 @@ class ClassRouter(SumsRouter):
             self._fitted = head, task_of, class_of, tau
         return self._fitted
 
-    def _temperature(self, head: RidgeHead, order: Sequence[int], task_of: Tensor) -> float:
+    def _temperature(self, head: MomentsHead, order: Sequence[int], task_of: Tensor) -> float:
         G_tr, Q = head.statistics["gram"][0] * head.unit**2, head.statistics["cross"].mT * head.unit
         Theta = solve(G_tr, Q[0], head.fit()[2])  # (M x K)
         K, n = len(task_of), float(head.statistics["counts"][1].sum())
@@ -114,7 +115,7 @@ class ClassRouter(SumsRouter):
         _, task_of, _, tau = self.fit()
         if tau is None:
             raise RouterError(
-                f"ClassRouter needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: observe "
+                f"{self._name} needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: observe "
                 "more, or call `route`"
             )
         log_p = (self._scores(features) / tau).log_softmax(1)

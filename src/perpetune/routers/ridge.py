@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, nearest
 from ..core.measurement import Measurement
-from ..heads.ridge import FEWEST, RidgeHead, solve
+from ..heads.moments import MomentsHead
+from ..heads.ridge import FEWEST, solve
 from .base import RouterError, State
 from .sums import SumsRouter
 
@@ -95,7 +96,7 @@ class RidgeRouter(SumsRouter):
             self._fitted = Fit(order, head, density)
         return self._fitted
 
-    def _density(self, head: RidgeHead, order: Sequence[int]) -> Density:
+    def _density(self, head: MomentsHead, order: Sequence[int]) -> Density:
         """The density of hold-out scores for each task, in this order."""
         T, unit = len(order), head.unit
         G_tr, Q = head.statistics["gram"][0] * unit**2, head.statistics["cross"].mT * unit  # (M x M), (2 x M x T)
@@ -208,7 +209,7 @@ class Fit:
     """The tasks in the order of the columns, the head that scores them, and the density of its scores if there is."""
 
     order: list[int]
-    head: RidgeHead
+    head: MomentsHead
     density: Density | None
 
 

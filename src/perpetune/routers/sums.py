@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..heads.moments import MomentsHead
 from ..heads.ridge import RidgeHead
 from .base import Router, RouterError, State
 
 
 @dataclass
 class SumsRouter(Router):
-    """Stores of each task the state of a `RidgeHead` that has seen this task alone.
+    """Stores of each task the state of a `RidgeHead`, or of another head on moments, that has seen this task alone.
 
     A subclass has the settings `features`, `holdout` and `bits` of that head, names the `kinds` that it counts apart
     within a task, and fits itself in `fit`.
@@ -25,7 +26,7 @@ class SumsRouter(Router):
     holdout: Any = field(init=False, repr=False, compare=False)
     bits: Any = field(init=False, repr=False, compare=False)
     _fitted: Any = field(default=None, init=False, repr=False, compare=False)
-    _one: RidgeHead = field(init=False, repr=False, compare=False)  # for one task at a time
+    _one: MomentsHead = field(init=False, repr=False, compare=False)  # for one task at a time
 
     def __post_init__(self) -> None:
         self._one = self._head()  # checks the settings
@@ -38,10 +39,10 @@ class SumsRouter(Router):
         super().open(width, labels, seed=seed)
         self._one = self._opened(self.kinds(labels))
 
-    def _head(self) -> RidgeHead:
+    def _head(self) -> MomentsHead:
         return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
 
-    def _opened(self, names: Sequence[str]) -> RidgeHead:
+    def _opened(self, names: Sequence[str]) -> MomentsHead:
         head = self._head()
         head.open(self.width, names, seed=self.seed)
         return head
