@@ -98,7 +98,7 @@ class FirstTask(Continue, PerTaskStates):
             super().begin_task(session)
 
     def end_task(self, session: Session) -> None:
-        self._files = {}
+        self._files = {FACTS: self._facts}
         if self._settled:
             return
         super().end_task(session)

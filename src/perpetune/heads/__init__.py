@@ -9,6 +9,7 @@ from typing import Any
 from ..core.errors import ConfigError, nearest
 from ..core.plugins import with_installed
 from ..core.validation import call_checked
+from .anacp import AnaCPHead
 from .base import Head
 from .closed_form import ClosedFormHead
 from .contrastive import ContrastiveHead
@@ -67,6 +68,7 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
     "lda": LDAHead,
     "klda": KLDAHead,
     "closed_form": ClosedFormHead,
+    "anacp": AnaCPHead,
     "ease": SubspaceHead,
 }
 
@@ -97,6 +99,7 @@ def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
 
 __all__ = [
     "HEADS",
+    "AnaCPHead",
     "ClosedFormHead",
     "ContrastiveHead",
     "Head",

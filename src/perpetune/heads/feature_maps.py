@@ -14,11 +14,11 @@ from torch import Tensor
 from ..core.errors import ConfigError, nearest
 from .exact_sums import FEATURES, GAUSSIAN, FixedPoint, gaussian_steps
 
-Kind = Literal["raw", "normalised", "relu", "relu_normalised", "kernel", "kernel_normalised", "gelu_normalised"]
+Kind = Literal["raw", "normalised", "relu", "relu_normalised", "kernel", "kernel_normalised", "gelu", "gelu_normalised"]
 UNIT = FixedPoint(bits=24, step=2.0**-24)  # entries of f / |f|
 TURN = 2**16  # steps of a full turn: angles of random Fourier features are multiples of 2 pi / TURN
 # Largest entry of h: |f W| is about |f|, 512 is 5 deviations at norm 100; about 1 where |f| = 1, 16 is never reached.
-REACH = {"raw": 32.0, "normalised": 1.0, "relu": 512.0, "relu_normalised": 16.0, "gelu_normalised": 16.0}
+REACH = {"raw": 32.0, "normalised": 1.0, "relu": 512.0, "relu_normalised": 16.0, "gelu": 16.0, "gelu_normalised": 16.0}
 
 
 @dataclass(frozen=True)
