@@ -1,4 +1,4 @@
-"""Which head of sums reads frozen features best: kinds of maps, their width, ridge or discriminant analysis, and a choice.
+"""Which head of sums reads frozen features best: maps, their width, ridge or discriminant analysis, a choice.
 
     python -m benchmarks.frozen_heads --model PATH/TO/all-MiniLM-L6-v2 --streams PATH/TO/streams --json heads.json
 

@@ -5,7 +5,7 @@ from torch.nn.functional import gelu, normalize
 from perpetune.core.errors import ConfigError
 from perpetune.heads import AnaCPHead
 from perpetune.heads.anacp import JITTER, spread
-from tests.heads.points import LABELS, N, WIDTH, head_of, samples
+from tests.heads.points import LABELS, WIDTH, N, head_of, samples
 
 
 def direct(f, y, head):

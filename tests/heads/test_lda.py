@@ -9,7 +9,7 @@ from perpetune.heads import ClosedFormHead, KLDAHead, LDAHead, RidgeHead
 from perpetune.heads.feature_maps import FeatureMap
 from perpetune.heads.holdout import HoldoutMoments
 from perpetune.heads.moments import in_holdout, shard
-from tests.heads.points import LABELS, N, WIDTH, head_of, opened, samples
+from tests.heads.points import LABELS, WIDTH, N, head_of, opened, samples
 
 KINDS = ["raw", "normalised", "relu", "relu_normalised", "kernel", "kernel_normalised", "gelu", "gelu_normalised"]
 
@@ -184,7 +184,9 @@ def test_a_map_gives_a_sample_the_same_bits_in_any_batch_and_ridge_reads_it(kind
 
 
 def test_random_fourier_features_approach_the_gaussian_kernel():
-    f = torch.nn.functional.normalize(torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    f = torch.nn.functional.normalize(
+        torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)).double(), dim=1
+    )
     feature_map = FeatureMap("kernel_normalised", WIDTH, 8192, seed=0, gamma=0.7)
     h = feature_map.steps(3 * f)[0] * feature_map.unit
     kernel = (-0.7 * torch.cdist(f, f).square()).exp()

@@ -13,7 +13,8 @@ from .stack import Stack
 from .states import PerTaskStates
 
 CONSOLIDATIONS = {
-    c.__name__: c for c in (Continue, Merge, Stack, DeltaMerge, SparseSum, PerTask, Concatenate, FirstTask, Replay, Joint)
+    c.__name__: c
+    for c in (Continue, Merge, Stack, DeltaMerge, SparseSum, PerTask, Concatenate, FirstTask, Replay, Joint)
 }
 
 __all__ = [

@@ -28,7 +28,7 @@ class AnaCPHead(MomentsHead):
         read-out     h = gelu(p R_0), Theta by ridge (lambda) on `replay` samples of N(mu_c, S) for each class
 
     R_0, R_1, ... ~ N(0, 1). This is the released code (SalehMomeni/AnaCP). The released code also pushes apart along a
-    direction in which the means do not differ at all (their mean is taken off, so that one s is 0): here it is left out.
+    direction in which the means do not differ at all (their mean is taken off, so one s is 0): here it is left out.
     No sample is kept: the replayed ones are drawn anew at every fit, from the seed. Published: M = 5,000, 3 layers,
     lambda 100, after adaptation to the first task (`FirstTask`); M is 1,024 here. S of all tasks is the sum about the
     final means; the released code centres every task by the means of its day. Statistics, fit and scores have the same

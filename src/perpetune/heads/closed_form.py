@@ -117,7 +117,7 @@ class ClosedFormHead(MomentsHead):
     # ---- choosing ----
 
     def choice(self) -> Choice:
-        """What reads the sums as they are now; with fewer than 10 samples in either fold, the first without a choice."""
+        """What reads the sums as they are now; with fewer than 10 samples in either fold, the first is taken."""
         if self._choice is None:
             n = self.statistics["counts"].sum(1)
             candidates = self._candidates() if int(n.min()) >= FEWEST else iter([self._unchosen()])
@@ -136,7 +136,9 @@ class ClosedFormHead(MomentsHead):
         seen = self.seen()
         for prefix, feature_map in sorted(self.maps.items(), key=lambda item: item[1].random):
             G, Q, n = self.moments(seen, prefix)
-            for m in sorted({max(1, feature_map.size // w) for w in WIDTHS}) if feature_map.random else [feature_map.size]:
+            for m in (
+                sorted({max(1, feature_map.size // w) for w in WIDTHS}) if feature_map.random else [feature_map.size]
+            ):
                 g, q, holdout = G[0, :m, :m], Q[0, :m], self.holdout_moments(seen, prefix, m)
                 for method in self.methods:
                     strengths = SHRINKAGES[::-1] if method == "lda" else PENALTIES[::-1]
@@ -172,7 +174,9 @@ class ClosedFormHead(MomentsHead):
         measured.append(Measurement("sums", held, self.memory, "MB", source, note))
         if self.class_counts().any():
             choice = self.choice()
-            what = f"{choice.method} on {choice.features} features, {choice.prefix[:-1]}, strength {choice.strength:.1g}"
+            what = (
+                f"{choice.method} on {choice.features} features, {choice.prefix[:-1]}, strength {choice.strength:.1g}"
+            )
             note = f"Chosen on hold-out moments: {what}. The accuracy that was expected there, of Gaussian classes."
             measured.append(Measurement("expected accuracy", choice.accuracy, None, "", source, note))
         return measured

@@ -18,8 +18,8 @@ Linear = tuple[Tensor, Tensor | None]  # Theta (M x C), offsets (C,)
 class HoldoutMoments:
     """Each class of a hold-out as a Gaussian N(m_c, S_c), m_c = Q_c / n_c.
 
-    S_c = a S + (1 - a) D_c: S = (G - sum_c n_c m_c m_c^T) / (n - C) is common to all. D_c is of the class alone, from the
-    sums q_cb of its samples in each of B shards, n_cb of them, to which they belong by a hash of their ids:
+    S_c = a S + (1 - a) D_c: S = (G - sum_c n_c m_c m_c^T) / (n - C) is common to all. D_c is of the class alone, from
+    the sums q_cb of its samples in each of B shards, n_cb of them, to which they belong by a hash of their ids:
 
         D_c = sum_b d_cb d_cb^T / (B - 1),   d_cb = (q_cb - n_cb m_c) / sqrt(n_cb),   a = 1 / B
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ class LDAHead(MomentsHead):
 
     the log-posterior under Gaussians of equal covariance and equal priors, up to a constant of the sample. a has the
     highest expected accuracy on the hold-out fold under the fit on the train fold (`HoldoutMoments`), from moments
-    alone; the final fit is on both folds. Where classes are not equally frequent, priors that are equal favour the rare.
+    alone; the final fit is on both folds. Where classes are not equally frequent, equal priors favour the rare.
 
     Args:
         map: what h is, see `FeatureMap`; features: M, where the map is random.
@@ -127,8 +125,8 @@ class Discriminant:
     """Discriminants for any shrinkage.
 
     Args:
-        G: sum h h^T, (M x M); Q: sums of h by class, (M x C); n: counts, (C,). Classes without samples score as if their
-            mean were 0.
+        G: sum h h^T, (M x M); Q: sums of h by class, (M x C); n: counts, (C,). Classes without samples score as if
+            their mean were 0.
     """
 
     def __init__(self, G: Tensor, Q: Tensor, n: Tensor) -> None:
@@ -145,4 +143,3 @@ class Discriminant:
         S_a.diagonal().add_(shrinkage * level)
         Theta = torch.cholesky_solve(self.means, torch.linalg.cholesky(S_a))
         return Theta, -0.5 * (self.means * Theta).sum(0)
-

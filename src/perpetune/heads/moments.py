@@ -1,4 +1,4 @@
-"""Heads made of second moments of mapped features, in two folds: what ridge and discriminant analysis have in common."""
+"""Heads made of second moments of mapped features, in two folds: what ridge and discriminant analysis share."""
 
 from __future__ import annotations
 

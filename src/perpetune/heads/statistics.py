@@ -178,7 +178,9 @@ class StatisticsHead(ObservingHead):
                 read[name] = upper + upper.triu(1).mT
             elif self.kind_of(name) in self.class_axis:
                 ours = torch.zeros(self.shapes(len(self.labels))[name][1], dtype=dtype)
-                read[name] = ours.index_copy(self.class_axis[self.kind_of(name)], columns, self.take(state, name, shape).to(dtype))
+                read[name] = ours.index_copy(
+                    self.class_axis[self.kind_of(name)], columns, self.take(state, name, shape).to(dtype)
+                )
             else:
                 read[name] = self.take(state, name, shape).to(dtype).clone()
         return read
