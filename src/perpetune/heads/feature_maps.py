@@ -86,7 +86,7 @@ class FeatureMap:
         return self.grid.steps(math.sqrt(2) * angles.cos())[0]
 
     def steps(self, features: Tensor) -> tuple[Tensor, int]:
-        """h in steps of `grid`, (N x M), integers in fp64, and how many entries were clipped; features (N x L), fp64."""
+        """h in steps of `grid`, (N x M), integers in fp64, and how many were clipped; features (N x L), fp64."""
         f, clipped = FEATURES.steps(features)
         step = FEATURES.step
         if self.normalises:

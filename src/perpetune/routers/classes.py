@@ -115,8 +115,8 @@ class ClassRouter(SumsRouter):
         _, task_of, _, tau = self.fit()
         if tau is None:
             raise RouterError(
-                f"{self._name} needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: observe "
-                "more, or call `route`"
+                f"{self._name} needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: "
+                "observe more, or call `route`"
             )
         log_p = (self._scores(features) / tau).log_softmax(1)
         columns = [
