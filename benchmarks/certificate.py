@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.certificate_page import capacity, page
 from perpetune.rules import SubspaceProjection, TaskContext, attach
+
+from .certificate_page import capacity, page
+from .command import Benchmark, Option, threads
 
 WIDTH, OUT, STEPS = 128, 32, 4  # d, outputs, optimizer steps of a task
 CORE, NOISE, FRESH, SKETCH = 24, 0.02, 6, 48  # directions, and rows of a sketch
@@ -235,16 +237,7 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def main(argv: Sequence[str] | None = None) -> list[tuple[Row, Found]]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.certificate", description=__doc__.split("\n")[0])
-    parser.add_argument("--tasks", type=int, default=1000, help="tasks of every run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=60, help="rounds to take the medians of (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder (default: %(default)s)")
-    options = parser.parse_args(argv)
-    if options.tasks < 11 or options.rounds < 1:
-        parser.error("--tasks must be 11 or more, --rounds 1 or more")
-    torch.set_num_threads(options.threads)
+def measured(options: argparse.Namespace) -> list[tuple[Row, Found]]:
     found = []
     for row in ROWS:
         found.append((row, measure(row, options.tasks, options.rounds)))
@@ -252,10 +245,20 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[Row, Found]]:
     given = "" if options.tasks == 1000 else f" --tasks {options.tasks}"
     text = page(found, options.tasks, f"python -m benchmarks.certificate{given}")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "certificate.md").write_text(text)
-    (options.out / "capacity.svg").write_text(capacity([(row.line, f.used) for row, f in found if row.line]))
+    (options.out / "certificate.md").write_text(text, encoding="utf-8")
+    picture = capacity([(row.line, f.used) for row, f in found if row.line])
+    (options.out / "capacity.svg").write_text(picture, encoding="utf-8")
     print(text)
     return found
+
+
+OPTIONS = (
+    Option("--tasks", 1000, "tasks of every run", least=11),
+    Option("--rounds", 60, "rounds to take the medians of", least=1),
+    threads(1),
+    Option("--out", Path("docs/results"), "folder", type=Path),
+)
+main = Benchmark("certificate", __doc__, OPTIONS, measured).main
 
 
 if __name__ == "__main__":

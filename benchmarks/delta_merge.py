@@ -14,10 +14,8 @@ Peak memory of a merge is read in a process of its own, beside the base and the 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
-import random
 import re
 import statistics
 import time
@@ -33,6 +31,8 @@ from perpetune.deltas.delta import Delta
 from perpetune.deltas.extract import extract
 from perpetune.deltas.seeded_mask import Scheme, SeededMask, tensor_id
 from perpetune.deltas.storage import Part
+
+from .command import Benchmark, Option, WrongOption, figure, in_turns, ratio, table
 
 TASKS, KEEP, BASE = 10, 0.1, "benchmark"
 SCHEMES: tuple[Scheme, ...] = ("stratified", "bernoulli")
@@ -138,15 +138,9 @@ def works(parameters: int, peft_parameters: int) -> list[Work]:
     return found
 
 
-def in_turns(todo: Sequence[Work], repeats: int) -> list[dict]:
+def measure(todo: Sequence[Work], repeats: int) -> list[dict]:
     """Records of everything but the copies."""
-    shuffle = random.Random(0)
-    seconds: dict[str, list[float]] = {work.name: [] for work in todo}
-    for work in todo:
-        work.run()  # fills caches and memory pools
-    for _ in range(repeats):
-        for work in shuffle.sample(todo, len(todo)):
-            seconds[work.name].append(timed(work.run))
+    seconds = in_turns({work.name: work.run for work in todo}, repeats, timed)
     records = []
     for work in todo:
         own, copy = seconds[work.name], seconds[work.copy]
@@ -208,48 +202,34 @@ def resident_peak() -> int | None:
     return 1024 * int(found[1]) if found else None
 
 
-def show(records: Sequence[dict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("work", "own", "copy", "ratio", "fastest", "at most")
-    for r in records:
-        if "mb" in r:
-            table.add_row(r["name"], f"{r['mb']:.1f} MB", f"{r['base_mb']:.1f} MB", f"{r['ratio']:.3f}", "", "")
-            continue
-        late = r["target"] is not None and r["ratio"] > r["target"]
-        ratio = f"[red]{r['ratio']:.2f}[/red]" if late else f"{r['ratio']:.2f}"
-        asked = "" if r["target"] is None else f"{r['target']:g}"
-        table.add_row(r["name"], f"{r['ms']:.1f} ms", f"{r['copy_ms']:.2f} ms", ratio, f"{r['fastest']:.2f}", asked)
-    Console().print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.delta_merge", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--parameters", type=int, default=ALL, help="weights of ViT-B to use (default: all %(default)s)"
-    )
-    parser.add_argument("--peft-parameters", type=int, help="weights for peft's functions, 0 for none (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs to take the medians of (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    options = parser.parse_args(argv)
+def measured(options: argparse.Namespace) -> list[dict]:
     for_peft = options.parameters if options.peft_parameters is None else options.peft_parameters
     if not 1000 <= options.parameters <= ALL:
-        parser.error(f"--parameters must be from 1000 to {ALL}")
+        raise WrongOption(f"--parameters must be from 1000 to {ALL}")
     if not 0 <= for_peft <= options.parameters:
-        parser.error("--peft-parameters must be from 0 to --parameters")
-    if options.repeats < 1:
-        parser.error("--repeats must be 1 or more")
+        raise WrongOption("--peft-parameters must be from 0 to --parameters")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     memory = peak_memory(options.parameters)
-    records = in_turns(works(options.parameters, for_peft), options.repeats)
+    records = measure(works(options.parameters, for_peft), options.repeats)
     records = [{**r, "parameters": for_peft if "peft" in r["name"] else options.parameters} for r in records]
-    records += [] if memory is None else [{**memory, "parameters": options.parameters}]
-    show(records)
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=2) + "\n")
-    return records
+    return records + ([] if memory is None else [{**memory, "parameters": options.parameters}])
+
+
+OPTIONS = (
+    Option("--parameters", ALL, "weights of ViT-B to use"),
+    Option("--peft-parameters", None, "weights for peft's functions, 0 for none (default: all)", type=int),
+    Option("--repeats", 5, "runs to take the medians of", least=1),
+)
+COLUMNS = {
+    "work": figure("name", "s"),
+    "own": lambda r: f"{r['mb']:.1f} MB" if "mb" in r else f"{r['ms']:.1f} ms",
+    "copy": lambda r: f"{r['base_mb']:.1f} MB" if "mb" in r else f"{r['copy_ms']:.2f} ms",
+    "ratio": ratio(".3f"),
+    "fastest": figure("fastest", ".2f"),
+    "at most": figure("target", "g"),
+}
+main = Benchmark("delta_merge", __doc__, OPTIONS, measured, table(COLUMNS)).main
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from perpetune.deltas.extract import extract
 from perpetune.deltas.storage import Storage
 
+from .command import Benchmark, Option
 from .delta_merge import ALL, BASE, change, mask, shapes
 
 STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "int8")
@@ -68,18 +69,18 @@ def weekly(size: float, weeks: int = WEEKS, side: int = SIDE) -> dict:
     return {"name": f"{weeks} updates of {size:g}", "weekly": lost(merged), "once": lost(once)}
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.delta_storage", description=__doc__.split("\n")[0])
-    parser.add_argument("--parameters", type=int, default=ALL, help="weights of ViT-B to use (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    options = parser.parse_args(argv)
-    records = [*disk(options.parameters), *(weekly(size) for size in SIZES)]
+def measured(options: argparse.Namespace) -> list[dict]:
+    return [*disk(options.parameters), *(weekly(size) for size in SIZES)]
+
+
+def show(records: Sequence[dict]) -> None:
     for r in records:
         figures = {k: f"{v:.4g}" for k, v in r.items() if k != "name"}
         print(f"{r['name']:<24}", ", ".join(f"{k} {v}" for k, v in figures.items()))
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=2) + "\n")
-    return records
+
+
+OPTIONS = (Option("--parameters", ALL, "weights of ViT-B to use"),)
+main = Benchmark("delta_storage", __doc__, OPTIONS, measured, show).main
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from perpetune import attach, make_recipe
 from perpetune.rules import TaskContext
 
-from .step_overhead import bundled_model
+from .command import Benchmark, Option, WrongOption, bundled_model
 
 RECIPES = ("pegp_adapter", "pegp_lora", "pegp_lora_fresh", "pegp_prompt", "pegp_prefix", "pegp_bias", "pegp_ia3", "gpm")
 FORMS = ("none", "gradient", "update", "both")
@@ -161,33 +160,33 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="an encoder; default: the bundled MiniLM")
-    parser.add_argument("--small", action="store_true", help="a small random model and random tokens instead")
-    parser.add_argument("--stream", type=Path, help="folder of cl-benchmark")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
-    parser.add_argument("--steps", type=int, nargs=2, default=(100, 300), help="of task 1 and of task 2")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    options = parser.parse_args(argv)
+def measured(options: argparse.Namespace) -> list[Row]:
+    dtype = getattr(torch, options.dtype)
     if options.small:
-        base, old, new = small(getattr(torch, options.dtype)), random_task(2, 2, 1), random_task(16, 4, 2)
+        base, old, new = small(dtype), random_task(2, 2, 1), random_task(16, 4, 2)
     elif options.stream is None:
-        parser.error("--stream says where the texts are; or take --small")
+        raise WrongOption("--stream says where the texts are; or take --small")
     else:
-        base, old, new = real(options.model or bundled_model(), options.stream, getattr(torch, options.dtype))
+        base, old, new = real(options.model or bundled_model(), options.stream, dtype)
     rows = []
     for recipe in options.recipes:
         for form in options.forms:
             rows.append(course(base, recipe, form, old, new, tuple(options.steps), options.learning_rate))
             print(rows[-1], flush=True)
-    print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     return rows
+
+
+OPTIONS = (
+    Option("--model", None, "an encoder (default: the bundled MiniLM)"),
+    Option("--small", False, "a small random model and random tokens instead", action="store_true"),
+    Option("--stream", None, "folder of cl-benchmark", type=Path),
+    Option("--recipes", list(RECIPES), "recipes to measure", nargs="+"),
+    Option("--forms", list(FORMS), "what is projected", nargs="+", choices=FORMS),
+    Option("--steps", (100, 300), "of task 1 and of task 2", type=int, nargs=2),
+    Option("--learning-rate", 1e-3, "of both tasks"),
+    Option("--dtype", "float32", "of the model", choices=("float32", "float64")),
+)
+main = Benchmark("drift", __doc__, OPTIONS, measured, lambda rows: print(table(rows))).main
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ from perpetune.core.errors import PerpetuneError
 from perpetune.streams import load_stream
 from perpetune.streams.pictures import eight_bits
 
+from .command import Benchmark, Option
+
 Row = dict[str, Any]
 READ, REFUSED, ROW = "read", "refused", "refused by row"  # what may become of a stream
 DATES = ["2024-05-01", "2024-05-02"]
@@ -400,11 +402,7 @@ def fuzz(seed: int, folder: Path) -> tuple[str, str, str, str]:
     return kind, spoiled.change, became, wrong
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    options = parser.parse_args()
+def measured(options: argparse.Namespace) -> list[str]:
     figures: Counter[tuple[str, str]] = Counter()
     failures = []
     for seed in range(options.first, options.first + options.count):
@@ -416,6 +414,11 @@ def main() -> None:
     for (kind, became), count in sorted(figures.items()):
         print(f"{kind:8} {became:10} {count}")
     print(f"{options.count} streams, {len(failures)} wrong", *failures[:40], sep="\n")
+    return failures
+
+
+OPTIONS = (Option("--count", 2000, "streams"), Option("--first", 0, "the first seed"))
+main = Benchmark("fuzz_streams", __doc__, OPTIONS, measured).main
 
 
 if __name__ == "__main__":

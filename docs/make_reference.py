@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from perpetune.cli.catalogue import catalogue  # noqa: E402
 from perpetune.cli.kinds import KINDS  # noqa: E402
 from perpetune.learning.config import settings_reference  # noqa: E402
 from perpetune.recipes import RECIPES  # noqa: E402
+from perpetune.recipes.papers import ARXIV, PAPERS, papers_of_recipe  # noqa: E402
 
 # page of the reference -> (title, what it holds, the rooms whose public names stand on it)
 API = {
@@ -43,36 +43,7 @@ API = {
     "errors": ("Errors and measurements", "What a user can mend, and what was measured of a promise.", ("core",)),
 }
 SHIM = "https://unpkg.com/iframe-worker/shim"
-ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
-# every paper that a docstring of a recipe or a piece names; a test fails where one is missing
-TITLES = {
-    "1902.00751": "Parameter-Efficient Transfer Learning for NLP (bottleneck adapters)",
-    "2101.00190": "Prefix-Tuning: Optimizing Continuous Prompts for Generation",
-    "2103.00020": "Learning Transferable Visual Models From Natural Language Supervision (CLIP)",
-    "2103.09762": "Gradient Projection Memory for Continual Learning (GPM)",
-    "2106.09685": "LoRA: Low-Rank Adaptation of Large Language Models",
-    "2106.10199": "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
-    "2109.05687": "Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning",
-    "2110.04366": "Towards a Unified View of Parameter-Efficient Transfer Learning",
-    "2203.05482": "Model soups: averaging weights of multiple fine-tuned models",
-    "2203.12119": "Visual Prompt Tuning (VPT)",
-    "2205.05638": "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning (IA3)",
-    "2211.15583": "On the Effectiveness of Parameter-Efficient Fine-Tuning (SAM, second-order approximation)",
-    "2212.04089": "Editing Models with Task Arithmetic",
-    "2303.07338": "Revisiting Class-Incremental Learning with Pre-Trained Models (SimpleCIL)",
-    "2306.01708": "TIES-Merging: Resolving Interference When Merging Models",
-    "2306.07280": "Controlling Text-to-Image Diffusion by Orthogonal Finetuning (OFT, COFT)",
-    "2307.02251": "RanPAC: Random Projections and Pre-trained Models for Continual Learning",
-    "2310.14152": "Orthogonal Subspace Learning for Language Model Continual Learning (O-LoRA)",
-    "2311.06243": "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization (BOFT)",
-    "2311.17601": "Continual Learning with Low Rank Adaptation (CoLoR)",
-    "2403.12030": "Expandable Subspace Ensemble for Pre-Trained Model-Based Class-Incremental Learning (EASE)",
-    "2404.00228": "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning",
-    "2404.04316": "Parameter Efficient Quasi-Orthogonal Fine-Tuning via Givens Rotation (GOFT, qGOFT)",
-    "2405.13383": "Gradient Projection For Continual Parameter-Efficient Tuning (PEGP)",
-    "2410.10179": "Is Parameter Collision Hindering Continual Learning in LLMs? (N-LoRA)",
-    "2411.02813": "Sparse Orthogonal Parameters Tuning for Continual Learning (SoTU)",
-}
+TITLES = {number: paper.title for number, paper in PAPERS.items()}
 
 
 def cell(text: str) -> str:
@@ -164,16 +135,6 @@ def api_page(title: str, about: str, rooms: tuple[str, ...]) -> str:
         if home.split(".")[0] in rooms and hasattr(found, "__module__"):
             lines += [f"::: {found.__module__}.{found.__qualname__}", ""]
     return "\n".join(lines)
-
-
-def papers_of_recipe(name: str) -> list[str]:
-    """arXiv numbers in the docstring of a recipe; of a variant ("the same ...") those of the recipe it varies; else
-    those of its module."""
-    found = ARXIV.findall(RECIPES[name].__doc__ or "")
-    above = max((n for n in RECIPES if name.startswith(f"{n}_")), key=len, default=None)
-    if found or above is None:
-        return found or ARXIV.findall(sys.modules[RECIPES[name].__module__].__doc__ or "")
-    return papers_of_recipe(above)
 
 
 def pieces() -> Iterator[tuple[str, str]]:

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.elsewhere import Elsewhere
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = "the a movie film market game team good bad great awful world science business sport positive negative".split()
 
@@ -34,6 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.use_deterministic_algorithms(True)
     if "PERPETUNE_CACHE" not in os.environ and hasattr(config, "cache"):
         os.environ["PERPETUNE_CACHE"] = str(config.cache.mkdir("perpetune"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> None:
+    """Objects of earlier modules are left out of garbage collection: the Trainer collects after every task, and would
+    look at all that was ever imported (a third of a second each time)."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -50,6 +60,14 @@ def streams_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared streams at {folder}: set PERPETUNE_STREAMS")
     return folder
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """`elsewhere(code, *arguments)`: what a program prints in a process where perpetune was never imported."""
+    server = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
@@ -337,11 +355,10 @@ def word_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def same_bits_when_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Callable[[str], object]], None]:
-    """`same_bits_when_stopped(learn)`: `learn(name)` learns three tasks in the run directory `tmp_path / name`; stopped
-    after every commit and started again, it leaves the bits of a run that was not stopped."""
+def same_bits_when_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`same_bits_when_stopped(learn, whole=None)`: `learn(name)` learns three tasks in the run directory
+    `tmp_path / name`; stopped after every commit and started again, it leaves the bits of a run that was not stopped,
+    of `whole` if it is there already."""
     from perpetune.runs.directory import Run
 
     original = Run.commit
@@ -350,27 +367,19 @@ def same_bits_when_stopped(
         original(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    def check(learn: Callable[[str], object]) -> None:
-        learn("whole")
+    def check(learn: Callable[[str], object], whole: Path | None = None) -> None:
+        if whole is None:
+            learn("whole")
+            whole = tmp_path / "whole"
         for _ in range(4):
             with monkeypatch.context() as patch:
                 patch.setattr(Run, "commit", stop_after)
                 with pytest.raises(KeyboardInterrupt):
                     learn("parts")
         learn("parts")
-        whole = tmp_path / "whole"
         files = [path.relative_to(whole) for path in (whole / "commits").rglob("*") if path.is_file()]
         assert len(files) > 12
         for file in files:
             assert (whole / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
 
     return check
-
-
-@pytest.fixture(scope="module")
-def quick_collection() -> Iterator[None]:
-    """The Trainer collects garbage after every task, and looks at all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()

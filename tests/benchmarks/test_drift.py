@@ -33,7 +33,7 @@ def test_and_the_new_task_is_learned(recipe):
 @pytest.mark.parametrize("recipe", [*OPEN, "pegp_bias"])
 def test_projecting_the_gradient_alone_drifts(recipe):
     """The control: without it, what is shown above would prove nothing."""
-    assert learn(recipe, "gradient", steps=120).drift > 0.1
+    assert learn(recipe, "gradient").drift > 0.1
 
 
 def test_the_command_prints_a_table_and_writes_rows(tmp_path, capsys):
@@ -47,5 +47,5 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path, capsys):
 def test_old_outputs_of_minilm_stay(recipe, minilm, streams_dir):
     """The benchmark's own course of 300 steps is in docs/explanation/projection.md."""
     base, old, new = real(str(minilm), streams_dir / "cl-benchmark", torch.float32)
-    row = course(base, recipe, "update", old, new, (8, 25), 1e-3)
+    row = course(base, recipe, "update", old, new, (4, 10), 1e-3)
     assert 0 < row.drift <= 1e-6 and row.promises_kept is True

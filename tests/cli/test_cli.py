@@ -12,6 +12,7 @@ from perpetune.learning.config import CompareConfig, RunConfig, load_config
 from perpetune.metrics.conventions import CONVENTIONS
 from perpetune.metrics.records import read_records
 from perpetune.operations.compare import found_records, head_groups, threads_each, with_controls
+from perpetune.recipes import controls
 from tests.calling import call
 
 SMALL = ["--epochs", "1", "--batch-size", "8"]
@@ -44,12 +45,17 @@ def test_run_log_and_report(perpetune, tiny_bert, word_stream, tmp_path):
     assert code == 0 and len(list((out / "commits").iterdir())) == 4
 
 
-def test_compare_adds_the_controls_and_survives_a_recipe_that_cannot_run(perpetune, tiny_bert, word_stream, tmp_path):
+def test_compare_adds_the_controls_and_survives_a_recipe_that_cannot_run(
+    perpetune, tiny_bert, word_stream, tmp_path, monkeypatch
+):
+    for ridge in (controls.tfidf_ridge, controls.frozen_ridge):
+        monkeypatch.setattr(ridge, "__defaults__", (64,))  # columns: a ridge of their thousands takes seconds
     out = tmp_path / "compare"
     # ||A B||_1 of the released code needs square layers; the feed-forward layers are not
     config = tmp_path / "c.yaml"
     config.write_text(
-        f"model: {tiny_bert()}\nstream: {word_stream}\nout: {out}\nseeds: [0, 1]\nheads: [linear, ncm]\n"
+        f"model: {tiny_bert(width=16, layers=1)}\nout: {out}\nseeds: [0, 1]\nheads: [linear, ncm]\n"
+        f"stream: {{source: {word_stream}, tasks: [films, news], train_limit: 16}}\n"
         "recipes: [lora, {name: nlora_released, target: [intermediate.dense]}]\n"
         "training: {num_train_epochs: 1, per_device_train_batch_size: 8}\n"
     )

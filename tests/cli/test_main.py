@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 
@@ -37,7 +38,8 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "run", "compare", "report", "list", "log", "diff", "gate", "export", "revert", "tune-scale"]
+    "command",
+    "demo run compare report list log diff gate predict export revert tune-scale".split(),
 )
 def test_every_command_has_help(perpetune, command):
     code, out, _ = perpetune(command, "--help")
@@ -135,3 +137,12 @@ def test_a_list_of_everything_begins_with_what_the_kinds_are(perpetune, monkeypa
     code, out, _ = perpetune("list")
     assert code == 0 and all(kind.about in out for kind in kinds.KINDS.values())
     assert "nlora" in out and "--recipe nlora" in out
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(perpetune, word_stream, tmp_path):
+    data = shutil.copytree(word_stream, tmp_path / "data")
+    (data / "next_week").mkdir()
+    code, _, err = perpetune("run", "--model", tmp_path / "nowhere", "--stream", data, "--out", tmp_path / "run")
+    told, refused = err.splitlines()
+    assert code == 2 and told.startswith(f"perpetune: warning: {data / 'next_week'} is empty, and no task")
+    assert refused.startswith("perpetune: cannot load")

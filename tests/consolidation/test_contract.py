@@ -78,7 +78,9 @@ def test_a_run_that_is_stopped_ends_in_the_same_bits(case, model, stream, same_b
     if len(result.commits) == 2:
         pytest.skip("all tasks at once: there is nothing between them")
     options = {"training": TRAINING, "max_length": 16}
-    same_bits_when_stopped(lambda name: pt.Learner(model, make(), tmp_path / name, **options).learn(stream))
+    same_bits_when_stopped(
+        lambda name: pt.Learner(model, make(), tmp_path / name, **options).learn(stream), result.path
+    )
 
 
 def test_what_a_task_leaves_does_not_grow_with_the_tasks_before(case):

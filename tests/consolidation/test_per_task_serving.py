@@ -82,7 +82,7 @@ def test_a_mixed_batch_is_answered_as_each_input_alone(recipe, stream, model, tm
 @pytest.mark.real
 def test_a_mixed_batch_is_answered_as_each_input_alone_by_minilm(minilm, streams_dir, tmp_path):
     tasks = ["agnews", "dbpedia", "sst2"]
-    stream = pt.load_stream(streams_dir / "cl-benchmark", tasks=tasks, train_limit=24, test_limit=6)
+    stream = pt.load_stream(streams_dir / "cl-benchmark", tasks=tasks, train_limit=24, test_limit=4)
     learner, _ = learn(minilm, stream, tmp_path / "run", max_steps=2, learning_rate=2e-3)
     texts = mixed_texts(stream, shortest=4)
     together, alone = scores_of(learner, texts), torch.cat([scores_of(learner, [text]) for text in texts])

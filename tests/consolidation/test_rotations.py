@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import peft
 import pytest
 import torch
@@ -20,10 +22,16 @@ TUNERS = {
 }
 
 
-def learned(model, stream, kind, consolidation, path=None):
+def learn(model, stream, kind, consolidation, path=None):
     recipe = Recipe(TUNERS[kind](), consolidation=consolidation, name=kind)
     learner = pt.Learner(model, recipe, run=path, training=TRAINING)
     return learner, learner.learn(stream)
+
+
+@pytest.fixture(scope="module")
+def learned(model, stream):
+    """`learned(kind, Merge)`: the learner of three tasks and its result."""
+    return functools.cache(lambda kind, consolidation: learn(model, stream, kind, consolidation()))
 
 
 def rotations(learner, stream):
@@ -40,8 +48,8 @@ def rotations(learner, stream):
 
 
 @pytest.mark.parametrize("kind", ["oft", "strict"])
-def test_merged_weights_are_the_base_times_the_rotations_of_all_tasks_in_order(kind, model, stream):
-    learner, _ = learned(model, stream, kind, Merge())
+def test_merged_weights_are_the_base_times_the_rotations_of_all_tasks_in_order(kind, learned, stream):
+    learner, _ = learned(kind, Merge)
     base, _ = learner.fresh()
     before, after = base.model.state_dict(), learner.backbone.model.state_dict()
     turned = rotations(learner, stream)
@@ -57,8 +65,8 @@ def test_merged_weights_are_the_base_times_the_rotations_of_all_tasks_in_order(k
 
 @pytest.mark.parametrize("consolidation", [Merge, Continue])
 @pytest.mark.parametrize("kind", list(TUNERS))
-def test_every_promise_is_measured_and_rotations_keep_theirs(kind, consolidation, model, stream):
-    _, result = learned(model, stream, kind, consolidation())
+def test_every_promise_is_measured_and_rotations_keep_theirs(kind, consolidation, learned):
+    _, result = learned(kind, consolidation)
     found = [g for g in result.guarantees if g["source"] in ("OFTConfig", "GivensConfig")]
     names = {g["name"] for g in found}
     assert len(found) == 9 and len(names) == 3  # three figures after each of three tasks
@@ -69,10 +77,9 @@ def test_every_promise_is_measured_and_rotations_keep_theirs(kind, consolidation
         assert max(g["value"] for g in found if "row norms" in g["name"]) > 1e-3
 
 
-def test_what_accumulates_is_measured_against_the_untouched_weights(model, stream):
-    _, result = learned(model, stream, "norm", Merge())
+def test_what_accumulates_is_measured_against_the_untouched_weights(learned):
+    learner, result = learned("norm", Merge)
     norms = [g["value"] for g in result.guarantees if "row norms" in g["name"]]
-    learner, _ = learned(model, stream, "norm", Merge())
     base, _ = learner.fresh()
     old, new = base.model.state_dict(), learner.backbone.model.state_dict()
     rotated = [n for n in old if (old[n] != new[n]).any()]
@@ -87,17 +94,17 @@ def test_a_neumann_series_that_is_no_rotation_breaks_the_promise(model, stream):
     assert any(g["holds"] is False and "R R^T" in g["name"] for g in result.guarantees)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(model, stream, tmp_path):
-    whole, _ = learned(model, stream, "strict", Merge(), tmp_path / "whole")
+def test_a_stopped_run_goes_on_to_the_same_weights(learned, model, stream, tmp_path):
+    whole, _ = learned("strict", Merge)
     first = stream.select([task.name for task in stream.tasks[:2]])
-    learned(model, first, "strict", Merge(), tmp_path / "part")
-    part, _ = learned(model, stream, "strict", Merge(), tmp_path / "part")
+    learn(model, first, "strict", Merge(), tmp_path / "part")
+    part, _ = learn(model, stream, "strict", Merge(), tmp_path / "part")
     a, b = part.backbone.model.state_dict(), whole.backbone.model.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_no_rotation_can_be_left_out_of_the_product(model, stream, tmp_path):
-    learner, _ = learned(model, stream, "strict", Merge())
+def test_no_rotation_can_be_left_out_of_the_product(learned, tmp_path):
+    learner, _ = learned("strict", Merge)
     with pytest.raises(ConfigError, match="follow one another"):
         learner.export(tmp_path / "some", without=["news"])
     learner.export(tmp_path / "all")

@@ -72,10 +72,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ]
             rows(tmp_path / "questions" / i / f"{split}.jsonl", asked)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # files that a page writes are imported from the current folder
     return tmp_path
 
 
-@pytest.mark.usefixtures("quick_collection")
 @pytest.mark.parametrize("page", RUN, ids=lambda p: p.stem)
 def test_the_page_works(page, folder, models, monkeypatch, capsys):
     reader = Reader(models, monkeypatch)

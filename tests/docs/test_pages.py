@@ -55,7 +55,7 @@ def test_every_page_is_in_the_navigation():
 def test_the_index_by_paper_has_a_title_for_every_paper():
     found = make_reference.papers()
     missing = set(found) - set(make_reference.TITLES)
-    assert not missing, f"add to TITLES in docs/make_reference.py: {', '.join(sorted(missing))}"
+    assert not missing, f"add to PAPERS in src/perpetune/recipes/papers.py: {', '.join(sorted(missing))}"
     assert found["2310.14152"][0][:2] == ["olora", "olora_released"]
     assert "SubspaceProjection" in found["2405.13383"][1]
     assert "sotu_disjoint" in found["2411.02813"][0] and "color_adapted" in found["2311.17601"][0]

@@ -7,8 +7,6 @@ import inspect
 import json
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,7 +102,7 @@ def test_scales_multiply_the_deltas_and_t_counts_the_chosen(summed, model, tmp_p
     assert digests(half) == digests({n: t.bfloat16() for n, t in expected.items()})
 
 
-def test_the_folder_loads_where_perpetune_cannot_be_imported(summed, tmp_path):
+def test_the_folder_loads_where_perpetune_cannot_be_imported(summed, elsewhere, tmp_path):
     folders = {dtype: summed.export(tmp_path / dtype, without=[LEFT], dtype=dtype) for dtype in ("float32", "bfloat16")}
     code = (
         "import hashlib, json, sys\nsys.modules['perpetune'] = None\nimport torch\n"
@@ -114,8 +112,7 @@ def test_the_folder_loads_where_perpetune_cannot_be_imported(summed, tmp_path):
         "found = {}\nfor folder in sys.argv[1:]:\n    AutoTokenizer.from_pretrained(folder)\n"
         "    found[folder] = digests(AutoModel.from_pretrained(folder).state_dict())\nprint(json.dumps(found))"
     )
-    command = [sys.executable, "-I", "-c", code, *map(str, folders.values())]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    found = json.loads(elsewhere(code, *folders.values()).splitlines()[-1])
     for folder in folders.values():
         assert found[str(folder)] == digests(written(folder)) and found[str(folder)]
 

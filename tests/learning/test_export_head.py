@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -36,12 +34,10 @@ print(json.dumps({"name": type(model).__name__, "logits": logits.tolist(), "labe
 TEXTS = ["movie film the band", "team", "market bank game song a the the", "great"]
 
 
-def elsewhere(code, *arguments):
-    """Standard output of a program in a process of its own, without perpetune."""
-    command = [sys.executable, "-I", "-c", WITHOUT + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
+@pytest.fixture
+def without(elsewhere):
+    """The last line that a program prints in a process that cannot import perpetune."""
+    return lambda code, *arguments: elsewhere(WITHOUT + code, *arguments).strip().splitlines()[-1]
 
 
 def logits_of(folder):
@@ -99,7 +95,9 @@ def learned(model, stream, path, recipe="lora", **options):
         ("roberta", "cls", "RobertaForSequenceClassification"),
     ],
 )
-def test_the_class_of_the_architecture_has_the_scores_as_logits(base, pooling, name, stream, tmp_path, request):
+def test_the_class_of_the_architecture_has_the_scores_as_logits(
+    base, pooling, name, stream, without, tmp_path, request
+):
     learner = learned(request.getfixturevalue(base), stream, tmp_path / "r", pooling=pooling)
     folder = learner.export(tmp_path / "m")
     logits, found = logits_of(folder)
@@ -110,11 +108,11 @@ def test_the_class_of_the_architecture_has_the_scores_as_logits(base, pooling, n
     assert config["label2id"] == {label: i for i, label in enumerate(stream.labels)}
     assert [found.config.id2label[i] for i in logits.argmax(1).tolist()] == learner.predict(TEXTS)
     if pooling == "cls" and base == "model":
-        there = json.loads(elsewhere(CLASSIFY, folder, "Sequence", json.dumps(TEXTS)))
+        there = json.loads(without(CLASSIFY, folder, "Sequence", json.dumps(TEXTS)))
         assert there["name"] == name and there["labels"] == list(stream.labels)
         assert torch.allclose(torch.tensor(there["logits"]), scores, rtol=1e-4, atol=1e-4)
     half = json.loads(
-        elsewhere(CLASSIFY, learner.export(tmp_path / "h", dtype="bfloat16"), "Sequence", json.dumps(TEXTS))
+        without(CLASSIFY, learner.export(tmp_path / "h", dtype="bfloat16"), "Sequence", json.dumps(TEXTS))
     )
     assert torch.allclose(torch.tensor(half["logits"]), scores, rtol=0.1, atol=0.1)
 
@@ -127,7 +125,7 @@ def test_heads_that_are_linear_on_features(head, model, stream, tmp_path):
     assert [found.config.id2label[i] for i in logits.argmax(1).tolist()] == learner.predict(TEXTS)
 
 
-def test_images(tiny_vit, tmp_path):
+def test_images(tiny_vit, without, tmp_path):
     from PIL import Image
 
     draw = torch.Generator().manual_seed(0)
@@ -139,7 +137,7 @@ def test_images(tiny_vit, tmp_path):
                 pixels = (shade + torch.randint(0, 40, (8, 8, 3), generator=draw)).to(torch.uint8).numpy()
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     learner = learned(tiny_vit(width=16, layers=1), load_stream(tmp_path / "images"), tmp_path / "r")
-    found = json.loads(elsewhere(CLASSIFY, learner.export(tmp_path / "m"), "Image", "[]"))
+    found = json.loads(without(CLASSIFY, learner.export(tmp_path / "m"), "Image", "[]"))
     pictures = [Image.radial_gradient("L").convert("RGB"), Image.linear_gradient("L").convert("RGB")]
     backbone = learner.backbone
     examples = [{"pixel_values": x, "label": 0, "id": ""} for x in backbone._pixels(pictures)]
@@ -149,7 +147,7 @@ def test_images(tiny_vit, tmp_path):
 
 
 @pytest.mark.parametrize(("pooling", "head"), [("mean", "linear"), ("last", "ncm")])
-def test_a_head_that_does_not_fit_lies_beside_with_a_readme_that_works(pooling, head, model, stream, tmp_path):
+def test_a_head_that_does_not_fit_lies_beside_with_a_readme_that_works(pooling, head, model, stream, without, tmp_path):
     learner = learned(model, stream, tmp_path / "r", pooling=pooling, heads=[head])
     folder = learner.export(tmp_path / "m")
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"] == ["BertModel"]
@@ -157,7 +155,7 @@ def test_a_head_that_does_not_fit_lies_beside_with_a_readme_that_works(pooling, 
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     assert '["a text", "another"]' in code and len(code.splitlines()) < 16
     code = code.replace('["a text", "another"]', repr(TEXTS)).replace("print([", "print(scores.tolist(), [")
-    out = elsewhere(f"import os\nos.chdir({str(folder)!r})\n" + code)
+    out = without(f"import os\nos.chdir({str(folder)!r})\n" + code)
     scores, labels = out[: out.index("]] [") + 2], out[out.index("]] [") + 3 :]
     assert torch.allclose(torch.tensor(json.loads(scores)), expected(learner, TEXTS).float(), rtol=1e-4, atol=1e-4)
     assert eval(labels) == learner.predict(TEXTS)
@@ -178,7 +176,7 @@ def test_the_command_says_what_became_of_the_head(model, stream, tmp_path, monke
     assert "BertForSequenceClassification does not pool as the run did (mean)" in told("mean")
     assert load_file(out / "classifier.safetensors")["weight"].shape == (4, 16)
     assert "BertForSequenceClassification for film, music" in told("cls")
-    assert not (out / "classifier.json").exists() and not (out / "README.md").exists()  # of the export before
+    assert not (out / "classifier.json").exists()  # of the export before
     assert "its head `ridge` is no linear map of its features, and stays in the run" in told("ridge")
     assert "without its head" in told("cls", "--no-head")
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"] == ["BertModel"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -35,6 +36,19 @@ def learn(model, path, stream, recipe="olora", **options):
     return Learner(model, recipe, path, training=TRAINING, **options).learn(stream)
 
 
+@pytest.fixture(scope="module")
+def learned(model, word_stream, tmp_path_factory):
+    """`learned(recipe, count)`: the directory of a run of the first tasks, which is not to be changed."""
+
+    @functools.cache
+    def run(recipe, count):
+        path = tmp_path_factory.mktemp("learned") / recipe
+        learn(model, path, of(word_stream, TASKS[:count]), recipe)
+        return path
+
+    return run
+
+
 def of(data, tasks, learned=()):
     return load_stream(data, tasks=tasks, scenario="class", learned=learned)
 
@@ -62,18 +76,17 @@ def made_before(path):
 @pytest.mark.parametrize("recipe", ["olora", "replay", "color"])
 @pytest.mark.parametrize("what", ["train", "folder"])
 @pytest.mark.parametrize("old", [False, True])
-def test_the_run_goes_on_with_the_same_bits(recipe, what, old, data, model, tmp_path):
+def test_the_run_goes_on_with_the_same_bits(recipe, what, old, data, model, learned, tmp_path):
     if old and recipe != "olora":
         pytest.skip("the same for all recipes")
-    learn(model, tmp_path / "whole", of(data, TASKS), recipe)
-    learn(model, tmp_path / "r", of(data, TASKS[:2]), recipe)
+    shutil.copytree(learned(recipe, 2), tmp_path / "r")
     if old:
         made_before(tmp_path / "r")
     remove(data, what)
     stream = of(data, TASKS if what == "train" else TASKS[1:], TASKS[:2] if what == "train" else ())
     result = learn(model, tmp_path / "r", stream, recipe)
     assert result.tasks == tuple(TASKS)
-    newest, expected = result.commits[-1], Run.read(tmp_path / "whole").commits[-1]
+    newest, expected = result.commits[-1], Run.read(learned(recipe, 3)).commits[-1]
     for file in STORED:
         assert newest.has(file) == expected.has(file)
         if newest.has(file):
@@ -176,3 +189,14 @@ def test_a_task_that_is_not_learned_needs_its_data(data, model, tmp_path):
     )
     with pytest.raises(StreamError, match="task `mood` has no train split, and .* has not learned it"):
         learn(model, tmp_path / "r", lacking)
+
+
+def test_a_learned_task_under_another_name_is_named(data, model, tmp_path):
+    learn(model, tmp_path / "run", of(data, TASKS[:2]))
+    (data / "films").rename(data / "pictures")
+    heard = Heard()
+    again = load_stream(data, tasks=["news", "pictures"], scenario="class", learned=TASKS[:2])
+    learn(model, tmp_path / "run", again, progress=heard)
+    assert any(
+        "`pictures` has the training rows of `films`" in text and "call it `films`" in text for text in heard.said
+    )

@@ -14,8 +14,6 @@ from perpetune.metrics.text import rouge_l
 from perpetune.models.loading import load_language_model
 from perpetune.operations.gate import judge
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
 LOSS, GENERAL, ALIKE = "loss on the responses", "change of cross-entropy on texts of no task", "ROUGE-L of the answers"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import random
 import shutil
@@ -32,14 +33,31 @@ def model(tiny_bert):
     return tiny_bert()
 
 
+SHARED = ("lora", "olora", "olora_released", "sequential_lora", "joint", "frozen_ncm")
+
+
+@pytest.fixture(scope="module")
+def learned(stream, model, tmp_path_factory):
+    """`learned(recipe)`: the learner of the three tasks, trained once; its directory is copied by what changes it."""
+
+    @functools.cache
+    def learner_of(recipe: str) -> Learner:
+        learner = Learner(model, recipe, tmp_path_factory.mktemp("learned") / recipe, training=TRAINING)
+        learner.learn(stream)
+        return learner
+
+    return learner_of
+
+
 def commits(path: Path) -> dict[str, bytes]:
     found = {str(p.relative_to(path)): p.read_bytes() for p in sorted((path / "commits").rglob("*")) if p.is_file()}
     return {**found, "run.yaml": (path / "run.yaml").read_bytes()}
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in ("pixels_ridge", "frozen_label_text")])
-def test_every_recipe_learns_predicts_and_opens_again(recipe, stream, model, tmp_path):
-    learner = Learner(model, recipe, tmp_path / "r", training=TRAINING)
+def test_every_recipe_learns_predicts_and_opens_again(recipe, stream, model, learned, tmp_path):
+    small = {"name": recipe, "words": 64} if recipe == "tfidf_ridge" else recipe
+    learner = learned(recipe) if recipe in SHARED else Learner(model, small, tmp_path / "r", training=TRAINING)
     result = learner.learn(stream)
     records = result.records()
     assert {r.scenario for r in records} == {"class", "task"}
@@ -48,7 +66,7 @@ def test_every_recipe_learns_predicts_and_opens_again(recipe, stream, model, tmp
     assert all(g["holds"] is not False for g in result.guarantees), result.guarantees
     inputs = stream.tasks[0].test["text"][:8]
     given = {"task": stream.tasks[0].name} if recipe == "color_oracle" else {}
-    again = Learner.open(tmp_path / "r")
+    again = Learner.open(learner.path)
     assert again.predict(inputs, **given) == learner.predict(inputs, **given)
     assert result.config["recipe"]["name"] == recipe
 
@@ -77,8 +95,10 @@ RESUMED = (
 def test_the_state_is_the_base_plus_the_commits(recipe, stream, model, tmp_path, monkeypatch):
     """Stopped after each task and started again: the same files, to the bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    heads = ["linear_seen" if recipe == "replay" else "linear", "ridge", "ncm"]
+    ridge = {"type": "ridge", "features": 64}
+    heads = ["linear_seen" if recipe == "replay" else "linear", ridge, "ncm"]
     heads = None if recipe in ("tfidf_ridge", "frozen_ncm") else heads
+    recipe = {"name": recipe, "words": 64} if recipe == "tfidf_ridge" else recipe
     Learner(model, recipe, whole, heads=heads, training=TRAINING).learn(stream)
     original = Run.commit
     for _ in range(len(stream) + 1):
@@ -98,7 +118,8 @@ def test_the_state_is_the_base_plus_the_commits(recipe, stream, model, tmp_path,
 
 def _learn(model, stream, path):
     torch.set_num_threads(1)
-    Learner(model, "olora", path, heads=["linear", "ridge"], training=TRAINING).learn(stream)
+    heads = ["linear", {"type": "ridge", "features": 64}]
+    Learner(model, "olora", path, heads=heads, training=TRAINING).learn(stream)
 
 
 def test_killed_at_ten_random_moments(stream, model, tmp_path):
@@ -166,12 +187,11 @@ def test_adapters_load_in_plain_peft(stream, model, tmp_path):
         assert torch.allclose(plain(**batch).last_hidden_state, expected, atol=1e-5)
 
 
-def test_export_is_a_plain_transformers_model(stream, model, tmp_path):
+def test_export_is_a_plain_transformers_model(stream, learned, tmp_path):
     from transformers import AutoModel, AutoTokenizer
 
     for recipe in ("lora", "sequential_lora", "olora_released"):
-        learner = Learner(model, recipe, tmp_path / recipe, training=TRAINING)
-        learner.learn(stream)
+        learner = learned(recipe)
         folder = learner.export(tmp_path / f"{recipe}-model")
         AutoTokenizer.from_pretrained(folder)
         exported = AutoModel.from_pretrained(folder).eval()
@@ -183,12 +203,11 @@ def test_export_is_a_plain_transformers_model(stream, model, tmp_path):
             assert torch.allclose(exported(**batch).last_hidden_state, expected, atol=1e-5)
 
 
-def test_a_stream_may_grow(stream, model, tmp_path):
+def test_a_stream_may_grow(stream, model, learned, tmp_path):
     source = stream.source["source"]
     Learner(model, "olora", tmp_path / "r", training=TRAINING).learn(load_stream(source, tasks=["films", "news"]))
     Learner(model, "olora", tmp_path / "r", training=TRAINING).learn(stream)
-    Learner(model, "olora", tmp_path / "whole", training=TRAINING).learn(stream)
-    grown, whole = commits(tmp_path / "r"), commits(tmp_path / "whole")
+    grown, whole = commits(tmp_path / "r"), commits(learned("olora").path)
     name = "commits/0003-mood/adapter_model.safetensors"
     assert grown[name] == whole[name]
 
@@ -225,12 +244,12 @@ def test_weights_that_are_not_finite_are_not_committed(stream, model, tmp_path):
     assert [p.name for p in (tmp_path / "r/commits").iterdir()] == ["0000-untouched"]
 
 
-def test_a_stream_may_be_called_another_name(stream, model, tmp_path):
-    Learner(model, "frozen_ncm", tmp_path / "r").learn(stream)
+def test_a_stream_may_be_called_another_name(stream, model, learned, tmp_path):
+    shutil.copytree(learned("frozen_ncm").path, tmp_path / "r")
     source = shutil.copytree(stream.source["source"], tmp_path / "moved")
     moved = load_stream(source, **{k: v for k, v in stream.source.items() if k == "tasks"})
     assert moved.name != stream.name
-    again = Learner(model, "frozen_ncm", tmp_path / "r").learn(moved)
+    again = Learner(model, "frozen_ncm", tmp_path / "r", training=TRAINING).learn(moved)
     assert len(again.commits) == len(stream) + 1
 
 
@@ -245,9 +264,8 @@ WRONG_INPUTS = [
 
 
 @pytest.mark.parametrize(("inputs", "message"), WRONG_INPUTS)
-def test_what_is_asked_is_checked(inputs, message, stream, model, tmp_path):
-    learner = Learner(model, "frozen_ncm", tmp_path / "r")
-    learner.learn(stream)
+def test_what_is_asked_is_checked(inputs, message, learned):
+    learner = learned("frozen_ncm")
     with pytest.raises(ConfigError, match=message):
         learner.predict(inputs)
     with pytest.raises(ConfigError, match="classes=.. leaves nothing to choose"):
@@ -255,14 +273,13 @@ def test_what_is_asked_is_checked(inputs, message, stream, model, tmp_path):
     assert learner.predict([]) == []
 
 
-def test_another_base_model_is_refused(stream, model, tiny_bert, tmp_path):
-    Learner(model, "frozen_ncm", tmp_path / "r").learn(stream)
+def test_another_base_model_is_refused(stream, learned, tiny_bert):
     with pytest.raises(RunError, match="another base model"):
-        Learner(tiny_bert(seed=1), "frozen_ncm", tmp_path / "r").learn(stream)
+        Learner(tiny_bert(seed=1), "frozen_ncm", learned("frozen_ncm").path, training=TRAINING).learn(stream)
 
 
-def test_a_truncated_adapter_is_named(stream, model, tmp_path):
-    Learner(model, "lora", tmp_path / "r", training=TRAINING).learn(stream)
+def test_a_truncated_adapter_is_named(learned, tmp_path):
+    shutil.copytree(learned("lora").path, tmp_path / "r")
     path = tmp_path / "r/commits/0002-news/adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RunError, match=r"0002-news/adapter_model\.safetensors is damaged"):
@@ -279,8 +296,8 @@ def test_frozen_features_are_computed_once(stream, model, tmp_path):
     assert not learner.recipe.consolidation.guarantee()[0].holds
 
 
-def test_joint_has_only_the_last_row(stream, model, tmp_path):
-    record = Learner(model, "joint", tmp_path / "r", training=TRAINING).learn(stream).records()[0]
+def test_joint_has_only_the_last_row(stream, learned):
+    record = learned("joint").learn(stream).records()[0]
     assert record.forgetting is None and record.plasticity is None and record.final_accuracy is not None
     assert record.matrix[0] == [None] * 3
 
@@ -319,7 +336,7 @@ def test_images_in_a_domain_stream(tiny_vit, tmp_path):
     assert learner.predict(stream.tasks[0].test["image"][:3])
 
 
-def test_geometry_of_the_updates_is_that_of_the_dense_matrices(stream, model, tmp_path):
+def test_geometry_of_the_updates_is_that_of_the_dense_matrices(stream, model, learned, tmp_path):
     from perpetune.metrics.geometry import average_collision_rate
 
     recipe = {
@@ -336,7 +353,7 @@ def test_geometry_of_the_updates_is_that_of_the_dense_matrices(stream, model, tm
     norms = [torch.linalg.matrix_norm(d.double(), "nuc") for d in dense]
     assert found["nuclear_norm"] == pytest.approx(float(sum(norms) / len(norms)), rel=1e-5)
     with pytest.raises(ConfigError, match="no LoRA update of every task"):
-        Learner(model, "frozen_ncm", tmp_path / "f").learn(stream).geometry(1e-3)
+        learned("frozen_ncm").learn(stream).geometry(1e-3)
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding(stream, model, tmp_path):
@@ -359,14 +376,13 @@ def test_gradient_accumulation_changes_nothing_but_rounding(stream, model, tmp_p
         assert torch.allclose(a[name], b[name], atol=2e-5), name
 
 
-def test_a_learner_can_learn_again(stream, model, tmp_path):
+def test_a_learner_can_learn_again(stream, model, learned, tmp_path):
     """The same object on a stream that has grown: as if a new process had resumed."""
     learner = Learner(model, "olora", tmp_path / "r", training=TRAINING)
     learner.learn(load_stream(stream.source["source"], tasks=["films", "news"]))
     learner.learn(stream)
-    Learner(model, "olora", tmp_path / "whole", training=TRAINING).learn(stream)
     name = "commits/0003-mood/adapter_model.safetensors"
-    assert commits(tmp_path / "r")[name] == commits(tmp_path / "whole")[name]
+    assert commits(tmp_path / "r")[name] == commits(learned("olora").path)[name]
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(stream, model, tmp_path):
@@ -447,9 +463,9 @@ def test_a_real_encoder_on_real_tasks(streams_dir, minilm, tmp_path):
 
 
 @pytest.mark.parametrize("every, rows", [(1, [1, 2, 3]), (2, [1, 2, 3]), (0, [1, 1, 3])])
-def test_how_often_all_tasks_are_evaluated(every, rows, stream, model, tmp_path):
+def test_how_often_all_tasks_are_evaluated(every, rows, stream, model, learned, tmp_path):
     """In between, the task just learned alone; what is learned, and read at the end, does not depend on it."""
-    whole = Learner(model, "lora", tmp_path / "whole", training=TRAINING).learn(stream)
+    whole = learned("lora").learn(stream)
     options = {"training": TRAINING, "evaluate_every": every}
     learner = Learner(model, "lora", tmp_path / "r", **options)
     learner.learn(stream.select(["films"]))  # the end of a stream that then grows

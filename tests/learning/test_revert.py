@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +82,9 @@ def copied(path, tmp_path) -> Path:
     return Path(shutil.copytree(path, tmp_path / "run"))
 
 
-def test_of_ten_tasks_one_is_taken_out_and_the_model_loads_where_perpetune_cannot_be_imported(ten, model, tmp_path):
+def test_of_ten_tasks_one_is_taken_out_and_the_model_loads_where_perpetune_cannot_be_imported(
+    ten, model, elsewhere, tmp_path
+):
     path, out = copied(ten, tmp_path), WEEKS[3]
     learner = pt.Learner.described(path)
     learner.revert(load_again(directory.read_config(path)["stream"], [w for w in WEEKS if w != out]), out)
@@ -99,8 +99,7 @@ def test_of_ten_tasks_one_is_taken_out_and_the_model_loads_where_perpetune_canno
         "try:\n    import perpetune\n    sys.exit('perpetune is there')\nexcept ImportError:\n    pass\n"
         "print(json.dumps(digests(AutoModel.from_pretrained(sys.argv[1]).state_dict())))"
     )
-    command = [sys.executable, "-I", "-c", code, str(folder)]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    found = json.loads(elsewhere(code, folder).splitlines()[-1])
     assert found == digests(expected) == digests(load_file(folder / "model.safetensors"))
     assert found != digests(load_file(pt.Learner.open(ten).export(tmp_path / "all") / "model.safetensors"))
 

@@ -21,8 +21,6 @@ from perpetune.learning.training_settings import DEFAULTS, HONOURED, OURS, REFUS
 from perpetune.models.loading import load_backbone, load_language_model
 from perpetune.tuners import as_tuner
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 NAMES = set(inspect.signature(TrainingArguments.__init__).parameters) - {"self"}
 FAST = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}
 

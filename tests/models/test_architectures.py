@@ -3,11 +3,14 @@ pads; texts are cut to the positions that a model has; tokens that it has no emb
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import datasets
 import pytest
 import torch
 
-from perpetune import ModelError
+from perpetune import ConfigError, ModelError
 from perpetune.models.loading import load_backbone, load_language_model
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # the padding token is token 1, as in RoBERTa
@@ -259,3 +262,24 @@ def test_a_decoder_whose_positions_start_behind_the_padding_index(made):
 def test_a_model_that_sees_what_follows_is_no_language_model(made):
     with pytest.raises(ModelError, match="sees what follows"):
         load_language_model(made("Bert", kind="ForMaskedLM"))
+
+
+def test_a_tokenizer_whose_files_are_missing_is_refused(tiny_bert, tmp_path):
+    folder = shutil.copytree(tiny_bert(), tmp_path / "model")
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="knows no word.*put the tokenizer's files"):
+        load_backbone(folder, "text")
+
+
+def test_weights_that_do_not_fit_their_configuration_are_refused(tiny_bert, tmp_path):
+    folder = shutil.copytree(tiny_bert(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 2 * config["hidden_size"]}))
+    with pytest.raises(ModelError, match="cannot load"):
+        load_backbone(folder, "text")
+
+
+def test_a_length_without_room_for_a_text_is_refused(tiny_bert):
+    with pytest.raises(ConfigError, match="max_length 2 leaves no room.*at least 3"):
+        load_backbone(tiny_bert(), "text", max_length=2)

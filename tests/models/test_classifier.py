@@ -16,7 +16,6 @@ from perpetune.models.loading import load_backbone
 from tests.models.test_architectures import made, rows
 
 __all__ = ["made"]
-pytestmark = pytest.mark.usefixtures("quick_collection")
 
 TEXTS = ["a", "good movie", "hello world, this is a longer text"]
 LABELS = {0: "late", 1: "refund", 2: "praise"}

@@ -14,8 +14,6 @@ from perpetune.recipes import make_recipe
 from perpetune.rules.linear_sites import linear_sites
 from perpetune.rules.probes import Probes
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 LORA = ["sequential_lora", "lora", "olora", "nlora", "olora_nlora"]
 PROJECTION = ["pegp_lora", "pegp_lora_fresh", "pegp_adapter", "pegp_prompt", "pegp_prefix", "gpm"]
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}

@@ -13,8 +13,6 @@ from perpetune.models.loading import load_language_model
 from perpetune.recipes import RECIPES
 from perpetune.rules.linear_sites import linear_sites, see_inputs
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 LORA = [name for name in RECIPES if "lora" in name and not name.startswith("pegp")]
 PROJECTION = [name for name in RECIPES if name.startswith(("pegp", "gpm"))]
 ROTATIONS = ["oft", "coft", "goft", "goft_norm", "qgoft"]

@@ -12,8 +12,6 @@ from perpetune import Learner, load_stream
 from perpetune.models.loading import load_language_model
 from perpetune.routers import Detector
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
 TRAINING["learning_rate"] = 0.01
 BOTH = ["language", "language_generated"]

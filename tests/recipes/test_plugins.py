@@ -128,12 +128,12 @@ def package(tmp_path_factory) -> Path:
     return target
 
 
-def new_process(code: str, folder: Path, *more: Path) -> subprocess.CompletedProcess:
-    """What Python prints that has these folders on its path, and runs in the first."""
-    path = os.pathsep.join(map(str, [*more, *(p or os.getcwd() for p in sys.path)]))
-    line = [sys.executable, "-c", code]
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "300"}
-    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+@pytest.fixture
+def new_process(elsewhere, package, tmp_path):
+    """`new_process(code)`: what Python prints where the package is installed too, in `tmp_path`."""
+    path = list(map(str, [package, *(p or os.getcwd() for p in sys.path)]))
+    start = f"import os, sys\nos.chdir({str(tmp_path)!r})\nos.environ['COLUMNS'] = '300'\nsys.path[:] = {path!r}\n"
+    return lambda code: elsewhere(start + code)
 
 
 LINES = """
@@ -165,11 +165,7 @@ except pt.ConfigError as error:
 """
 
 
-def commands(folder: Path, lines: list[list[str]], *more: Path) -> subprocess.CompletedProcess:
-    return new_process(LINES.format(lines=json.dumps(lines)), folder, *more)
-
-
-def test_an_installed_package_is_listed_learned_with_and_opened_again(package, tiny_bert, word_stream, tmp_path):
+def test_an_installed_package_is_listed_learned_with_and_opened_again(new_process, tiny_bert, word_stream, tmp_path):
     small = ["--model", str(tiny_bert()), "--stream", str(word_stream), "--tasks", "films", "--epochs", "1"]
     spelled = {
         "tuner": {"type": "small_lora", "r": 2, "target_modules": ["query"]},
@@ -182,10 +178,9 @@ def test_an_installed_package_is_listed_learned_with_and_opened_again(package, t
     lines = [["list", kind] for kind in kinds]
     lines += [["run", "--recipe", "pulled", "--heads", "linear,euclid", "--out", "named", *small]]
     lines += [["run", "c.yaml", *small]]
-    found = commands(tmp_path, lines, package)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("(from the package pull-pieces)") == 7
-    assert "A LoRA that is pulled towards zero" in found.stdout and "rank=2, strength=0.5" in found.stdout
+    found = new_process(LINES.format(lines=json.dumps(lines)))
+    assert found.count("(from the package pull-pieces)") == 7
+    assert "A LoRA that is pulled towards zero" in found and "rank=2, strength=0.5" in found
     named, written = (yaml.safe_load((tmp_path / n / "run.yaml").read_text())["recipe"] for n in ("named", "spelled"))
     assert named["name"] == "pulled"
     assert named["rules"] == [{"type": "Pull", "module": "pull_pieces.pieces", "strength": 0.5}]
@@ -193,9 +188,7 @@ def test_an_installed_package_is_listed_learned_with_and_opened_again(package, t
     assert written["consolidation"]["type"] == "GentleMerge"
     assert written["tuner"]["type"] == "SmallLoraConfig" and written["heads"][1]["power"] == 2.0
 
-    again = new_process(AGAIN, tmp_path, package)
-    assert again.returncode == 0, again.stderr
-    predicted, still, routed, evil = again.stdout.splitlines()
+    predicted, still, routed, evil = new_process(AGAIN).splitlines()
     assert predicted.count("[") == 3
     assert still.startswith("Still") and "FirstKnown(centres=3" in routed
     assert "`pull_pieces.evil.Evil`, which is not there" in evil  # nothing but entry points is imported

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,12 +82,13 @@ def call(monkeypatch, *arguments, code=2):
     assert (stop.value.code or 0) == code
 
 
-def test_the_command_line_imports_what_it_is_told(page, tmp_path, monkeypatch, capsys):
+def test_the_command_line_imports_what_it_is_told(page, elsewhere, tmp_path, monkeypatch, capsys):
     folder, _ = page
-    code = "import sys; sys.path.remove(''); from perpetune.cli.app import main; main()"
-    line = [sys.executable, "-c", code, "diff", "runs/mine", "--import", "my_pieces"]  # nothing is imported there
-    told = subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder)
-    assert told.returncode == 0 and "perpetune_scale_v" in told.stdout, told.stderr
+    source = str(Path(pt.__file__).parents[1])
+    code = f"import os, sys\nos.chdir({str(folder)!r})\nsys.path.insert(0, {source!r})\n"
+    code += "from perpetune.cli.app import main\nmain()"
+    told = elsewhere(code, "diff", "runs/mine", "--import", "my_pieces")  # nothing is imported there
+    assert "perpetune_scale_v" in told
     written = (folder / "runs/mine/run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(written.replace("my_pieces", "their_pieces"))
     call(monkeypatch, "export", tmp_path, "--out", tmp_path / "model")

@@ -17,8 +17,6 @@ from perpetune.recipes import RECIPES, make_recipe
 from perpetune.rules.linear_sites import linear_sites
 from perpetune.tuners import as_tuner
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 LORA = [name for name in RECIPES if "lora" in name and not name.startswith("pegp")]
 PROJECTION = [name for name in RECIPES if name.startswith(("pegp", "gpm")) and name != "pegp_bias"]
 OTHERS = ["sequential", "sotu", "oft"]

@@ -14,8 +14,6 @@ from perpetune.operations.gate import MAJORITY, judge
 from perpetune.runs.directory import Run
 from perpetune.runs.result import BEFORE, JOINED
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 0.01}
 TASKS = ["films", "news", "mood"]
 PREDICTIONS = "predictions.safetensors"

@@ -27,9 +27,7 @@ EXPECTED = {name: json.loads((HERE / "expected" / name / "expected.json").read_t
 # bias) makes steps at random
 SHARE, CLOSE = 0.95, {"rtol": 1e-3, "atol": 1e-4}
 
-Learner = pt.Learner  # loaded with all that it needs, before `quick_collection`
-
-pytestmark = pytest.mark.usefixtures("quick_collection")
+Learner = pt.Learner
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from perpetune import Learner, ModelError, load_stream
 from perpetune.models.loading import load_language_model
 from perpetune.tuners import as_tuner
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 
 def tied(tiny_lm):
     return load_language_model(tiny_lm("qwen2")).model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import PerpetuneError, first_line
-from . import inspect, manage, run
+from . import inspect, manage, predict, run
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -25,7 +26,8 @@ app = typer.Typer(
 for panel, commands in {
     "Train": (run.demo, run.run, run.compare),
     "Look": (inspect.report, inspect.log, inspect.diff, inspect.gate),
-    "Make something of a run": (manage.export, manage.revert, manage.tune_scale),
+    "Use": (predict.predict,),
+    "Make something of a run": (manage.export, manage.serve_config, manage.revert, manage.tune_scale),
     "Choose": (inspect.list_,),
 }.items():
     for command in commands:
@@ -60,7 +62,7 @@ def perpetune(
 
     Start with `perpetune demo`. Then give it your own model and a folder of tasks:
 
-    `perpetune run --model sentence-transformers/all-MiniLM-L6-v2 --stream my_tasks/ --recipe olora --out runs/olora`
+    `perpetune run --model sentence-transformers/all-MiniLM-L6-v2 --stream my_tasks/ --recipe routed --out runs/routed`
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -73,8 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     An error is one line on stderr and exit code 2, never a traceback; PERPETUNE_TRACEBACK=1 shows it. Ctrl-C is 130.
     """
     try:
-        # without typer's own way of showing errors, which takes a box of five lines
-        code = app(args=arguments, prog_name="perpetune", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            # without typer's own way of showing errors, which takes a box of five lines
+            code = app(args=arguments, prog_name="perpetune", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
@@ -85,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == 130:  # also from typer, which turns Ctrl-C into it
         typer.echo("perpetune: interrupted; every finished task is safe, the same command goes on after it", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """A warning as a line of its own: where in the code it was raised helps nobody who types commands."""
+    typer.echo(f"perpetune: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Commands that make something of a finished run: export, revert, tune-scale."""
+"""Commands that make something of a finished run: export, serve-config, revert, tune-scale."""
 
 from __future__ import annotations
 
@@ -24,33 +24,81 @@ def export(
     model: Model = None,
     import_: Import = None,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16, to which the sum is rounded once.")] = "float32",
+    format: Annotated[
+        str, typer.Option(help="merged, a plain transformers model; adapters, LoRA for peft and vLLM.")
+    ] = "merged",
     head: Annotated[
-        bool, typer.Option("--head/--no-head", help="Take the head along, as a classifier; or the model alone.")
-    ] = True,
+        str | None, typer.Option(metavar="NAME", help="Which head to take along; default the first.")
+    ] = None,
+    no_head: Annotated[bool, typer.Option("--no-head", help="The model alone.")] = False,
+    cumulative: Annotated[
+        bool, typer.Option("--cumulative", help="Adapters: also one for the model after each task before the last.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hugging Face Hub, privately.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository on the Hub a public one.")] = False,
 ) -> None:
-    """Write a plain transformers folder, which AutoModel.from_pretrained loads without perpetune.
+    """Write a folder that loads without perpetune: a plain transformers model, or LoRA adapters; with a model card.
 
     `perpetune export runs/sotu --out model/ --without 2026-week-07`
 
-    Without options: the model as it is, and its head where that is linear (`linear`, `label_text`, `ncm`): a
+    `merged`, without options: the model as it is, and its head where that is linear (`linear`, `label_text`, `ncm`): a
     ...ForSequenceClassification or ...ForImageClassification with labels where that class pools as the run did, else
     classifier.safetensors beside the model, with a README.md that uses it. With them: the base model and what the
     chosen tasks left on its weights, for recipes with DeltaMerge (`sotu`) and Merge (`lora`, `olora`, ...), to the bit
     as if the others had left nothing; a head was trained with all tasks, and stays in the run.
 
+    `adapters`: a folder for every task where each has its own (`color`, `routed`), which peft loads by name and vLLM
+    serves (`perpetune serve-config`); else one LoRA of summed rank for the model after all tasks. `routes.json` says
+    which adapter answers which input. A change that is no LoRA of small rank is refused.
+
     The deltas of DeltaMerge are made from the base, each without the others, unless `sequential` is set. Adapters that
     Merge merged later were trained on top of earlier ones: leaving an earlier one out is not forgetting with proof.
     """
+    import shlex
+    import sys
+
+    from ..core.errors import ConfigError
     from ..learning.export import export as write
     from ..learning.learner import Learner
 
+    if head is not None and no_head:
+        raise ConfigError("--head names a head to take along, and --no-head leaves it: give one of them")
     imports(import_)
     learner = Learner.open(run, model=model)
     names = None if only is None else [part.strip() for part in only.split(",") if part.strip()]
     factors = dict(_factor(text) for text in scale or ())
     choice: dict[str, Any] = {"only": names, "without": without or (), "scales": factors}
-    folder, told = write(learner.setup, learner.state, out, **choice, dtype=dtype, head=head)
+    how: dict[str, Any] = {"dtype": dtype, "head": head or not no_head, "format": format, "cumulative": cumulative}
+    command = shlex.join(["perpetune", *sys.argv[1:]])
+    folder, told = write(learner.setup, learner.state, out, **choice, **how, command=command)
     typer.echo(f"{folder}: {_composed(learner, choice)}; {told}")
+    if push_to_hub is not None:
+        from ..operations.publish import push_to_hub as push
+
+        typer.echo(push(folder, push_to_hub, private=not public))
+
+
+def serve_config(
+    run: Run,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="What `export --format adapters` wrote; default `adapters` in the run directory."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model as the server finds it, if not as the export names it.")
+    ] = None,
+) -> None:
+    """Print the command line with which vLLM serves the adapters of an export.
+
+    `perpetune export runs/r --format adapters --out adapters/ && perpetune serve-config runs/r --folder adapters/`
+
+    A request names the adapter as its model. Which adapter answers which input stands in routes.json.
+    """
+    from ..operations.serve import as_shell, vllm_command
+
+    typer.echo(as_shell(vllm_command(run, folder, model)))
 
 
 def _factor(text: str) -> tuple[str, float]:

@@ -26,6 +26,7 @@ class AdapterPerTask(Consolidation, PerTaskStates):
     """
 
     branch = "fresh"
+    adapters = "each"
     _adapters: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
     _classes: list[tuple[int, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
     _names: list[str] = field(default_factory=list, init=False, repr=False, compare=False)

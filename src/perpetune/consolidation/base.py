@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import datasets
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..tuners import Tuner
 if TYPE_CHECKING:
     from .states import PerTaskStates
 
+Adapters = Literal["newest", "sum", "each"]
 Files = dict[str, Any]  # file name -> dict of tensors (.safetensors), JSON-able (.json) or Dataset (.parquet)
 
 
@@ -61,9 +62,12 @@ class Consolidation:
     if it had never stopped.
 
     Attributes:
+        adapters: what the adapters in commits are together ("newest": the last is the model; "sum": their changes add
+            up on the base; "each": every task predicts with its own), or None where commits hold none.
         branch: whether a task goes on with the tuner of the task before ("kept") or starts with a new one ("fresh").
     """
 
+    adapters: ClassVar[Adapters | None] = None
     backbone: Backbone = field(init=False, repr=False, compare=False)
     tuner: Tuner = field(init=False, repr=False, compare=False)
 

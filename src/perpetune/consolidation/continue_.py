@@ -15,6 +15,7 @@ from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
 class Continue(Consolidation):
     """One tuner all the way: a commit holds its state after the task, and the last commit is the model."""
 
+    adapters = "newest"
     _attached: bool = field(default=False, init=False, repr=False, compare=False)
 
     def begin_task(self, session: Session) -> None:

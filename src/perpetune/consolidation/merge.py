@@ -39,6 +39,7 @@ class Merge(Consolidation):
     """
 
     branch = "fresh"
+    adapters = "sum"
     _base: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sum: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _product: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -24,6 +24,7 @@ class Stack(Consolidation):
     function at constant cost. LoRA only."""
 
     branch = "fresh"
+    adapters = "sum"
     _past: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _attached: bool = field(default=False, init=False, repr=False, compare=False)

@@ -40,6 +40,7 @@ class Head(nn.Module):
     reads: Reads = "features"
     blocks: bool = False
     weighs: bool = False  # whether its loss may weigh classes, see `weigh`
+    starts_from_own: bool = False  # takes rows from the own head of a fine-tuned classifier, see `start_from`
 
     @property
     def observes(self) -> bool:
@@ -61,6 +62,16 @@ class Head(nn.Module):
 
         Raises:
             HeadError: they are of another shape, or not finite.
+        """
+        raise NotImplementedError
+
+    def start_from(self, weight: Tensor, bias: Tensor, labels: Sequence[str]) -> None:
+        """Take over rows (weight: C' x L, bias: C') for classes of the same label texts; once, after `open`.
+
+        Asked of heads with `starts_from_own` alone.
+
+        Raises:
+            HeadError: there are none.
         """
         raise NotImplementedError
 
@@ -126,8 +137,12 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
-    def readout(self, classes: Sequence[int]) -> Readout | None:
-        """The scores of these classes as one linear map of the features; None where they are not one."""
+    def readout(self, classes: Sequence[int], task: int | None = None) -> Readout | None:
+        """The scores of these classes as one linear map of the features; None where they are not one.
+
+        Args:
+            task: see `scores`.
+        """
         return None
 
     def knows(self, classes: Sequence[int]) -> bool:

@@ -79,7 +79,7 @@ class LabelTextHead(TrainedHead):
         """cos(f, e) / temperature: (N x L), (k x L) -> (N x k)."""
         return F.normalize(features.float(), dim=1) @ embeddings.to(features.device).T / self.temperature
 
-    def readout(self, classes: Sequence[int]) -> Readout | None:
+    def readout(self, classes: Sequence[int], task: int | None = None) -> Readout | None:
         weight = self.embeddings[self.checked_classes(classes)] / self.temperature
         return Readout(weight, weight.new_zeros(len(weight)), normalised=True)
 

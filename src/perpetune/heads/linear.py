@@ -126,9 +126,10 @@ class LinearHead(TrainedHead):
         self.register_parameter("active_weight", None)
         self.register_parameter("active_bias", None)
 
-    def readout(self, classes: Sequence[int]) -> Readout | None:
-        rows = self.checked_classes(classes)
-        return Readout(self.weight[rows].clone(), self.bias[rows].clone(), normalised=False)
+    def readout(self, classes: Sequence[int], task: int | None = None) -> Readout | None:
+        known, weight, bias = self._rows(task)
+        rows = [known.tolist().index(c) for c in self.checked_classes(classes)]
+        return Readout(weight[rows].clone(), bias[rows].clone(), normalised=False)
 
     def knows(self, classes: Sequence[int]) -> bool:
         return bool(self.seen[self.checked_classes(classes)].all())

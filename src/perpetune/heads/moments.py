@@ -172,11 +172,11 @@ class MomentsHead(StatisticsHead):
             scores[:, seen] = s if offset is None else s + offset
         return scores.to(matmul_dtype(device)).to(device)
 
-    def readout(self, classes: Sequence[int]) -> Readout | None:
+    def readout(self, classes: Sequence[int], task: int | None = None) -> Readout | None:
         """See `Head.readout`: random features are not linear."""
+        seen, Theta, _ = self.fit()
         if self.chosen.random:
             return None
-        seen, Theta, _ = self.fit()
         rows, offset = [seen.index(c) for c in self.checked_classes(classes)], self.offset()
         bias = torch.zeros(len(rows)) if offset is None else offset[rows].float()
         return Readout(Theta.T[rows].float(), bias, normalised=self.chosen.normalises)

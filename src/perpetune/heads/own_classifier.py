@@ -18,6 +18,7 @@ class OwnClassifierHead(LinearHead):
     """
 
     name = "own_classifier"
+    starts_from_own = True
 
     def open(self, width: int, labels: Sequence[str], *, seed: int, label_embeddings: Tensor | None = None) -> None:
         super().open(width, labels, seed=seed)
@@ -25,11 +26,6 @@ class OwnClassifierHead(LinearHead):
 
     @torch.no_grad()
     def start_from(self, weight: Tensor, bias: Tensor, labels: Sequence[str]) -> None:
-        """Take over rows (weight: C' x L, bias: C') for classes of the same label texts; once, after `open`.
-
-        Raises:
-            HeadError: there are none.
-        """
         self._own = {label: (weight[i], bias[i]) for i, label in enumerate(labels)}
         shared = [c for c, label in enumerate(self.labels) if label in self._own]
         if not shared:

@@ -56,7 +56,7 @@ class PrototypeHead(StatisticsHead):
         scores[:, self.class_counts() == 0] = -torch.inf
         return scores.to(matmul_dtype(features.device)).to(features.device)
 
-    def readout(self, classes: Sequence[int]) -> Readout | None:
+    def readout(self, classes: Sequence[int], task: int | None = None) -> Readout | None:
         S = self.statistics["sums"][self.checked_classes(classes)]
         weight = (S / _nonzero(torch.linalg.vector_norm(S, dim=1))[:, None]).float()
         return Readout(weight, torch.zeros(len(weight)), normalised=True)

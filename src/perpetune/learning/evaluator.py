@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import product
 
@@ -112,10 +112,8 @@ class Evaluator:
 
     def _read(self, states: PerTaskStates, task: Task, examples: Examples, view: int | None, rows: Tensor) -> Tensor:
         chosen = [examples[i] for i in rows.tolist()]
-        with states.view(view), self.progress.bar(f"features of {task.name}", len(rows)) as advance:
-            if view is None:
-                return self.backbone.pooled(chosen, self.batch_size, advance)
-            return self.backbone.outputs(chosen, self.batch_size, advance, states.task_classes(view))
+        with self.progress.bar(f"features of {task.name}", len(rows)) as advance:
+            return under_state(self.backbone, states, view, chosen, self.batch_size, advance)
 
     def _note_drift(self, states: PerTaskStates, task: Task, own: int, before: int) -> None:
         """Of a task that is learned: whether its test inputs are read as they were before the last session.
@@ -133,11 +131,7 @@ class Evaluator:
         examples = self.prepared(task, "test")
         if states is None or weights is None:
             return self.backbone.answers(examples, self.batch_size)
-
-        def read(rows: list[int]) -> list[str]:
-            return self.backbone.answers([examples[i] for i in rows], self.batch_size)
-
-        return by_likeliest_state(states, weights, read)
+        return answers_by_state(self.backbone, states, weights, examples, self.batch_size)
 
     def predictions(
         self,
@@ -210,6 +204,29 @@ class Evaluator:
                     chosen = best_class(scores(head, own if scenario == "task" else None), allowed)
                     out[f"{head.name}/{scenario}/{task.name}"] = chosen.to(torch.int32)
         return out
+
+
+def under_state(
+    backbone: Backbone,
+    states: PerTaskStates,
+    view: int | None,
+    examples: Examples,
+    size: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Tensor:
+    """What heads read of examples under the state of a task (N x width); view None: what routes them
+    (N x pooled_width). size: examples a forward pass."""
+    with states.view(view):
+        if view is None:
+            return backbone.pooled(examples, size, advance)
+        return backbone.outputs(examples, size, advance, states.task_classes(view))
+
+
+def answers_by_state(
+    backbone: Backbone, states: PerTaskStates, weights: Tensor, examples: Examples, size: int
+) -> list[str]:
+    """Generated answers, each under the likeliest of the states that its prompt is shown to (weights: N x T)."""
+    return by_likeliest_state(states, weights, lambda rows: backbone.answers([examples[i] for i in rows], size))
 
 
 def readings(stream: Stream) -> tuple[str, ...]:

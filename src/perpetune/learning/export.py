@@ -14,17 +14,21 @@ from torch import nn
 
 from ..consolidation import Consolidation
 from ..core.errors import ConfigError, ModelError, nearest
+from ..core.files import write_text
 from ..heads import LinearHead
 from ..models.backbone import Backbone
 from ..runs.commit import active
 from ..runs.directory import Run, write_folder
-from .export_head import FILES, ExportedHead, with_head, write_beside
+from .export_head import FILES, ExportedHead, chosen_head, with_head, write_beside
+from .model_card import CARD, about_merged, model_card, note_of
 from .setup import Setup
 from .state import LearnerState
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
     from ..runs.result import Result
+
+FORMATS = ("merged", "adapters")
 
 
 def export(
@@ -35,9 +39,16 @@ def export(
     without: Collection[str] = (),
     scales: Mapping[str, float] | None = None,
     dtype: str = "float32",
-    head: bool = True,
+    head: bool | str = True,
+    format: str = "merged",
+    cumulative: bool = False,
+    command: str = "",
 ) -> tuple[Path, str]:
-    """See `Learner.export`; also what became of the head, in words."""
+    """See `Learner.export`; also what became of the head, in words.
+
+    Args:
+        command: that makes the export, for its card.
+    """
     backbone = state.backbone
     if not backbone.network:
         raise ConfigError(f"recipe `{state.recipe.name}` has no network to export")
@@ -46,7 +57,15 @@ def export(
     commits = Run.read(setup.path).commits
     if not commits:
         raise ConfigError("nothing is learned yet: call learn(stream) first")
-    everything = only is None and not without and not scales
+    if format not in FORMATS or (cumulative and format == "merged"):
+        raise ConfigError(f"format is {' or '.join(FORMATS)}, not `{format}`; cumulative goes with adapters")
+    if isinstance(head, str):
+        chosen_head(state, head)
+    if format == "adapters":
+        from .export_adapters import export_adapters  # which composes as is done here
+
+        return export_adapters(setup, state, folder, only, without, scales, dtype, head, cumulative, command)
+    everything, chosen = only is None and not without and not scales, {}
     if everything and state.consolidation.states is None:
         model: Any = plain(copy.deepcopy(backbone.model), commits[-1].path)
     else:
@@ -58,16 +77,18 @@ def export(
     if not head:
         exported = ExportedHead(model, False, "without its head")
     elif everything:
-        exported = with_head(state, model)
+        exported = with_head(state, model, head)
     else:
         exported = ExportedHead(model, False, "its head reads the features of all tasks, and stays in the run")
+    note = note_of(chosen) if chosen else ""
     saved: Any = exported.model.to(dtype=getattr(torch, dtype))
 
     def write(aside: Path) -> None:
         saved.save_pretrained(str(aside))
         backbone.save_processors(str(aside))
-        if exported.beside:
-            write_beside(aside, exported, backbone)
+        if exported.beside and exported.readout is not None:
+            write_beside(aside, exported.readout, exported.labels, backbone)
+        write_text(aside / CARD, model_card(setup, state, about_merged(exported, backbone, command, note)))
 
     write_folder(folder, write)
     old = not exported.beside and (folder / FILES[1]).exists()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.errors import first_line
+from ..core.errors import ConfigError, first_line, nearest
 from ..core.files import write_text
 from ..core.tensors import relative_change
 from ..heads import Head
@@ -25,7 +25,7 @@ from .state import LearnerState
 CLOSE = 1e-4  # relative: far above rounding in fp32, far below what another pooling changes
 GRID = 1e-2  # relative: heads of exact sums read features on a grid
 LINEAR_PART = 2.0**-16  # tanh(x) is x to 3e-8 where |x| is at most 3e-4
-FILES = ("classifier.safetensors", "classifier.json", "README.md")
+FILES = ("classifier.safetensors", "classifier.json")
 
 
 class ExportedHead(NamedTuple):
@@ -45,22 +45,49 @@ class ExportedHead(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-def with_head(state: LearnerState, model: nn.Module) -> ExportedHead:
+def chosen_head(state: LearnerState, name: str | bool) -> Head:
+    """The head of this name; the first, where none is named.
+
+    Raises:
+        ConfigError: the run reads no such head.
+    """
+    by_name = {head.name: head for head in state.heads}
+    if not isinstance(name, str):
+        return state.heads[0]
+    if name not in by_name:
+        raise ConfigError(f"this run reads no head `{name}`: {nearest(name, by_name)}")
+    return by_name[name]
+
+
+def linear_head(state: LearnerState, head: Head, classes: list[int], task: int | None = None) -> Readout | None:
+    """The head as one linear map of the features, fp32 on the CPU; None where its scores are not that.
+
+    Args:
+        task: whose own rows, where a head keeps some for every task.
+    """
+    readout = head.readout(classes, task) if classes and head.reads == "features" else None
+    if readout is None:
+        return None
+    readout = Readout(readout.weight.cpu().float(), readout.bias.cpu().float(), readout.normalised)
+    return readout if _is_linear(state.backbone, head, classes, readout, task) else None
+
+
+def with_head(state: LearnerState, model: nn.Module, name: str | bool = True) -> ExportedHead:
     """
     Args:
         state: that of the run, whose features and scores are the truth.
         model: its transformers model, adapters merged.
+        name: of the head; True for the first.
     """
-    head, classes = state.heads[0], sorted(state.known.classes)
+    head, classes = chosen_head(state, name), sorted(state.known.classes)
     if head.reads != "features":
         return ExportedHead(model, False, f"its head `{head.name}` needs nothing but the model")
-    readout = head.readout(classes) if classes else None
-    if readout is None:
+    if not classes or head.readout(classes) is None:
         why = "is no linear map of its features"
         return ExportedHead(model, False, f"its head `{head.name}` {why}, and stays in the run")
     labels = tuple(state.known.labels[c] for c in classes)
-    readout = Readout(readout.weight.cpu().float(), readout.bias.cpu().float(), readout.normalised)
-    if not _is_linear(state.backbone, head, classes, readout):
+    readout = linear_head(state, head, classes)
+    if readout is None:
         why = "reads features on a grid whose steps its weights magnify, and is not linear to a hundredth"
         return ExportedHead(model, False, f"its head `{head.name}` {why}: it stays in the run")
     whole, why = as_classifier(state.backbone, readout, labels, model)
@@ -141,11 +168,11 @@ def _through_tanh(dense: nn.Linear, last: nn.Linear, readout: Readout) -> None:
 
 
 @torch.inference_mode()
-def _is_linear(backbone: Backbone, head: Head, classes: list[int], readout: Readout) -> bool:
+def _is_linear(backbone: Backbone, head: Head, classes: list[int], readout: Readout, task: int | None) -> bool:
     """Whether the scores are what the readout makes of the features."""
     device = next((t.device for t in (*head.parameters(), *head.buffers())), torch.device("cpu"))
     features = backbone.features(backbone.samples(), 2)
-    scores = head.scores(features.to(device))[:, classes].cpu()
+    scores = head.scores(features.to(device), task)[:, classes].cpu()
     given = nn.functional.normalize(features, dim=1) if readout.normalised else features
     return relative_change(given @ readout.weight.T + readout.bias, scores) < GRID
 
@@ -162,14 +189,11 @@ def _agrees(whole: Any, backbone: Backbone, readout: Readout) -> bool:
     return True
 
 
-def write_beside(folder: Path, exported: ExportedHead, backbone: Backbone) -> None:
-    """Into the folder of a model: W and b, what they are, and how they are used."""
-    assert exported.readout is not None
-    weight, bias, normalised = exported.readout
-    save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, folder / FILES[0])
-    about = {"labels": list(exported.labels), "pooling": backbone.pooling, "normalised": normalised}
+def write_beside(folder: Path, readout: Readout, labels: Sequence[str], backbone: Backbone) -> None:
+    """Into the folder of a model or of an adapter: W and b, and what they are."""
+    save_file({"weight": readout.weight.contiguous(), "bias": readout.bias.contiguous()}, folder / FILES[0])
+    about = {"labels": list(labels), "pooling": backbone.pooling, "normalised": readout.normalised}
     write_text(folder / FILES[1], json.dumps(about, indent=1, ensure_ascii=False))
-    write_text(folder / FILES[2], _usage(exported.model, backbone, normalised))
 
 
 POOLED = {
@@ -181,25 +205,32 @@ POOLED = {
 }
 
 
-def _usage(model: nn.Module, backbone: Backbone, normalised: bool) -> str:
-    import transformers
+def base_of(backbone: Backbone) -> Any:
+    """The transformers model, without what peft has put around it; adapters may still be inside."""
+    return backbone.model.get_base_model() if hasattr(backbone.model, "peft_config") else backbone.model
 
-    kind = type(model).__name__ if hasattr(transformers, type(model).__name__) else "AutoModel"
+
+def beside_usage(backbone: Backbone, normalised: bool, load: Sequence[str], folder: str = "") -> list[str]:
+    """The lines that classify with a head that lies beside a model.
+
+    Args:
+        load: the lines that bring `model` and `reader`.
+        folder: that of the head, with a slash behind it.
+    """
     if backbone.modality == "text":
-        reads, limit = "AutoTokenizer", f"padding=True, truncation=True, max_length={backbone.max_length}"
-        takes = set(inspect.signature(model.forward).parameters)
+        limit = f"padding=True, truncation=True, max_length={backbone.max_length}"
+        takes = set(inspect.signature(base_of(backbone).forward).parameters)
         drop = "" if "token_type_ids" in takes else '\ninputs.pop("token_type_ids", None)'
         inputs = f'inputs = reader(["a text", "another"], return_tensors="pt", {limit}){drop}'
         mask = 'mask = inputs["attention_mask"][..., None]'
     else:
-        reads, inputs = "AutoImageProcessor", 'inputs = reader(images=[picture], return_tensors="pt")  # PIL, in RGB'
+        inputs = 'inputs = reader(images=[picture], return_tensors="pt")  # PIL, in RGB'
         mask = "mask = torch.ones(*hidden.shape[:2], 1)"
     lines = [
         "import json, torch",
         "from safetensors.torch import load_file",
-        f"from transformers import {reads}, {kind}",
-        f'model, reader = {kind}.from_pretrained("."), {reads}.from_pretrained(".")',
-        f'head, about = load_file("{FILES[0]}"), json.load(open("{FILES[1]}", encoding="utf-8"))',
+        *load,
+        f'head, about = load_file("{folder}{FILES[0]}"), json.load(open("{folder}{FILES[1]}", encoding="utf-8"))',
         inputs,
     ]
     if backbone.pooling is not None:
@@ -215,8 +246,4 @@ def _usage(model: nn.Module, backbone: Backbone, normalised: bool) -> str:
         'scores = features @ head["weight"].T + head["bias"]',
         'print([about["labels"][i] for i in scores.argmax(1)])',
     ]
-    code = "\n".join(lines)
-    return (
-        "A transformers model, and a linear head on its pooled features, made with perpetune. In this folder:\n\n"
-        f"```python\n{code}\n```\n"
-    )
+    return lines

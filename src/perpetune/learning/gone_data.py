@@ -48,7 +48,7 @@ def completed(run: Run, stream: Stream, learned: Sequence[str], every: bool = Fa
     here = {task.name: task for task in stream}
     left = [name for name in learned if name in here]
     now = [task.name for task in stream.tasks[: len(left)]]
-    other = not left and stream.source.get("source") != read_config(run.path)["stream"]["source"].get("source")
+    other = not left and stream.source.get("source") != run.config["stream"]["source"].get("source")
     if now != left or (len(left) < len(learned) and (every or (learned and other))):
         began = ", ".join(task.name for task in stream.tasks[: len(learned)])
         raise RunError(
@@ -69,15 +69,31 @@ def completed(run: Run, stream: Stream, learned: Sequence[str], every: bool = Fa
 
 
 def told(run: Run, stream: Stream, learned: Sequence[str]) -> list[str]:
-    """What is gone, in words: a line for training data, one for test data."""
+    """What is gone, in words: a line for training data, one for test data; and new tasks that are learned ones."""
     known = stream.tasks[: len(learned)]
-    lines = []
+    lines = _learned_again(run, stream.tasks[len(learned) :])
     for split, means in (("train", "it is not needed"), ("test", "they are not evaluated any more")):
         lost = [f"`{task.name}`" for task in known if not len(getattr(task, split))]
         kind = {"train": "training", "test": "test"}[split]
         if lost:
             lines.append(f"{run.path} goes on without the {kind} data of {', '.join(lost)}, which is gone: {means}")
     return lines
+
+
+def _learned_again(run: Run, new: Sequence[Task]) -> list[str]:
+    rows = {
+        splits["train"]: name
+        for commit in active(run.commits)
+        for name, splits in commit.manifest.get("splits", {}).items()
+        if splits.get("train")
+    }
+    same = {task.name: rows.get(split_fingerprints(task)["train"]) for task in new} if rows else {}
+    return [
+        f"task `{name}` has the training rows of `{old}`, which {run.path} has learned, and is learned as another "
+        f"task: if its folder was renamed, stop here and call it `{old}` again"
+        for name, old in same.items()
+        if old
+    ]
 
 
 def check_needed(run: Run, stream: Stream, learned: Sequence[str], heads: Sequence[Any]) -> None:

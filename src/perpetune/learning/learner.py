@@ -130,11 +130,11 @@ class Learner:
             RunError: no run is there, it is damaged, or its base model is another one now.
         """
         learner = cls.described(run, **options)
-        config = read_config(Path(run))
-        model, stream = config["model"], config["stream"]
+        written = Run.read(run)
+        model, stream = written.config["model"], written.config["stream"]
         backbone = learner.setup.load_base(model["modality"], model["fingerprint"])
         state = LearnerState(learner.setup, backbone, stream["labels"], stream["inputs"])
-        learner._state = state.restore(Run.read(run).commits)
+        learner._state = state.restore(written.commits)
         return learner
 
     # ---- what it is ----
@@ -246,32 +246,34 @@ class Learner:
         self,
         folder: str | Path,
         *,
+        format: Literal["merged", "adapters"] = "merged",
         only: Sequence[str] | None = None,
         without: Collection[str] = (),
         scales: Mapping[str, float] | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        head: bool = True,
+        head: bool | str = True,
+        cumulative: bool = False,
     ) -> Path:
-        """Write a plain transformers folder, adapters merged; the run stays as it is.
-
-        Without a choice of tasks this is the model as it is now; with one, the base model and what the chosen tasks
-        left on its weights, added up in fp32: the same bits as if the other deltas had never been.
+        """Write a folder that loads without perpetune, with a model card; the run stays as it is.
 
         Args:
-            only: tasks to take, None all; without: tasks to leave out.
+            format: "merged", a plain transformers model; "adapters", LoRA for plain peft and vLLM: one for every task
+                where each has its own, else one of summed rank, and `routes.json` (docs/how-to/serve.md).
+            only: tasks to take, None all; without: tasks to leave out. Weights are then the base and what the chosen
+                left on it, added up in fp32: the same bits as if the others had never been.
             scales: factors of tasks, times the consolidation's own.
             dtype: what the fp32 weights are rounded to, once.
-            head: the model as it is now takes its first head along where that is linear: as a class for classification
-                of transformers, with labels, whose logits are the scores; or, where no such class pools as the run did,
-                in `classifier.safetensors` beside the model, with a README.md that uses it. False writes the model
-                alone.
+            head: which goes along where it is linear, by name; True the first, False none. In a class for
+                classification of transformers, or, where none pools as the run did, in `classifier.safetensors`.
+            cumulative: of adapters: also one for the model after each task before the last.
 
         Raises:
-            ConfigError: nothing is learned yet, there is no network to export, no weights could hold the adapter; an
-                unknown task; tasks that leave nothing to choose from.
+            ConfigError: nothing is learned yet; no network, or no weights or LoRA could hold the change; an unknown
+                task, head or format; tasks that leave nothing to choose from.
             RunError: the folder is a run directory, or cannot be written; then nothing of it is there.
         """
-        return export.export(self.setup, self.state, Path(folder), only, without, scales, dtype, head)[0]
+        choice = (only, without, scales, dtype, head, format, cumulative)
+        return export.export(self.setup, self.state, Path(folder), *choice)[0]
 
     def fresh(self) -> tuple[Backbone, Consolidation]:
         """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..core.environment import versions
 from ..core.errors import RunError, StreamError
-from ..heads import OwnClassifierHead
 from ..runs.commit import active, reverted
-from ..runs.directory import Run, read_config
+from ..runs.directory import Run
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
@@ -51,7 +50,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     backbone = setup.load_backbone(stream.modality)
     setup.fit_heads(backbone, stream.captions)
     setup.recipe.tuner.check(backbone.model)
-    if backbone.left_out and not any(isinstance(head, OwnClassifierHead) for head in setup.recipe.heads):
+    if backbone.left_out and not any(head.starts_from_own for head in setup.recipe.heads):
         setup.progress.say(
             f"`{backbone.name}` was fine-tuned as a classifier of {', '.join(backbone.left_out[:5])}: this head is "
             "left out, and the recipe's is trained; to go on from its rows, choose heads: [own_classifier]"
@@ -65,7 +64,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     stream = with_known_scenario(stream, setup.path)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
-        written = read_config(setup.path)["stream"]
+        written = run.config["stream"]
         known = [*(run.commits[-1].manifest["learned"] if run.commits else ()), *written["tasks"]]
         whole = stream.ordered_after(known).numbered(written["labels"])
         out = [*reverted(run.commits), without]
@@ -127,7 +126,7 @@ def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Ru
 
 def _note_start(setup: Setup, run: Run) -> None:
     """Journal a start, and warn where a run goes on under other versions: its bits may then differ."""
-    now, then = versions(), read_config(setup.path).get("versions", {})
+    now, then = versions(), run.config.get("versions", {})
     run.note("resume" if run.commits else "start", command=sys.argv, versions=now, device=str(setup.device))
     other = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
     if run.commits and other:

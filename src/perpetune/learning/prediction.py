@@ -9,12 +9,12 @@ from typing import Any
 import datasets
 from torch import Tensor
 
-from ..consolidation.states import PerTaskStates, Reading, by_likeliest_state, only
+from ..consolidation.states import PerTaskStates, Reading, only
 from ..core.errors import ConfigError, nearest
 from ..heads import Head
 from ..models.backbone import Examples
 from ..streams.predict_inputs import table
-from .evaluator import best_class
+from .evaluator import answers_by_state, best_class, under_state
 from .state import LearnerState
 
 
@@ -53,7 +53,7 @@ def answers(state: LearnerState, examples: Examples, task: str | None) -> list[s
     if states is None:
         return state.backbone.answers(examples, size)
     weights = _weights(state, states, _reading(state, states, examples), task)
-    return by_likeliest_state(states, weights, lambda rows: state.backbone.answers([examples[i] for i in rows], size))
+    return answers_by_state(state.backbone, states, weights, examples, size)
 
 
 def _chosen(classes: Sequence[str], known: dict[str, int]) -> list[int]:
@@ -83,21 +83,13 @@ def scores(state: LearnerState, head: Head, examples: Examples, task: str | None
 
 
 def _reading(state: LearnerState, states: PerTaskStates, examples: Examples) -> Reading:
-    backbone, size = state.backbone, state.setup.batch_size
+    read = functools.partial(under_state, state.backbone, states, size=state.setup.batch_size)
+    routing = functools.cache(lambda: read(None, examples))  # all at once, whichever are asked for
 
-    @functools.cache
-    def routing() -> Tensor:
-        with states.view(None):
-            return backbone.pooled(examples, size)
+    def rows_of(view: int | None, rows: Tensor) -> Tensor:
+        return routing()[rows] if view is None else read(view, [examples[i] for i in rows.tolist()])
 
-    def read(view: int | None, rows: Tensor) -> Tensor:
-        if view is None:
-            return routing()[rows]
-        with states.view(view):
-            chosen = [examples[i] for i in rows.tolist()]
-            return backbone.outputs(chosen, size, classes=states.task_classes(view))
-
-    return Reading(len(examples), read)
+    return Reading(len(examples), rows_of)
 
 
 def _weights(state: LearnerState, states: PerTaskStates, reading: Reading, task: str | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..consolidation import Consolidation
-from ..heads import Head, OwnClassifierHead
+from ..heads import Head
 from ..models.backbone import Backbone
 from ..recipes.recipe import Recipe
 from ..runs.commit import Commit, active
@@ -55,7 +55,7 @@ class LearnerState:
             if self.consolidation.states is not None and head is not self.trainer and not head.blocks:
                 width = self.consolidation.states.read_width(width)
             head.open(width, labels, seed=setup.seed, label_embeddings=embeddings)
-            if isinstance(head, OwnClassifierHead):
+            if head.starts_from_own:
                 own = backbone.own_head()
                 head.start_from(own.weight, own.bias, own.labels)
             head.to(setup.device)

@@ -168,6 +168,7 @@ class TaskLoop:
             "learned": [task.name for task in learned],
             "classes": sorted({c for task in learned for c in task.classes}),
             "data": {task.name: fingerprint(task) for task in session.tasks},
+            "sizes": {task.name: {"train": len(task.train), "test": len(task.test)} for task in session.tasks},
             "splits": {task.name: split_fingerprints(task) for task in session.tasks},
             "task_classes": {task.name: list(task.classes) for task in session.tasks},
             "not_evaluated": [task.name for task in learned if not len(task.test)],

@@ -225,7 +225,9 @@ def _cell(entry: Mapping[str, Any] | None, metric: str) -> str:
         return "–"
     lost = entry["forgetting"]["mean"]
     text = _share(entry, metric)
-    return text if lost is None or metric in NO_LOSS else f"{text} (f {100 * lost:.1f})"
+    if lost is None or metric in NO_LOSS:
+        return text
+    return f"{text} (f {round(100 * lost, 1) + 0.0:.1f})"  # no -0.0
 
 
 def _share(entry: Mapping[str, Any], metric: str) -> str:

@@ -19,7 +19,7 @@ from .backbone import Backbone, Pooling
 from .classifier import classifier_labels, load_classifier
 from .dual_encoder import DualBackbone, is_dual
 from .language_model import LanguageBackbone
-from .tokenizer_check import check_causal, check_vocabulary, embedding_rows, longest_text, settle_padding
+from .tokenizer_check import check_causal, check_room, check_vocabulary, embedding_rows, longest_text, settle_padding
 from .vision_language_model import PicturedBackbone, reads_images
 
 
@@ -74,7 +74,7 @@ def load_backbone(
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
             model, lacking = _load_model(_encoder(config, source), source, config, pooling, trust)
             processor = auto.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         kind = "tokenizer" if modality == "text" else "image processor"
         raise ModelError(
             f"cannot load `{name}` as a transformers model with a {kind} ({first_line(error)}): give a hub id or a "
@@ -98,6 +98,7 @@ def load_backbone(
         limit = min(getattr(processor, "model_max_length", 256), longest_text(model, config) or 256)
         max_length = min(max_length or 256, limit)
         check_vocabulary(processor, embedding_rows(model), str(name))
+        check_room(processor, max_length, str(name))
     backbone = Backbone(
         model,
         processor,
@@ -201,7 +202,7 @@ def load_language_model(
             )
             reads: Any = AutoProcessor if pictures else AutoTokenizer
             processor = reads.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load `{name}` as a language model with a tokenizer ({first_line(error)}): give a hub id or a "
             "folder with config.json, weights and the files of the tokenizer, or of the processor where it reads "

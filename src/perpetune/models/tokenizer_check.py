@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..core.errors import ModelError, first_line
+from ..core.errors import ConfigError, ModelError, first_line
 from ..core.tensors import relative_change
 
 if TYPE_CHECKING:
@@ -56,8 +56,14 @@ def check_vocabulary(tokenizer: Any, rows: int | None, name: str) -> None:
         rows: see `embedding_rows`.
 
     Raises:
-        ModelError: the tokenizer's own vocabulary, added tokens aside, is larger than the model's embedding.
+        ModelError: the tokenizer's own vocabulary, added tokens aside, is larger than the model's embedding; it knows
+            special tokens alone, as one that is made where its files are missing.
     """
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(
+            f"the tokenizer of `{name}` knows no word, only {', '.join(tokenizer.all_special_tokens)}: put the "
+            "tokenizer's files (tokenizer.json, or vocab.txt and the like) beside config.json"
+        )
     if rows is not None and tokenizer.vocab_size > rows:
         raise ModelError(
             f"the tokenizer of `{name}` knows {tokenizer.vocab_size} tokens, and the model has embeddings for {rows}: "
@@ -66,6 +72,19 @@ def check_vocabulary(tokenizer: Any, rows: int | None, name: str) -> None:
     if tokenizer.pad_token_id is None or not _within(tokenizer.pad_token_id, rows):
         token = spare_token(tokenizer, rows)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
+
+
+def check_room(tokenizer: Any, max_length: int, name: str) -> None:
+    """
+    Raises:
+        ConfigError: texts cut to `max_length` tokens hold none of their own.
+    """
+    added = tokenizer.num_special_tokens_to_add()
+    if max_length <= added:
+        raise ConfigError(
+            f"max_length {max_length} leaves no room for a text: the tokenizer of `{name}` adds {added} tokens to "
+            f"each; set it to at least {added + 1}"
+        )
 
 
 def spare_token(tokenizer: Any, rows: int | None) -> int:

@@ -89,7 +89,7 @@ def pegp_lora_fresh(
 ) -> Recipe:
     """A fresh LoRA for every task whose A reads nothing of old inputs, merged: dW x = s B A x = 0 for any B.
 
-    PEGP's condition on the product; with A frozen as well it is InfLoRA (2404.00228).
+    PEGP's condition (2405.13383) on the product; with A frozen as well it is InfLoRA (2404.00228).
     """
     config = lora_config(rank, alpha, target, 0.0)
     return Recipe(config, [SubspaceProjection(energy, branch="fresh")], Merge(), training=LORA_TRAINING)
@@ -152,7 +152,8 @@ def pegp_prefix_released(tokens: int = 10, blocks: int | None = 5, energy: float
 def pegp_bias(energy: float = 0.99) -> Recipe:
     """PEGP's condition on biases (BitFit, 2106.10199): they read the constant 1, so all freeze after the first task.
 
-    Not in the paper, which leaves open whether its condition carries over. It does not: nothing is left to learn with.
+    Not in the paper (2405.13383), which leaves open whether its condition carries over. It does not: nothing is left to
+    learn with.
     """
     from ..tuners import BiasConfig
 
@@ -162,7 +163,7 @@ def pegp_bias(energy: float = 0.99) -> Recipe:
 def pegp_ia3(energy: float = 0.99) -> Recipe:
     """PEGP's condition on IA3 (2205.05638): dl * y = 0, so only elements that old inputs hardly use can be scaled.
 
-    Not in the paper, which leaves open whether its condition carries over. It does, with next to no room.
+    Not in the paper (2405.13383), which leaves open whether its condition carries over. It does, with next to no room.
     """
     from peft import IA3Config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -116,6 +116,11 @@ class Router:
     def log_within(self, features: Tensor, task: int) -> Tensor | None:
         """The router's own prediction within a task, log p(c | x, t): (N x C), -inf for all other classes; None where
         it makes none."""
+        return None
+
+    def plain(self) -> tuple[dict[str, Any], State] | None:
+        """What a route needs where perpetune is not: settings as JSON-able data, and tensors. docs/how-to/serve.md says
+        how they are used. `task_of` (K,) is the task of each centre or column. None: the router has no such form."""
         return None
 
     # What is saved

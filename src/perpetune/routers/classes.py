@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,12 @@ class ClassRouter(SumsRouter):
             for task in range(max(self.tasks) + 1)
         ]
         return torch.stack(columns, 1).to(features.device)
+
+    def plain(self) -> tuple[dict[str, Any], State] | None:
+        """See `Router.plain`: theta over (task, class), the class of each column, and tau where there is one."""
+        head, task_of, class_of, tau = self.fit()
+        settings, tensors = self._plain(head, task_of.tolist())
+        return {**settings, "tau": tau}, {**tensors, "class_of": class_of}
 
     def log_within(self, features: Tensor, task: int) -> Tensor | None:
         _, task_of, class_of, tau = self.fit()

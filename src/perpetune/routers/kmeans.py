@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +73,14 @@ class KMeansRouter(Router):
         tasks = self.tasks
         distances = [self._distances(h, self.known[task]["centres"]).amin(1) for task in tasks]
         return torch.tensor(tasks)[torch.stack(distances, 1).argmin(1)].to(features.device)  # argmin: the first
+
+    def plain(self) -> tuple[dict[str, Any], State]:
+        """See `Router.plain`: the centres (K x L) of all tasks."""
+        self.check_observed()
+        centres = [self.known[task]["centres"] for task in self.tasks]
+        task_of = torch.tensor(self.tasks).repeat_interleave(torch.tensor([len(mu) for mu in centres]))
+        settings = {"type": self._name, "normalise": self.normalise, "distance": self.distance}
+        return settings, {"centres": torch.cat(centres), "task_of": task_of}
 
     def _h(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=1) if self.normalise else features

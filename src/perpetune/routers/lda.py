@@ -37,6 +37,10 @@ class LDARouter(ClassRouter):
     def _head(self) -> MomentsHead:
         return LDAHead(self.map, self.features, holdout=self.holdout, bits=self.bits)
 
+    def plain(self) -> None:
+        """See `Router.plain`: maps of features and offsets are not among what is described there."""
+        return None
+
     def _temperature(self, head: MomentsHead, order: Sequence[int], task_of: Tensor) -> float:
         columns = range(len(head.labels))
         G, Q, n = head.moments(columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,10 @@ class OracleRouter(Router):
     def check_state(self, state: State) -> None:
         if state:
             raise RouterError(f"OracleRouter stores nothing, the checkpoint holds `{min(state)}`: use its own router")
+
+    def plain(self) -> tuple[dict[str, Any], State]:
+        """See `Router.plain`: nothing."""
+        return {"type": self._name}, {}
 
     def route(self, features: Tensor) -> Tensor:
         """Always raises RouterError."""

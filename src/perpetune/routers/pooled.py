@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,13 @@ class PooledRouter(Router):
         pooled = sum(expert.log_posterior(features) / 2 for expert in self._experts.values())
         assert isinstance(pooled, Tensor)
         return torch.log_softmax(pooled, 1)
+
+    def plain(self) -> tuple[dict[str, Any], State] | None:
+        """See `Router.plain`: both experts; names of tensors are preceded by `tasks.` and `classes.`."""
+        parts = {name: expert.plain() for name, expert in self._experts.items()}
+        settings = {name: part[0] for name, part in parts.items() if part}
+        tensors = {f"{name}.{k}": v for name, part in parts.items() if part for k, v in part[1].items()}
+        return {"type": self._name, "experts": settings}, tensors
 
     def log_within(self, features: Tensor, task: int) -> Tensor | None:
         return self._experts["classes"].log_within(features, task)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -130,6 +130,13 @@ class RidgeRouter(SumsRouter):
         columns = torch.full((len(s), max(fit.order) + 1), -torch.inf, dtype=torch.float64)
         columns[:, fit.order] = fit.density.log_posterior(s) if probabilities and fit.density else s
         return columns
+
+    def plain(self) -> tuple[dict[str, Any], State]:
+        """See `Router.plain`: theta, and the density of its scores where there is one."""
+        fit = self.fit()
+        settings, tensors = self._plain(fit.head, fit.order)
+        found = {} if fit.density is None else {f.name: getattr(fit.density, f.name) for f in fields(Density)}
+        return {**settings, "posterior": bool(found)}, {**tensors, **found}
 
     def guarantee(self) -> list[Measurement]:
         """Storage, the promises of the sums, and how many held-out samples the posterior rests on."""

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..heads.exact_sums import FEATURES, GAUSSIAN
 from ..heads.moments import MomentsHead
 from ..heads.ridge import RidgeHead
 from .base import Router, RouterError, State
@@ -64,6 +66,18 @@ class SumsRouter(Router):
 
     def changed(self) -> None:
         self._fitted = None
+
+    def _plain(self, head: MomentsHead, task_of: Sequence[int]) -> tuple[dict[str, Any], State]:
+        """See `Router.plain`: scores s = round(h / grid[1]) theta, h = relu(f `projection`), or f where there is none,
+        of features f on the grid of steps grid[0].
+
+        Args:
+            task_of: the tasks of the columns of theta (K,).
+        """
+        theta = head.fit()[1] * head.unit
+        projected = {} if head.W is None else {"projection": (head.W * GAUSSIAN.step).float()}  # 13 bits: exact in fp32
+        settings = {"type": self._name, "grid": [FEATURES.step, head.grid.step]}
+        return settings, {"theta": theta, "task_of": torch.tensor(task_of), **projected}
 
     def _order(self) -> list[int]:
         """The tasks in an order of their own, by what is stored of them: sums of features, and of squares."""

@@ -26,10 +26,14 @@ CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
 
 
 class Run:
-    """One run directory, written by one process at a time."""
+    """One run directory, written by one process at a time.
 
-    def __init__(self, path: Path, lock: FileLock | None) -> None:
-        self.path = path
+    Attributes:
+        config: what run.yaml holds.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], lock: FileLock | None = None) -> None:
+        self.path, self.config = path, config
         self._lock = lock
         folders = (path / COMMITS).iterdir() if (path / COMMITS).is_dir() else ()
         self.commits = [Commit.read(p) for p in sorted(folders) if not p.name.startswith(".")]
@@ -57,31 +61,30 @@ class Run:
             for stale in (path / COMMITS).glob(".*"):
                 shutil.rmtree(stale)
             if (path / CONFIG).exists():
-                old = read_config(path)
+                written = read_config(path)
                 try:
-                    check_same(path, old, config)
+                    check_same(path, written, config)
                 except RunError:
                     if _learned(path):
                         raise
                     shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
                     (path / COMMITS).mkdir()
-                    _write_config(path, config)
+                    written = _write_config(path, config)
             else:
                 if any(p for p in path.iterdir() if p.name not in (COMMITS, ".lock")):
                     raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
-                _write_config(path, config)
+                written = _write_config(path, config)
             journal = path / JOURNAL
             # a crash cut the last line short: the next event starts a new one
             if journal.exists() and not journal.read_bytes().endswith(b"\n"):
                 with open(journal, "a", encoding="utf-8") as file:
                     file.write("\n")
-        return cls(path, lock)
+        return cls(path, written, lock)
 
     def grow(self, config: dict[str, Any]) -> None:
         """Write down that the stream has grown, once it is known that what was learned is still the same."""
-        old = read_config(self.path)
-        if old.get("stream") != plain(config).get("stream"):
-            _write_config(self.path, {**old, "stream": config["stream"]})
+        if self.config.get("stream") != plain(config).get("stream"):
+            self.config = _write_config(self.path, {**self.config, "stream": config["stream"]})
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -90,8 +93,7 @@ class Run:
         Raises:
             RunError: no run is there, or it is damaged.
         """
-        read_config(Path(path))
-        return cls(Path(path), None)
+        return cls(Path(path), read_config(Path(path)))
 
     def note(self, event: str, **facts: Any) -> None:
         """Append one line to the journal: what happened when. Clock times live here and nowhere else."""
@@ -140,8 +142,10 @@ def _learned(path: Path) -> bool:
     return len(list((path / COMMITS).iterdir())) > 1
 
 
-def _write_config(path: Path, config: dict[str, Any]) -> None:
-    write_text(path / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+def _write_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    written: dict[str, Any] = plain(config)
+    write_text(path / CONFIG, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
+    return written
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -190,6 +194,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
             write(aside)
             path.mkdir(exist_ok=True)
             for file in aside.iterdir():
+                if (path / file.name).is_dir():
+                    shutil.rmtree(path / file.name)
                 os.replace(file, path / file.name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

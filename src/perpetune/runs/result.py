@@ -14,7 +14,7 @@ from ..metrics.per_class import ClassAccuracy, class_accuracies, final_accuracy_
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
 from .commit import Commit, active, reverted
-from .directory import Run, read_config, read_journal
+from .directory import Run, read_journal
 
 # Predictions on the tasks of a commit before they were learned: by the model before, and, for tasks that joined the
 # stream after the first commit, by the untouched one.
@@ -37,9 +37,9 @@ class Result:
 
     def __init__(self, path: str | Path, keep: Any = None) -> None:
         self.path, self._keep = Path(path), keep
-        self.config = read_config(self.path)
+        run = Run.read(self.path)
+        self.config, self.commits = run.config, run.commits
         self.journal = read_journal(self.path)
-        self.commits = Run.read(self.path).commits
 
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
@@ -255,7 +255,7 @@ class Result:
         if gone := self.commits[-1].manifest.get("not_evaluated") if self.commits else None:
             lines.append(f"  not evaluated any more, since the test data is gone: {', '.join(gone)}")
         lines += [f"  taken out: {task}" for task in self.reverted]
-        promises = self._promises()
+        promises = self.promises()
         lines += [self._promise(*key, found) for key, found in promises.items()]
         broken = [name for (_, name), found in promises.items() if not all(g["holds"] for g in found)]
         if broken:
@@ -263,7 +263,8 @@ class Result:
             lines.append(f"BROKEN PROMISE: {what}: do not use or export this model before you know why")
         return "\n".join(lines)
 
-    def _promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    def promises(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """What was measured of every promise, by (source, name), in the order of learning."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for g in self.guarantees:
             if g["bound"] is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from ..core.errors import StreamError, nearest
 from .formats import FORMATS, LAYOUT, SPLITS, Card, read_card, read_split, split_files
 from .labels import label_text
+from .origin import warn
 from .rows import open_rows
 from .splitting import Draft, slug
 
@@ -35,6 +36,8 @@ def task_folders(path: Path) -> list[Path]:
         strange = [f for split in SPLITS for f in folder.glob(f"{split}*.*") if f.suffix.lower() in OTHER_FORMATS]
         if strange:  # a task that nobody would miss
             raise StreamError(f"{strange[0]} is of a format that is not read: convert it ({', '.join(FORMATS)})")
+        if not any(folder.iterdir()):
+            warn(f"{folder} is empty, and no task: {LAYOUT}")
     return found
 
 

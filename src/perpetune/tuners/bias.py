@@ -133,25 +133,16 @@ class BiasModel(OwnTuner):
         if not any(isinstance(m, BiasLayer) and adapter_name in m.perpetune_bias_db for m in model.modules()):
             raise ModelError(f"none of the targeted modules of {self._kind()} has a bias: {ADVICE}")
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+    def _adapts(self, target: nn.Module, key: str) -> bool:
         base = target.get_base_layer() if isinstance(target, BiasLayer) else target
         if getattr(base, "bias", None) is None:
-            return
+            return False
         if not _takes(base):
             raise ModelError(
-                f"the bias of `{current_key}` ({type(base).__name__}) is not known to lie along the last dimension of "
-                "what it puts out: add it to `exclude_modules`"
+                f"the bias of `{key}` ({type(base).__name__}) is not known to lie along the last dimension of what it "
+                "puts out: add it to `exclude_modules`"
             )
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
+        return True
 
     def _new_layer(self, config: BiasConfig, adapter_name: str, target: nn.Module, key: str) -> nn.Module:
         return (BiasLayer if isinstance(target, nn.LayerNorm) else BiasLinear)(target, adapter_name, config)

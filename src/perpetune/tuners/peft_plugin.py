@@ -184,6 +184,10 @@ class OwnTuner(BaseTuner):
         """The layer that replaces `target`, whose name in the model is `key`."""
         return self.tuner_layer_cls(target, adapter_name, config)  # type: ignore[call-arg,return-value]
 
+    def _adapts(self, target: nn.Module, key: str) -> bool:
+        """Whether a targeted module is adapted, and not passed over; `key` is its name in the model."""
+        return True
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -194,6 +198,8 @@ class OwnTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if not self._adapts(target, current_key):
+            return
         if isinstance(parent, UNCALLED_PARTS):
             kind = type(parent).__name__
             raise ModelError(
