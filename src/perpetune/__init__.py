@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Learner": "learning.learner",
+    "Keep": "learning.keep",
     "Result": "runs.result",
     "Recipe": "recipes.recipe",
     "make_recipe": "recipes",

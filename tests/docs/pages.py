@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,9 +50,14 @@ def commands(code: str) -> Iterator[str]:
 
 
 def call(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command line of `perpetune`, in this process. The verdict of `gate` on a tiny model is not the page's: 1 will
-    do there as well."""
+    """A command line of `perpetune`, or a script of the page, in this process. The verdict of `gate` on a tiny model is
+    not the page's: 1 will do there as well."""
     words = shlex.split(command)
+    if words[0] == "python" and words[1].endswith(".py"):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", words[1:])
+            runpy.run_path(words[1], run_name="__main__")
+        return
     assert words[0] == "perpetune", f"not a command of perpetune, so mark it `not run`: {command}"
     with monkeypatch.context() as patch:
         patch.setattr("sys.argv", words)

@@ -56,13 +56,20 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with every stream that a page names."""
     texts(tmp_path / "my_tasks")
+    (tmp_path / "questions.csv").write_text("number,text\n7,refund of order 12\n8,login of order 3\n")
     shops = [
         {"text": f"{c} {i}", "label": c, "shop": "ab"[i % 2]} for c in ("red", "blue", "old", "new") for i in range(8)
     ]
     rows(tmp_path / "tickets.jsonl", shops)
+    for week in ("2026-w48", "2026-w49"):
+        for split in ("train", "test"):
+            asked = [{"prompt": f"{week}: capital {n}?", "completion": f" {'ab'[n % 2]}"} for n in range(4)]
+            rows(tmp_path / "weeks" / week / f"{split}.jsonl", asked)
+    rows(tmp_path / "generic.jsonl", [{"text": f"what everybody knows {n}"} for n in range(5)])
     for i in "ab":
         pairs = [{"prompt": f"{i}: capital number {n}", "response": "ab"[n % 2]} for n in range(4)]
         for split in ("train", "test"):
+            rows(tmp_path / "notes" / i / f"{split}.jsonl", [{"text": f"note {n} of {i}"} for n in range(4)])
             rows(tmp_path / "prompts" / i / f"{split}.jsonl", pairs)
             for label in (f"stop {i}", f"go {i}"):
                 pictures(tmp_path / "signs" / i / split / label, 3)

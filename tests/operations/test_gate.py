@@ -249,3 +249,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert code == 2 and err.count("\n") == 1 and "is no run" in err
     code, out, _ = call(monkeypatch, capsys, "gate", "--help")
     assert code == 0 and "exit code 0" in out
+
+
+def test_a_limit_finer_than_its_test_set_says_so_and_decides_nothing(tmp_path, monkeypatch, capsys):
+    """Two points of ten examples: one is ten points. With limits that the test sets can tell nothing is said."""
+    result = write(tmp_path / "r", GOOD)
+    verdict = judge(result, **LIMITS)
+    assert verdict.passed and verdict.to_dict()["coarse"] == verdict.coarse
+    assert verdict.coarse.startswith("max-forgetting of 2 points is finer than the test set of `mid` can tell (10 exam")
+    assert "one example is 10 and one standard error 9.5 points; so it is for 2 more" in verdict.coarse
+    assert judge(result, max_forgetting=0.2, min_gain=0.2).coarse == ""
+    code, said = call(monkeypatch, capsys, "gate", tmp_path / "r")[:2]
+    assert code == 0 and "NOTE: max-forgetting of 2 points" in said

@@ -9,6 +9,7 @@ import torch
 
 import perpetune as pt
 from perpetune import Learner, load_stream
+from perpetune.learning.prediction import frozen_features
 from perpetune.models.loading import load_language_model
 from perpetune.routers import Detector
 
@@ -90,8 +91,10 @@ def test_an_answer_that_names_none_of_the_classes_is_none(source, tiny_lm, tmp_p
     learner, stream = Learner(tiny_lm("llama"), "color", tmp_path / "r", heads=BOTH, training=TRAINING), source("films")
     learner.learn(stream)
     good = stream.labels[stream.tasks[0].classes[0]]
-    monkeypatch.setattr(learner.backbone, "_answers", lambda examples: ["nonsense", good][: len(examples)])
-    assert learner.predict(stream.tasks[0].test["prompt"][:2], head="language_generated") == ["", good]
+    monkeypatch.setattr(learner.backbone, "_answers", lambda examples, *a, **k: ["nonsense", good][: len(examples)])
+    prompts = stream.tasks[0].test["prompt"][:2]
+    assert learner.predict(prompts, head="language_generated") == ["nonsense", good]
+    assert learner.predict(prompts, head="language_generated", classes=stream.labels[:2]) == ["", good]
 
 
 def test_free_answers_are_generated_under_the_adapter_of_their_task(tiny_lm, tmp_path):
@@ -117,7 +120,7 @@ def test_boundaries_are_found_on_prompts(source, tiny_lm, tmp_path):
     drift = pt.drift(stream, 2, (16, 20), seed=0)
     learner = Learner(tiny_lm("llama"), "color", tmp_path / "r", training=TRAINING)
     result = pt.learn_drift(learner, drift, Detector(level=0.05, length=8))
-    features = learner.frozen_features(drift.rows, "language", stream.labels)
+    features = frozen_features(learner.setup, drift.rows, "language", stream.labels)
     backbone = load_language_model(tiny_lm("llama"))
     backbone.open(stream.labels, [])
     assert torch.equal(features, backbone.pooled(backbone.prepare(drift.rows), 4))

@@ -276,3 +276,13 @@ def test_picture_stands_alone(result, tmp_path):
     order = [next(i for i, t in enumerate(said) if t.startswith(name)) for name in ("joint", EVIL[:20], "sequential")]
     assert order == sorted(order)
     assert "forgot 30" in said and "Digits" in said
+
+
+def test_bars_of_one_seed_have_the_standard_error_of_their_test_sets(result, page_of):
+    """a (1 - a) / n of 0.5 and 100 examples: 5 points. With seeds it is their spread."""
+    one = render(page_of([result(tasks=["a", "b"], matrix=[[0.9, None], [0.5, 0.5]])]))
+    assert "<small>± 5.0</small>" in one and "one standard error" in one and "<td>100</td>" in one
+    matrices = [[[0.9, None], [0.4, 0.5]], [[0.9, None], [0.6, 0.5]]]
+    several = render(page_of([result(tasks=["a", "b"], seed=s, matrix=m) for s, m in enumerate(matrices)]))
+    assert "standard deviation over 2 seeds" in several and "<small>± 14.1</small>" in several
+    assert "one standard error" not in several

@@ -97,8 +97,10 @@ def test_prompts_with_answers_of_their_own(tmp_path):
     rows = [{"prompt": f"What is {i} + 1?", "response": f" {i + 1}\n"} for i in range(3)]
     stream = load_stream(write(tmp_path, train=rows[:2], test=rows[2:]))
     assert stream.inputs == ("prompt",)
-    assert stream.labels == ("1", "2", "3")  # an answer of the test data need not occur in training
-    assert stream.label_texts(stream.tasks[0].test["label"]) == ["3"]
+    # bytes stay, and an answer of the test data need not occur in training
+    assert stream.labels == (" 1\n", " 2\n", " 3\n")
+    assert stream.label_texts(stream.tasks[0].test["label"]) == [" 3\n"]
+    assert load_stream(**{**stream.source, "responses": "stripped"}).labels == ("1", "2", "3")
 
 
 def test_more_answers_than_classes_are_not_stratified_by(tmp_path):
@@ -112,7 +114,7 @@ def test_the_last_message_is_the_answer(tmp_path):
     talk = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "So long ")]
     rows = [{"messages": [{"role": r, "content": c} for r, c in talk]}]
     stream = load_stream(write(tmp_path, train=rows, test=rows))
-    assert stream.inputs == ("messages",) and stream.modality == "language" and stream.labels == ("So long",)
+    assert stream.inputs == ("messages",) and stream.modality == "language" and stream.labels == ("So long ",)
     before = json.loads(stream.tasks[0].train["messages"][0])
     assert [(m["role"], m["content"]) for m in before] == talk[:4]
 

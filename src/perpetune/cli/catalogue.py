@@ -155,7 +155,7 @@ _PIECES: dict[str, Callable[[], tuple[dict[str, Any], tuple[type, ...]]]] = {
 
 
 def log_table(result: Result) -> Table:
-    """The history of a run: one line a task, and one where a task was taken out."""
+    """The history of a run: one line a task, and one where a task was taken out, or was not kept."""
     from rich.table import Table
 
     table = Table(title=str(result.path), box=None)
@@ -182,4 +182,10 @@ def log_table(result: Result) -> Table:
             now,
             "–" if not held else "kept" if all(held) else "BROKEN",
         )
+    for number, commit in enumerate(result.history):
+        if "undoes" in commit.manifest:
+            why = "; ".join(commit.manifest["reasons"])
+            table.add_row(
+                "–", commit.manifest["undoes"], "", "", "", "–", f"not kept (commit {number - 1}): {why}", "–"
+            )
     return table

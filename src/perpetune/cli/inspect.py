@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .kinds import KINDS
-from .options import AsJson, Import, Model, Run, imports
+from .options import (
+    AsJson,
+    Import,
+    MaxFlips,
+    MaxForgetting,
+    MaxLossIncrease,
+    MinClassAccuracy,
+    MinGain,
+    Model,
+    Run,
+    imports,
+)
 from .output import print_tables, show, write_page
 
 if TYPE_CHECKING:
@@ -125,20 +136,11 @@ def diff(
 
 def gate(
     run: Run,
-    max_forgetting: Annotated[float, typer.Option(help="What any earlier task may lose: 0.02 is two points.")] = 0.02,
-    min_gain: Annotated[float, typer.Option(help="What the newest task must gain: 0.01 is one point.")] = 0.01,
-    max_flips: Annotated[
-        int | None, typer.Option(help="Examples of earlier tasks that may be wrong now and were right before.")
-    ] = None,
-    max_loss_increase: Annotated[
-        float | None,
-        typer.Option(
-            metavar="NATS", help="By how much a language model's loss on any earlier task's responses may have risen."
-        ),
-    ] = None,
-    min_class_accuracy: Annotated[
-        float | None, typer.Option(help="What every class of the newest task must reach: 0.5 is half of its examples.")
-    ] = None,
+    max_forgetting: MaxForgetting = None,
+    min_gain: MinGain = None,
+    max_flips: MaxFlips = None,
+    max_loss_increase: MaxLossIncrease = None,
+    min_class_accuracy: MinClassAccuracy = None,
     head: Annotated[str | None, typer.Option(help="Which head; default the first.")] = None,
     scenario: Annotated[str | None, typer.Option(help="class, task or domain; default that of the stream.")] = None,
     json: AsJson = False,

@@ -1,4 +1,5 @@
-"""Commands that make something of a finished run: export, serve-config, revert, tune-scale."""
+"""Commands that make something of a finished run, or a run of what was trained elsewhere: export, serve-config, revert,
+tune-scale, adopt."""
 
 from __future__ import annotations
 
@@ -214,3 +215,41 @@ def tune_scale(
         return
     for s, accuracy in found.items():
         typer.echo(f"scale {s:<5g} {100 * accuracy:5.1f} %{'   <- best' if s == best else ''}")
+
+
+def adopt(
+    trained: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, or of a tuned model.", show_default=False),
+    ],
+    model: Annotated[str, typer.Option(help="Hub id or folder of its base model.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The new run directory.", show_default=False)],
+    recipe: Annotated[
+        str | None, typer.Option(help="How tasks go on. Default: lora; for a model task_arithmetic with scale 1.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A sample of what it was trained on, prompts and responses of one task.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="What it is called in the run.")] = "adopted",
+    metric: Annotated[str, typer.Option(help="How generated answers to this data are scored.")] = "exact_match",
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="The adapter names its base otherwise, and it is the same.")
+    ] = False,
+) -> None:
+    """Make what was trained elsewhere the first task of a new run, which `run` and pt.Keep go on with.
+
+    `perpetune adopt last_week/ --model Qwen/Qwen2.5-0.5B --recipe olora --data old.jsonl --out runs/weekly`
+
+    A peft LoRA adapter, whose rank, scale and targets the run takes on; or a fine-tuned model, of which the difference
+    to its base is the task. With a sample of the data, rules remember its inputs, and it is evaluated. Without, the
+    command says what they cannot know.
+    """
+    from ..core.progress import RichProgress
+    from ..learning.adopted_files import goes_on
+    from ..learning.learner import Learner
+    from .options import value_of_recipe
+
+    given: Any = {"recipe": None if recipe is None else value_of_recipe(recipe), "data": data, "task": task}
+    options: Any = {"metric": metric, "same_base": same_base, "progress": RichProgress()}
+    learner = Learner.adopt(trained, model, out, **given, **options)
+    typer.echo(f"{out}: `{task}` is its first task; go on with --recipe {goes_on(learner.recipe)!r} --out {out}")

@@ -26,6 +26,24 @@ Import = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
+# of a gate; of `run` they stand in a panel of their own
+MaxForgetting = Annotated[
+    float | None, typer.Option(help="What any earlier task may lose: 0.02 is two points, the default.")
+]
+MinGain = Annotated[float | None, typer.Option(help="What the newest task must gain: 0.01 is one point, the default.")]
+MaxFlips = Annotated[
+    int | None, typer.Option(help="Examples of earlier tasks that may be wrong now and were right before.")
+]
+MaxLossIncrease = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS", help="By how much a language model's loss on any earlier task's responses may have risen."
+    ),
+]
+MinClassAccuracy = Annotated[
+    float | None, typer.Option(help="What every class of the newest task must reach: 0.5 is half of its examples.")
+]
+
 _CONFIG = inspect.Parameter(
     "config",
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -47,6 +65,9 @@ def configured(kind: type[Any], command: str) -> Callable[[Callable[..., None]],
 
         def parsed(config: str | None = None, **given: Any) -> None:
             overrides = nested((s, given.pop(_parameter(s))) for s in settings)
+            if given.get("retry") and "training" in overrides:  # settings for this task, and not for the run
+                own = {given["retry"]: overrides.pop("training")}
+                overrides["stream"] = {**overrides.get("stream", {}), "training": own}
             function(load_config(config, kind, overrides), **given)
 
         options = [
@@ -91,6 +112,11 @@ def value_of(setting: Setting, given: Any) -> Any:
     if origin in (Union, types.UnionType) and given.lstrip().startswith("{"):
         return _yaml(setting.option, given)
     return given
+
+
+def value_of_recipe(text: str) -> Any:
+    """A recipe's name, or `{name: value}` as YAML."""
+    return _yaml("--recipe", text) if text.lstrip().startswith("{") else text
 
 
 def whole_numbers(option: str, items: str | list[str]) -> list[int]:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..learning.config import CompareConfig, RunConfig
-from .options import configured, whole_numbers
-from .output import print_tables, write_json, write_page
+from .options import (
+    MaxFlips,
+    MaxForgetting,
+    MaxLossIncrease,
+    MinClassAccuracy,
+    MinGain,
+    configured,
+    whole_numbers,
+)
+from .output import print_tables, show, write_json, write_page
+
+if TYPE_CHECKING:
+    from ..runs.result import Result
 
 JsonFile = Annotated[
     Path | None,
@@ -36,6 +47,27 @@ def run(
         bool,
         typer.Option("--plan", help="Only tell what the run will take: time, memory, disk.", rich_help_panel="Output"),
     ] = False,
+    retry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="Throw the newest task away and learn it again; --set and its like then are for this task alone.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    gate: Annotated[
+        bool,
+        typer.Option(
+            "--gate",
+            help="Keep a task only if it passes `perpetune gate`, whose limits may be given.",
+            rich_help_panel="Evaluation",
+        ),
+    ] = False,
+    max_forgetting: MaxForgetting = None,
+    min_gain: MinGain = None,
+    max_flips: MaxFlips = None,
+    max_loss_increase: MaxLossIncrease = None,
+    min_class_accuracy: MinClassAccuracy = None,
     json: JsonFile = None,
 ) -> None:
     """Learn a stream of tasks with one recipe; started again with the same --out, it resumes after the last whole task.
@@ -44,11 +76,28 @@ def run(
 
     Settings come from options, or from a YAML file under the names of the configuration, and options win:
     `perpetune run week.yaml --seed 1`. First see what it will take: `perpetune run week.yaml --plan`.
+
+    `perpetune run week.yaml --gate --max-forgetting 0.02` keeps a task only if it passes: otherwise the run is what it
+    was before the task, no later one is learned, and the exit code is 1. `perpetune run week.yaml --retry 2026-w48
+    --set learning_rate=1e-4` throws the newest task away and learns it again; the run is what it would be without the
+    first try, of which the commits and the journal tell.
     """
+    from ..core.errors import ConfigError
     from ..core.progress import RichProgress
     from ..learning.gone_data import learned_tasks
     from ..learning.learner import Learner
 
+    limits = {
+        "max_forgetting": max_forgetting,
+        "min_gain": min_gain,
+        "max_flips": max_flips,
+        "max_loss_increase": max_loss_increase,
+        "min_class_accuracy": min_class_accuracy,
+    }
+    if not gate and (given := [name for name, value in limits.items() if value is not None]):
+        raise ConfigError(f"--{given[0].replace('_', '-')} is a limit of a gate: add --gate")
+    if (gate or retry) and settings.stream.drift is not None:
+        raise ConfigError("--gate and --retry are for tasks that are told: leave out --drift")
     learner = Learner.from_config(settings, progress=RichProgress())
     loaded = settings.stream.load(learned_tasks(learner.path))
     if plan:
@@ -61,12 +110,30 @@ def run(
         typer.echo(make_plan(learner, loaded).text())
         return
     from ..learning.task_free import drift_summary, learn
+    from ..operations.gate import judge
 
-    result = learn(learner, loaded, settings.stream.drift)
+    refused: list[str] = []
+
+    def accept(found: Result) -> tuple[str, ...]:
+        verdict = judge(found, **limits)  # type: ignore[arg-type]
+        show(verdict.table())
+        refused.extend([verdict.task] if verdict.failures else [])
+        return verdict.failures
+
+    if settings.stream.drift is not None:
+        result = learn(learner, loaded, settings.stream.drift)
+    elif retry is not None:
+        result = learner.retry(loaded, retry, accept=accept if gate else None)
+    else:
+        result = learner.learn(loaded, accept=accept if gate else None)
     records = result.records()
     typer.echo("\n".join([result.summary(), *drift_summary(result)]))
     write_json(json, records)
-    typer.echo(f"report: {write_page([result], records, result.path / 'report' / 'index.html', 'run')}")
+    if records:
+        typer.echo(f"report: {write_page([result], records, result.path / 'report' / 'index.html', 'run')}")
+    if refused:
+        typer.echo(f"`{refused[0]}` did not pass and was not kept: {result.path} is what it was before it", err=True)
+        raise typer.Exit(1)
 
 
 @configured(CompareConfig, "compare")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,11 +90,11 @@ def only(task: int, count: int, tasks: int) -> Tensor:
     return weights
 
 
-def by_likeliest_state(states: PerTaskStates, weights: Tensor, read: Callable[[list[int]], list[str]]) -> list[str]:
-    """Texts for N inputs, each read under the likeliest of the states that it is shown to.
+def by_likeliest_state(states: PerTaskStates, weights: Tensor, read: Callable[[list[int]], list[Any]]) -> list[Any]:
+    """Texts (or figures) for N inputs, each read under the likeliest of the states that it is shown to.
 
     Args:
-        weights: (N x T); read: texts for some of the inputs, by their indices.
+        weights: (N x T); read: those of some of the inputs, by their indices.
     """
     found, route = [""] * len(weights), weights.argmax(1)
     for t in route.unique().tolist():

@@ -18,6 +18,9 @@ class Progress:
     def say(self, text: str) -> None:
         """One line that stays."""
 
+    def note(self, text: str) -> None:
+        """A few words beside the newest bar, in place of those before; a line where bars are not shown."""
+
     def __enter__(self) -> Progress:
         return self
 
@@ -34,6 +37,7 @@ class RichProgress(Progress):
         from rich.progress import Progress as Display
 
         self.console = Console(stderr=True)
+        self.bars: list[tuple[Any, str]] = []
         self.display: Any = Display(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,6 +45,7 @@ class RichProgress(Progress):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -57,11 +62,24 @@ class RichProgress(Progress):
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         from rich.markup import escape
 
-        identifier = self.display.add_task(escape(title), total=total)
+        identifier = self.display.add_task(escape(title), total=total, note="")
+        self.bars.append((identifier, title))
         try:
             yield lambda n: self.display.advance(identifier, n)
         finally:
+            self.bars.remove((identifier, title))
             self.display.remove_task(identifier)
+
+    def note(self, text: str) -> None:
+        from rich.markup import escape
+
+        if not self.bars:
+            return
+        identifier, title = self.bars[-1]
+        if self.console.is_terminal:
+            self.display.update(identifier, note=escape(text))
+        else:
+            self.say(f"{title}: {text}")
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)

@@ -136,7 +136,7 @@ class LanguageHead(TrainedHead):
         """See `Head.loss`; features are log p(response | prompt) and the number of tokens, (N x 2)."""
         self._check_begun()
         log_p, tokens = features.sum(0)
-        return -log_p / tokens
+        return -log_p / tokens.clamp(min=1)  # no token of a batch may carry loss
 
     @torch.no_grad()
     def scores(self, features: Tensor, task: int | None = None) -> Tensor:

@@ -62,7 +62,8 @@ class RunConfig(pydantic.BaseModel):
         Shortcut("learning_rate", "--learning-rate", float, "Of the tuner; each recipe has its own default.", "1e-3"),
     ] = setting(
         {},
-        "Any setting of transformers.TrainingArguments, head_learning_rate, or class_weights (balanced, or by label).",
+        "Any setting of transformers.TrainingArguments or of TRL's SFTConfig, head_learning_rate, class_weights "
+        "(balanced, or by label), or stm (a perplexity above which tokens of responses carry no loss).",
         panel="Training",
         option="--set",
         example="warmup_steps=10",
@@ -74,12 +75,33 @@ class RunConfig(pydantic.BaseModel):
         example="cls",
     )
     max_length: int | None = setting(None, "Longest text, in tokens.", panel="Model", example="256", gt=0)
+    trainer: Literal["trl", "perpetune"] | None = setting(
+        None,
+        "Who trains language models on prompts: TRL's SFTTrainer (trl) or a Trainer of our own (perpetune). By default "
+        "trl for a new run, where TRL is installed and can train the model.",
+        panel="Training",
+        example="perpetune",
+    )
+    response_prefix: str | None = setting(
+        None,
+        "What stands between a prompt and its response; auto: a blank, unless the prompt ends with one. By default "
+        "nothing, and auto behind prompts that --pose made.",
+        panel="Model",
+        example="auto",
+    )
     evaluate_every: int = setting(
         1,
         "Evaluate all earlier tasks only after every so many tasks, and after the last; 0: after the last alone.",
         panel="Evaluation",
         example="5",
         ge=0,
+    )
+    general: str | None = setting(
+        None,
+        "File of prompts that belong to no task (.txt, or .jsonl with prompt or messages): how far a language model's "
+        "answers to them move from the untouched model's, whenever all tasks are evaluated.",
+        panel="Evaluation",
+        example="general.jsonl",
     )
     device: str | None = setting(
         None, "cpu, cuda, cuda:1 or mps; by default an accelerator where there is one.", panel="Training", example="cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..consolidation import Consolidation, Session
 from ..consolidation.states import PerTaskStates, Reading, by_likeliest_state, only
 from ..core.progress import Progress
 from ..heads import Head
-from ..metrics.text import graded
+from ..metrics.text import LIKELIHOOD, graded, mean_probability
 from ..models.backbone import Backbone, Examples
 from ..runs.result import SCORE
 from ..streams import Stream, Task
@@ -37,6 +38,7 @@ class Evaluator:
         self._features: dict[tuple[str, str], tuple[int, Tensor]] = {}
         self._views: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         self._embedded: dict[str, tuple[int, set[int]]] = {}
+        self._responses: dict[str, tuple[int, Tensor]] = {}
         self.drift: dict[str, float] = {}
 
     def features(self, task: Task, split: str, classes: Sequence[int] = ()) -> Tensor:
@@ -126,12 +128,35 @@ class Evaluator:
         now = self._read(states, task, self.prepared(task, "test"), own, some)
         self.drift[task.name] = self.backbone.change(now, then)
 
-    def _answers(self, task: Task, states: PerTaskStates | None, weights: Tensor | None) -> list[str]:
-        """Generated answers to the test prompts of a task, each under the likeliest of the states it is shown to."""
+    def responses(self, task: Task) -> Tensor:
+        """log p(response | prompt) and the number of its tokens of a task's test examples under the model as it is now
+        (N x 2)."""
+        version, found = self._responses.get(task.name, (-1, None))
+        if found is None or version != self.backbone.version:
+            examples = self.prepared(task, "test")
+            with self.progress.bar(f"loss on {task.name}", len(examples)) as advance:
+                found = self.backbone.responses(examples, self.batch_size, advance)
+            self._responses[task.name] = (self.backbone.version, found)
+        return found
+
+    def _graded(self, task: Task, states: PerTaskStates | None, weights: Tensor | None) -> list[float]:
+        """The scores of free texts: of generated answers to their test prompts, or the likelihood of their responses;
+        each under the likeliest of the states that it is shown to."""
         examples = self.prepared(task, "test")
-        if states is None or weights is None:
-            return self.backbone.answers(examples, self.batch_size)
-        return answers_by_state(self.backbone, states, weights, examples, self.batch_size)
+
+        def asked(read: Callable[[Examples], list[Any]]) -> list[Any]:
+            if states is None or weights is None:
+                return read(examples)
+            return by_likeliest_state(states, weights, lambda rows: read([examples[i] for i in rows]))
+
+        if task.metric != LIKELIHOOD:
+            answers = asked(lambda some: self.backbone.answers(some, self.batch_size))
+            return graded(str(task.metric), answers, task.test["response"][:])
+        found = self.responses(task).tolist() if states is None else asked(self._log_p)
+        return [mean_probability(log_p, tokens) for log_p, tokens in found]
+
+    def _log_p(self, examples: Examples) -> list[Any]:
+        return self.backbone.responses(examples, self.batch_size).tolist()
 
     def predictions(
         self,
@@ -187,9 +212,7 @@ class Evaluator:
                     out[f"route/{task.name}"] = route if own is None else route.masked_fill(route == own, when)
                     out[f"asked/{task.name}"] = (weights > -torch.inf).sum(1).to(torch.int32)
             if task.metric is not None:
-                scored = torch.tensor(
-                    graded(task.metric, self._answers(task, states, weights), task.test["response"][:])
-                )
+                scored = torch.tensor(self._graded(task, states, weights))
                 for head, scenario in product(able, readings(stream)):
                     out[f"{SCORE}{head.name}/{scenario}/{task.name}"] = scored
                 continue
@@ -223,10 +246,10 @@ def under_state(
 
 
 def answers_by_state(
-    backbone: Backbone, states: PerTaskStates, weights: Tensor, examples: Examples, size: int
+    backbone: Backbone, states: PerTaskStates, weights: Tensor, examples: Examples, size: int, **how: Any
 ) -> list[str]:
     """Generated answers, each under the likeliest of the states that its prompt is shown to (weights: N x T)."""
-    return by_likeliest_state(states, weights, lambda rows: backbone.answers([examples[i] for i in rows], size))
+    return by_likeliest_state(states, weights, lambda rows: backbone.answers([examples[i] for i in rows], size, **how))
 
 
 def readings(stream: Stream) -> tuple[str, ...]:

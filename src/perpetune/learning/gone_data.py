@@ -49,13 +49,15 @@ def completed(run: Run, stream: Stream, learned: Sequence[str], every: bool = Fa
     left = [name for name in learned if name in here]
     now = [task.name for task in stream.tasks[: len(left)]]
     other = not left and stream.source.get("source") != run.config["stream"]["source"].get("source")
-    if now != left or (len(left) < len(learned) and (every or (learned and other))):
+    commits = {name: c for c in active(run.commits) for name in c.manifest.get("data", {})}
+    elsewhere = {name for name, commit in commits.items() if {"trainer", "adopted"} & commit.manifest.keys()}
+    lost = [name for name in learned if name not in here and name not in elsewhere]
+    if now != left or (lost and (every or other)):
         began = ", ".join(task.name for task in stream.tasks[: len(learned)])
         raise RunError(
             f"{run.path} has learned {', '.join(learned)} in this order; the stream now starts with "
             f"{began or 'nothing'}: append new tasks at its end, or use another run directory (--out)"
         )
-    commits = {name: c for c in active(run.commits) for name in c.manifest.get("data", {})}
     tasks = [_known(run, stream, commits, name, here.get(name)) for name in learned]
     new = stream.tasks[len(left) :]
     for task in new:
@@ -129,6 +131,8 @@ def _known(run: Run, stream: Stream, commits: dict[str, Commit], name: str, task
         )
     if not len(task.train):  # nor is its folder what it was
         return replace(task, classes=classes_of(run, commit, name), training=own)
+    if commit.manifest.get("retried") and not task.training:
+        return replace(task, training=own)  # the settings of the try that stayed
     if own != dict(task.training):
         raise RunError(
             f"task `{name}` was learned with training settings {own or 'of the run'} of its own, now they are "
@@ -159,7 +163,7 @@ def classes_of(run: Run, commit: Commit, name: str) -> tuple[int, ...]:
     if known is not None:
         return tuple(known)
     target = commit.tensors("predictions.safetensors").get(f"target/{name}")
-    before = run.commits[commit.manifest["index"] - 1].manifest["classes"]
+    before = run.commits[run.commits.index(commit) - 1].manifest["classes"]
     brought = set(commit.manifest["classes"]) - set(before)
     return tuple(sorted(brought | (set(target.tolist()) if target is not None else set())))
 

@@ -47,12 +47,15 @@ def general_loss(backbone: LanguageBackbone, batch_size: int) -> float | None:
     return cross_entropy(backbone.responses(examples, batch_size)) if examples else None
 
 
-def language_losses(state: LearnerState, tasks: Sequence[Task], untouched: float | None) -> list[Measurement]:
+def language_losses(
+    state: LearnerState, tasks: Sequence[Task], untouched: float | None, whole: bool = True
+) -> list[Measurement]:
     """Of a language model as it is now: its loss on the test responses of tasks that were just evaluated, and how much
     of its general ability is lost. Nothing where each task has a state of its own, under which old tasks lose nothing.
 
     Args:
         untouched: `general_loss` of the model before its first task; None where it was not measured.
+        whole: whether general ability is measured as well, as it is where all tasks so far are evaluated.
     """
     evaluator, backbone = state.evaluator, cast("LanguageBackbone", state.backbone)
     found: list[Measurement] = []
@@ -68,11 +71,13 @@ def language_losses(state: LearnerState, tasks: Sequence[Task], untouched: float
         losses = {task.name: cross_entropy(_responses(evaluator, backbone, task)) for task in tasks}
         note = "of -log p(response | prompt), test examples, by the tokens of each task"
         found.append(_mean(LOSS, losses, "nats a token", note))
-    now = None if untouched is None else general_loss(backbone, evaluator.batch_size)
+    now = None if untouched is None or not whole else general_loss(backbone, evaluator.batch_size)
     if untouched is not None and now is not None:
         note = f"on {len(passages())} short English texts; above 0: the model continues what is no task's text worse"
         name = "change of cross-entropy on texts of no task"
         found.append(Measurement(name, now - untouched, None, "nats a token", SOURCE, note))
+    if state.general is not None and whole:
+        found += state.general.measure(backbone, evaluator.batch_size)
     return found
 
 
@@ -85,9 +90,7 @@ def _mean(name: str, by_task: dict[str, float], unit: str, note: str) -> Measure
 def _responses(evaluator: Evaluator, backbone: LanguageBackbone, task: Task) -> Tensor:
     """log p(response | prompt) and the number of its tokens of a task's test examples, (N x 2)."""
     if "options" not in backbone.reads or task.metric is not None:
-        examples = evaluator.prepared(task, "test")
-        with evaluator.progress.bar(f"loss on {task.name}", len(examples)) as advance:
-            return backbone.responses(examples, evaluator.batch_size, advance)
+        return evaluator.responses(task)
     own = torch.tensor(task.test["label"][:])[:, None]  # its likelihood is known: it was an option
     log_p = evaluator.features(task, "test").gather(1, own)
     tokens = backbone.label_embeddings(backbone.labels)[own[:, 0]]

@@ -7,9 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
-from torch import Tensor
 
 from ..consolidation import Consolidation
 from ..core.environment import default_device
@@ -20,16 +18,21 @@ from ..models.backbone import Backbone, Pooling
 from ..recipes import make_recipe
 from ..recipes.recipe import Recipe
 from ..recipes.user_pieces import import_modules
-from ..runs.directory import Run, read_config
+from ..runs.directory import read_config
 from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
+from .adopt import adopt
 from .config import RunConfig
-from .opening import open_run
+from .general import read_general
+from .generation import Generation, generate
+from .opening import reopened
+from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
 from .state import LearnerState
-from .task_loop import TaskLoop
+from .task_loop import learn
+from .trainer_choice import TrainerName, settled
 from .training_settings import REFUSED, resolve_training
 
 
@@ -43,14 +46,13 @@ class Learner:
         run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
         heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the
             features.
-        training: names of `transformers.TrainingArguments`, `head_learning_rate`, and `class_weights`: "balanced", or a
-            weight by label.
-        seed: decides everything random.
-        pooling, max_length, trust_remote_code: see `load_backbone`.
+        training: names of `TrainingArguments` (and TRL's `SFTConfig`), and our own; see `resolve_training`.
+        seed: decides everything random; progress: a display; None shows nothing.
+        pooling, max_length, trust_remote_code: see `load_backbone`; trainer, response_prefix: see `settle`.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
+        general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
         device: where to train and predict; None takes an accelerator where there is one.
-        progress: a display; None shows nothing.
 
     Raises:
         ConfigError: an unknown recipe, head or training setting.
@@ -73,7 +75,10 @@ class Learner:
         pooling: Pooling | None = None,
         max_length: int | None = None,
         trust_remote_code: bool = False,
+        trainer: TrainerName | None = None,
+        response_prefix: str | None = None,
         evaluate_every: int = 1,
+        general: str | Path | Sequence[Any] | None = None,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -89,9 +94,12 @@ class Learner:
             training=resolve_training(made.training, training or {}),
             loading={"pooling": pooling, "max_length": max_length, "trust_remote_code": trust_remote_code},
             evaluate_every=evaluate_every,
+            general=read_general(general),
             seed=seed,
             device=torch.device(device) if device is not None else default_device(),
             progress=progress or Progress(),
+            trainer=trainer,
+            response_prefix=response_prefix,
         )
         self._state: LearnerState | None = None
 
@@ -100,9 +108,8 @@ class Learner:
         """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
-        names = ("seed", "training", "heads", "pooling", "max_length", "device", "trust_remote_code", "evaluate_every")
-        settings = {"recipe": config.recipe, "run": config.out or Path("runs") / recipe}
-        settings |= {name: getattr(config, name) for name in names}
+        own = RunConfig.model_fields.keys() - {"model", "stream", "out", "imports"}
+        settings = {"run": config.out or Path("runs") / recipe, **{name: getattr(config, name) for name in own}}
         return cls(config.model, **{**settings, **instead})
 
     @classmethod
@@ -115,10 +122,10 @@ class Learner:
         config = read_config(Path(run))
         # what had no effect was once taken and is refused now: without it the run is what it was
         model, settings = config["model"], {k: v for k, v in config["training"].items() if k not in REFUSED}
+        options = {"recipe": config["recipe"], **settled(config), **options}
         name = options.pop("model", None) or config["model_name"]
         loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
-        recipe = options.pop("recipe", config["recipe"])
-        return cls(name, recipe, run, training=settings, seed=config["seed"], **loading, **options)
+        return cls(name, run=run, training=settings, seed=config["seed"], **loading, **options)
 
     @classmethod
     def open(cls, run: str | Path, **options: Any) -> Learner:
@@ -130,11 +137,7 @@ class Learner:
             RunError: no run is there, it is damaged, or its base model is another one now.
         """
         learner = cls.described(run, **options)
-        written = Run.read(run)
-        model, stream = written.config["model"], written.config["stream"]
-        backbone = learner.setup.load_base(model["modality"], model["fingerprint"])
-        state = LearnerState(learner.setup, backbone, stream["labels"], stream["inputs"])
-        learner._state = state.restore(written.commits)
+        learner._state = reopened(learner.setup)
         return learner
 
     # ---- what it is ----
@@ -151,19 +154,12 @@ class Learner:
         return self._state
 
     @property
-    def backbone(self) -> Backbone:
-        """The model as it is now."""
-        return self.state.backbone
-
-    @property
     def recipe(self) -> Recipe:
         """The recipe; once something is learned, with the state that its pieces hold."""
         return self._state.recipe if self._state is not None else self.setup.recipe
 
-    @property
-    def heads(self) -> tuple[Head, ...]:
-        return self.recipe.heads
-
+    backbone = property(lambda self: self.state.backbone, doc="The model as it is now.")
+    heads = property(lambda self: self.recipe.heads, doc="The heads of the recipe.")
     path = property(lambda self: self.setup.path, doc="The run directory.")
     model_name = property(lambda self: self.setup.model, doc="Hub id or folder of the base model.")
     training = property(lambda self: self.setup.training, doc="Complete training settings.")
@@ -171,27 +167,35 @@ class Learner:
     device = property(lambda self: self.setup.device, doc="Where the model is trained and predicts.")
     progress = property(lambda self: self.setup.progress, doc="The display.")
     evaluate_every = property(lambda self: self.setup.evaluate_every, doc="See the constructor.")
+    adopt = classmethod(adopt)
 
     # ---- learning ----
 
-    def learn(self, stream: Stream) -> Result:
+    def learn(self, stream: Stream, *, accept: Accept | None = None) -> Result:
         """Learn the tasks that the run has not learned yet.
+
+        Args:
+            accept: judges every task when it is learned, and returns why it may not stay. Then the run, and this
+                learner, are as they were before the task, and no later one is learned; see `Result.rejected`.
 
         Raises:
             PerpetuneError: whatever is wrong, with how to mend it; every finished task is safe.
         """
-        opened = open_run(self.setup, stream)
-        self._state = opened.state
-        try:
-            with self.setup.progress:
-                TaskLoop(opened).learn_all()
-        except KeyboardInterrupt:
-            self.setup.progress.say(
-                "stopped: every finished task is safe; start again with the same run directory to go on"
-            )
-            raise
-        finally:
-            opened.run.close()
+        self._state = learn(self.setup, stream, accept)
+        return self._result()
+
+    def retry(
+        self, stream: Stream, task: str, training: Mapping[str, Any] | None = None, *, accept: Accept | None = None
+    ) -> Result:
+        """Throw the newest task away and learn it again, with other settings: to the bit the run that never tried.
+
+        Args:
+            training: settings of this task, over those of the run and of the stream.
+
+        Raises:
+            PerpetuneError: as `learn`; it is not the newest task.
+        """
+        self._state = learn(self.setup, with_settings(stream, task, training or {}), accept, retry=task)
         return self._result()
 
     def revert(self, stream: Stream, task: str) -> Result:
@@ -225,11 +229,9 @@ class Learner:
         task: str | None = None,
     ) -> list[str]:
         """Label texts for new inputs: texts, (text, text_pair) tuples, PIL images, prompts, (image, prompt) tuples, or
-        lists of messages. An empty text where a generated answer names no class.
+        lists of messages. Where a generated answer names no class, or free texts were learned, the answer itself.
 
-        An input is predicted as if it were alone, whatever else is in the list: only the last bits of scores differ
-        (padding to the longest of a batch makes sums round anew, 2e-7 with MiniLM), so a tie alone could be decided
-        otherwise.
+        An input is predicted as if it were alone; only the last bits of scores depend on the others (padding).
 
         Args:
             head: which head to read; None takes the first.
@@ -241,6 +243,25 @@ class Learner:
                 task, or a task for a model that has but one state.
         """
         return prediction.predict(self.state, inputs, head, classes, task)
+
+    def generate(
+        self, inputs: Sequence[Any], *, task: str | None = None, streamer: Any = None, **settings: Any
+    ) -> list[str]:
+        """What a language model answers to prompts, lists of messages, or (image, prompt) tuples.
+
+        Where the run learned conversations, a text is a user's turn. Answers end where the model's chat template or
+        generation settings say that one ends.
+
+        Args:
+            task: whose adapter answers, where there is one for every task; None lets the router find out.
+            streamer: of transformers, shown the tokens of one prompt as they come.
+            settings: `max_new_tokens` (256), `temperature` (0: greedily), `top_p`, `seed`, `batch_size`; see
+                `Generation`.
+
+        Raises:
+            ConfigError: no language model, nothing learned yet, other inputs, an unknown task or setting.
+        """
+        return generate(self.state, inputs, Generation.of(settings), task, streamer)
 
     def export(
         self,
@@ -283,16 +304,3 @@ class Learner:
             RunError: the base model is another one now.
         """
         return export.fresh(self.setup, self.state)
-
-    def frozen_features(self, rows: datasets.Dataset, modality: Any, labels: Sequence[str] = ()) -> Tensor:
-        """What routers and boundaries read of each input under the base model (N x `Backbone.pooled_width`).
-
-        Args:
-            rows: with the columns of `Task.train`; labels: their label texts.
-        """
-        setup = self.setup
-        backbone = setup.load_backbone(modality)
-        backbone.open_for([], labels)
-        examples = backbone.prepare(rows)
-        with setup.progress, setup.progress.bar("features of the stream", len(examples)) as advance:
-            return backbone.pooled(examples, setup.batch_size, advance)

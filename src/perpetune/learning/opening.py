@@ -16,9 +16,12 @@ from ..runs.directory import Run
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
+from .general import general_of
 from .gone_data import check_needed, completed, told, with_known_scenario
+from .retry import set_aside
 from .setup import Setup, task_settings
 from .state import LearnerState
+from .trainer_choice import OLD, check_trl_settings, settle
 from .training_settings import check_training
 
 
@@ -36,11 +39,11 @@ class Opened(NamedTuple):
     joined: dict[str, Tensor]
 
 
-def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened:
+def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: str | None = None) -> Opened:
     """Create the run of this setup and stream, or continue the one that is there.
 
     Args:
-        without: a task that is about to be taken out.
+        without: a task that is about to be taken out; retry: the newest, which is thrown away to be learned again.
 
     Raises:
         PerpetuneError: whatever keeps the run from starting; nothing that was learned is touched.
@@ -48,6 +51,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     if not len(stream) and without is None:
         raise StreamError(f"stream `{stream.name}` has no task")
     backbone = setup.load_backbone(stream.modality)
+    stream = settle(setup, stream, backbone)
     setup.fit_heads(backbone, stream.captions)
     setup.recipe.tuner.check(backbone.model)
     if backbone.left_out and not any(head.starts_from_own for head in setup.recipe.heads):
@@ -59,11 +63,13 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
     for each in stream:  # before anything is written
         settings = task_settings(setup.training, each)
         if settings not in checked:
-            check_training(settings, backbone)
+            check_trl_settings(settings, setup.trainer, stream)
+            check_training(settings, backbone, setup.trainer or OLD)
             checked.append(settings)
     stream = with_known_scenario(stream, setup.path)
     run = Run.open(setup.path, setup.config(stream, backbone))
     try:
+        thrown = set_aside(run, retry) if retry is not None else False
         written = run.config["stream"]
         known = [*(run.commits[-1].manifest["learned"] if run.commits else ()), *written["tasks"]]
         whole = stream.ordered_after(known).numbered(written["labels"])
@@ -91,7 +97,11 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         joined = {}
         if run.commits and without is None:
             joined = _predict_joined(setup, lambda: untouched(stream.labels).restore([]), run, stream)
-        state = untouched(whole.labels).restore(run.commits, without)
+        state = untouched(whole.labels)
+        state.general = general_of(state)
+        state.restore(run.commits, without)
+        if thrown:  # now that nothing keeps it from being learned again
+            run.undo(["to be learned again"])
         if without is None:
             run.grow(setup.config(whole, backbone))
             _note_start(setup, run)
@@ -106,6 +116,18 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None) -> Opened
         run.close()
         raise
     return Opened(run, stream, state, joined)
+
+
+def reopened(setup: Setup) -> LearnerState:
+    """The state after the newest commit of a run.
+
+    Raises:
+        RunError: no run is there, it is damaged, or its base model is another one now.
+    """
+    run = Run.read(setup.path)
+    model, stream = run.config["model"], run.config["stream"]
+    backbone = setup.load_base(model["modality"], model["fingerprint"])
+    return LearnerState(setup, backbone, stream["labels"], stream["inputs"]).restore(run.commits)
 
 
 def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Run, stream: Stream) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from ..heads import Head
 from ..models.backbone import Examples
 from ..streams.predict_inputs import table
 from .evaluator import answers_by_state, best_class, under_state
+from .setup import Setup
 from .state import LearnerState
 
 
@@ -40,20 +41,50 @@ def predict(
         return []
     if not seen:  # all that was learned are free texts
         rows = datasets.Dataset.from_dict({**given, "response": [""] * size, "label": [-1] * size, "id": [""] * size})
-        return answers(state, state.backbone.prepare(rows), task)
+        return answers(state, state.backbone.prepare(rows), task, state.setup.batch_size)
     state.evaluator.embed([reader], labels, [allowed])
     rows = datasets.Dataset.from_dict({**given, "label": [0] * size, "id": [""] * size})
-    found = scores(state, reader, state.backbone.prepare(rows), task, allowed)
-    return [labels[c] if c >= 0 else "" for c in best_class(found, allowed).tolist()]
+    examples = state.backbone.prepare(rows)
+    best = best_class(scores(state, reader, examples, task, allowed), allowed).tolist()
+    found = [labels[c] if c >= 0 else "" for c in best]
+    nameless = [i for i, text in enumerate(found) if not text]
+    if nameless and classes is None and getattr(reader, "read", "") == "generate":  # what it answered instead
+        said = answers(state, [examples[i] for i in nameless], task, state.setup.batch_size)
+        for i, text in zip(nameless, said, strict=True):
+            found[i] = text
+    return found
 
 
-def answers(state: LearnerState, examples: Examples, task: str | None) -> list[str]:
-    """Generated answers, each under the state of its task where each task has one."""
-    states, size = state.consolidation.states, state.setup.batch_size
+def answers(state: LearnerState, examples: Examples, task: str | None, size: int, **how: Any) -> list[str]:
+    """Generated answers, each under the state of its task where each task has one.
+
+    Args:
+        size: prompts at a time; how: see `LanguageBackbone.answers`.
+    """
+    states = state.consolidation.states
     if states is None:
-        return state.backbone.answers(examples, size)
+        _check_shared(task)
+        return state.backbone.answers(examples, size, **how)
     weights = _weights(state, states, _reading(state, states, examples), task)
-    return answers_by_state(state.backbone, states, weights, examples, size)
+    return answers_by_state(state.backbone, states, weights, examples, size, **how)
+
+
+def _check_shared(task: str | None) -> None:
+    if task is not None:
+        raise ConfigError("the model is the same for all tasks: give `classes` to choose among those of one")
+
+
+def frozen_features(setup: Setup, rows: datasets.Dataset, modality: Any, labels: Sequence[str]) -> Tensor:
+    """What routers and boundaries read of each input under the base model (N x `Backbone.pooled_width`).
+
+    Args:
+        rows: with the columns of `Task.train`; labels: their label texts.
+    """
+    backbone = setup.load_backbone(modality)
+    backbone.open_for([], labels)
+    examples = backbone.prepare(rows)
+    with setup.progress, setup.progress.bar("features of the stream", len(examples)) as advance:
+        return backbone.pooled(examples, setup.batch_size, advance)
 
 
 def _chosen(classes: Sequence[str], known: dict[str, int]) -> list[int]:
@@ -75,8 +106,7 @@ def scores(state: LearnerState, head: Head, examples: Examples, task: str | None
     """
     backbone, states = state.backbone, state.consolidation.states
     if states is None:
-        if task is not None:
-            raise ConfigError("the model is the same for all tasks: give `classes` to choose among those of one")
+        _check_shared(task)
         return head.scores(backbone.outputs(examples, state.setup.batch_size, classes=allowed))
     reading = _reading(state, states, examples)
     return states.scores(head, len(state.known.labels), reading, _weights(state, states, reading, task))

@@ -57,11 +57,11 @@ def revert(setup: Setup, stream: Stream, task: str) -> LearnerState:
 
 def _forget(run: Run, own: Commit, state: LearnerState, stream: Stream) -> None:
     """Heads without the task of a commit; `stream` has the tasks that remain."""
-    number, position = own.manifest["index"], active(run.commits).index(own)
+    number, position = run.commits.index(own), active(run.commits).index(own)
     before, after = head_states(run.commits[number - 1]), head_states(own)
     left = {c for task in stream for c in task.classes}
     classes = [c for c in run.commits[-1].manifest["classes"] if c not in left]
     for name, head in state.named_heads():
-        if not head.refresh:
+        if not head.refresh and name in after:  # the language head of free texts keeps nothing
             head.forget(position, classes, before.get(name, {}), after[name])
     gather(state, stream.tasks)

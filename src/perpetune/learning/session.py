@@ -12,12 +12,18 @@ from torch import Tensor
 from ..consolidation import Session
 from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
+from ..models.language_model import LanguageBackbone
+from ..models.prompt_examples import cut_line
 from ..streams import Task
 from .class_weights import SETTING, class_weights
+from .loss_log import FILE, LossLog, logging_steps
 from .setup import task_settings
 from .state import LearnerState
+from .token_masking import STM, mask_tokens
 from .trainer import TaskModel, TrainingLog, train_task
+from .trainer_choice import OLD
 from .training_settings import count_steps
+from .trl_training import packed_count
 
 
 class Training:
@@ -33,8 +39,20 @@ class Training:
         self.state, self.session = state, session
         adapts = state.recipe.tuner.trains and state.consolidation.adapts(session)
         self.learns = adapts or state.heads[0].trains
-        self.examples: Examples = state.backbone.prepare(state.consolidation.rows(session)) if self.learns else []
+        self.examples: Examples = self._prepared() if self.learns else []
         self.trainable = 0
+
+    def _prepared(self) -> Examples:
+        state, settings = self.state, self.state.setup.training_of(self.session.tasks)
+        rows = state.consolidation.rows(self.session)
+        if not isinstance(state.backbone, LanguageBackbone):
+            return state.backbone.prepare(rows)
+        found = state.backbone.prepare(rows, all_turns=bool(settings.get("assistant_only_loss")))
+        if said := cut_line(self.session.name, found, state.backbone.room):
+            state.setup.progress.say(said)
+        if (threshold := settings.get(STM)) is not None:
+            state.setup.progress.say(mask_tokens(state, self.session.name, found, threshold))
+        return found
 
     def open_heads(self) -> None:
         consolidation, states = self.state.consolidation, self.state.consolidation.states
@@ -47,7 +65,8 @@ class Training:
         if weights := self.state.setup.training_of(self.session.tasks).get(SETTING):
             drawn = consolidation.rows(self.session)["label"][:]
             trained.weigh(class_weights(weights, drawn, self.state.known.labels))
-        if isinstance(trained, TrainedHead) and trained.contrasts and len(trained.task_classes) == 1:
+        contrasts = self.learns and isinstance(trained, TrainedHead) and trained.contrasts
+        if contrasts and len(trained.task_classes) == 1:
             self._tell_one(trained)
 
     def _tell_one(self, head: TrainedHead) -> None:
@@ -70,7 +89,11 @@ class Training:
         if not self.trainable or not self.learns:
             self.trainable = 0
             return TrainingLog(0, None, None)
+        settings = setup.training_of(session.tasks)
         steps = step_budget(session, setup.training)
+        if settings.get("packing"):  # an epoch has fewer rows
+            count = packed_count(backbone, self.examples, settings.get("packing_strategy", "bfd"))
+            steps = min(steps, count_steps(count, settings))
         steps = steps if step_limit is None else min(steps, step_limit)
         title = f"{state.recipe.name} · {session.name} ({session.index + 1}/{of}) · train"
         with setup.progress.bar(title, steps) as advance:
@@ -79,12 +102,14 @@ class Training:
                 head,
                 state.recipe.rules,
                 self.examples,
-                setup.training_of(session.tasks),
+                {"logging_steps": logging_steps(steps), **settings},
                 task=session.name,
                 seed=task_seed(setup.seed, session.name),
                 steps=steps,
                 advance=advance,
                 logs=setup.path / "logs" / session.name,
+                callbacks=[LossLog(session.name, setup.path / FILE, setup.progress.note)],
+                by=setup.trainer or OLD,
             )
 
     def close_heads(self) -> None:

@@ -13,10 +13,12 @@ from ..core.environment import versions
 from ..core.errors import ConfigError, RunError
 from ..core.progress import Progress
 from ..models.backbone import Backbone
+from ..models.language_model import LanguageBackbone
 from ..models.loading import load_model
 from ..recipes.recipe import Recipe
 from ..streams import Stream, Task
 from .compatibility import suited
+from .trainer_choice import AUTO, TrainerName
 from .training_settings import resolve_training
 
 
@@ -31,7 +33,8 @@ class Setup:
         path: the run directory.
         training: complete training settings, see `resolve_training`.
         loading: pooling, max_length, trust_remote_code, see `load_backbone`.
-        evaluate_every, seed, device, progress: see `Learner`.
+        evaluate_every, seed, device, progress: see `Learner`; general: its prompts.
+        trainer, response_prefix: see `Learner`; None until `settle` has chosen them.
     """
 
     model: str | None
@@ -44,6 +47,9 @@ class Setup:
     seed: int
     device: torch.device
     progress: Progress
+    general: tuple[Any, ...] = ()
+    trainer: TrainerName | None = None
+    response_prefix: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.evaluate_every, int) or self.evaluate_every < 0:
@@ -66,7 +72,10 @@ class Setup:
             return own
         if self.model is None:
             raise ConfigError(f"recipe `{self.recipe.name}` needs a model: give a hub id or a folder (--model)")
-        return load_model(self.model, modality, **self.loading).to(self.device)
+        backbone = load_model(self.model, modality, **self.loading).to(self.device)
+        if isinstance(backbone, LanguageBackbone) and self.response_prefix is not None:
+            backbone.tokens.prefix = None if self.response_prefix == AUTO else self.response_prefix
+        return backbone
 
     def load_base(self, modality: Any, expected: str) -> Backbone:
         """The base model that a run was made with.
@@ -103,7 +112,9 @@ class Setup:
                 "pooling": backbone.pooling,
                 "max_length": backbone.max_length,
                 "trust_remote_code": self.loading["trust_remote_code"],
+                **({} if self.response_prefix in (None, AUTO) else {"response_prefix": self.response_prefix}),
             },
+            **({"trainer": self.trainer} if backbone.modality == "language" and self.trainer else {}),
             "stream": {
                 "name": stream.name,
                 "scenario": stream.scenario,

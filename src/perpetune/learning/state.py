@@ -14,6 +14,7 @@ from ..models.backbone import Backbone
 from ..recipes.recipe import Recipe
 from ..runs.commit import Commit, active
 from .evaluator import Evaluator
+from .general import General
 from .setup import Setup
 
 
@@ -33,6 +34,7 @@ class LearnerState:
         backbone: the model; recipe: a copy of the setup's, which holds state.
         trainer: the head whose loss shapes the features where the first head has none; None where it has.
         evaluator: predictions of this state; known: what it can predict.
+        general: what general prompts are compared with, where there are any.
     """
 
     def __init__(self, setup: Setup, backbone: Backbone, labels: Sequence[str], inputs: Sequence[str] = ()) -> None:
@@ -61,6 +63,7 @@ class LearnerState:
             head.to(setup.device)
         self.consolidation.open(backbone, self.recipe.tuner, labels)
         self.known = Known(labels, (), inputs, ())
+        self.general: General | None = None
 
     def restore(self, commits: Sequence[Commit], without: str | None = None) -> LearnerState:
         """Bring the untouched model to the state after these commits. Heads and rules are as the newest one left them;

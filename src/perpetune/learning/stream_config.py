@@ -168,9 +168,10 @@ class StreamConfig(pydantic.BaseModel):
         panel="Data",
         example="'very positive=positive,neutral=null'",
     )
-    pose: Literal["instruction", "published"] | None = setting(
+    pose: Literal["instruction", "published", "language"] | None = setting(
         None,
-        "For language models: turn texts and labels into prompts and responses, by this template.",
+        "For language models: turn texts and labels into prompts and responses, by this template; or learn texts "
+        "without labels as they are (language).",
         panel="Data",
         example="instruction",
     )
@@ -184,9 +185,31 @@ class StreamConfig(pydantic.BaseModel):
     metric: str | dict[str, str] | None = setting(
         None,
         "For free texts: score generated answers by exact_match, rouge_l, token_f1, contains, or your own "
-        "module:function; one for all tasks, or a mapping task=metric. Such tasks have no classes.",
+        "module:function, or responses by their likelihood; one for all tasks, or a mapping task=metric. Such tasks "
+        "have no classes.",
         panel="Data",
         example="rouge_l",
+    )
+    responses: Literal["exact", "stripped"] = setting(
+        "exact",
+        "Keep responses of prompts as they are written, or take blanks around them away (stripped).",
+        panel="Data",
+        example="stripped",
+    )
+    mix: str | None = setting(
+        None,
+        "A file of generic examples (or a folder or Hub data set with a train split), of which a share is mixed into "
+        "the training rows of every task of free texts.",
+        panel="Data",
+        example="generic.jsonl",
+    )
+    mix_share: float = setting(
+        0.1,
+        "With --mix: the share of a task's training rows that are generic.",
+        panel="Data",
+        example="0.2",
+        gt=0,
+        lt=1,
     )
     trust_remote_code: bool = setting(
         False,

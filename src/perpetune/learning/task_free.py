@@ -12,6 +12,7 @@ import numpy as np
 from ..metrics.boundaries import boundary_figures
 from ..routers import Detector, Segment
 from ..streams import Drift, Stream, Task
+from .prediction import frozen_features
 
 if TYPE_CHECKING:
     from ..runs.result import Result
@@ -37,7 +38,7 @@ def learn_drift(learner: Learner, drift: Drift, detector: Detector | None = None
     if told:
         found = told_segments(drift)
     else:
-        found = detector.read(learner.frozen_features(drift.rows, stream.modality, stream.labels))
+        found = detector.read(frozen_features(learner.setup, drift.rows, stream.modality, stream.labels))
     return learner.learn(parts(drift, found, detector, told=told))
 
 

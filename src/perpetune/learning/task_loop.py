@@ -12,17 +12,22 @@ from transformers.trainer_utils import set_seed
 
 from ..consolidation import Session
 from ..core.environment import peak_memory
+from ..core.errors import ConfigError
 from ..core.measurement import Measurement, finite
 from ..models.language_model import LanguageBackbone
 from ..rules import TaskContext
 from ..runs.commit import Commit, active
 from ..runs.directory import Run
 from ..runs.result import BEFORE
-from ..streams import Task, fingerprint, split_fingerprints
+from ..streams import Stream, Task, fingerprint, split_fingerprints
 from .evaluator import choices
 from .language_losses import general_loss, language_losses, measured_language
-from .opening import Opened, filed, task_of
+from .opening import Opened, filed, open_run, reopened, task_of
+from .reporting import report
+from .retry import Accept, kept
 from .session import Training, gather, task_seed
+from .setup import Setup
+from .state import LearnerState
 from .trainer import TrainingLog
 
 UNTOUCHED = "untouched"
@@ -50,8 +55,17 @@ class TaskLoop:
 
     # ---- the order in which things happen ----
 
-    def learn_all(self) -> None:
-        """Learn one session after another; each is a commit."""
+    def learn_all(self, accept: Accept | None = None) -> bool:
+        """Learn one session after another; each is a commit. With `accept`, up to the first task that is not kept.
+
+        Returns:
+            Whether all of them stay.
+
+        Raises:
+            ConfigError: tasks that are learned all at once cannot be judged one by one.
+        """
+        if accept is not None and len(self.sessions) < len(self.stream):
+            raise ConfigError("this recipe learns its tasks all at once: there is no newest task to judge")
         done = len(active(self.run.commits))
         if not self.run.commits:
             self.commit_untouched()
@@ -60,6 +74,9 @@ class TaskLoop:
         for session in self.sessions[done:]:
             self.phases = {}
             self.learn(session)
+            if accept is not None and not kept(self.run, accept):
+                return False
+        return True
 
     def learn(self, session: Session) -> Commit:
         """Train on a session of tasks, measure, and commit."""
@@ -73,7 +90,7 @@ class TaskLoop:
             training.open_heads()
         with self._phase("rules"):
             context = TaskContext(
-                state.backbone, _begun(self.run), training.batches, training.losses, self.setup.progress.say
+                state.backbone, begun(self.run), training.batches, training.losses, self.setup.progress.say
             )
             for rule in rules:
                 rule.begin_task(context)
@@ -94,12 +111,14 @@ class TaskLoop:
             measured += consolidation.guarantee()
             measured += [m for head in state.heads for m in head.guarantee()]
             measured += [*self._stale_statistics(session), *self._feature_drift(session)]
-            measured += language_losses(state, evaluated, self.run.commits[0].manifest.get("general_loss"))
+            untouched = self.run.commits[0].manifest.get("general_loss")
+            measured += language_losses(state, evaluated, untouched, self._due(session))
         with self._phase("commit"):
             files = {**consolidation.files(), **state.files(predictions | before)}
             commit = self.run.commit(session.name, files, self._facts(session, measured, training.trainable))
         state.learned(commit.manifest["classes"], commit.manifest["learned"])
         self._note(commit, session)
+        report(self.run.path, self.setup.training, state.backbone)
         return commit
 
     # ---- before a session ----
@@ -137,8 +156,10 @@ class TaskLoop:
 
     def _evaluated(self, session: Session) -> Sequence[Task]:
         """The tasks that are evaluated after a session: all so far where that is due, else its own."""
-        due = all_due(session.index, len(self.sessions), self.setup.evaluate_every)
-        return self.stream.tasks[0 if due else session.first : session.learned]
+        return self.stream.tasks[0 if self._due(session) else session.first : session.learned]
+
+    def _due(self, session: Session) -> bool:
+        return all_due(session.index, len(self.sessions), self.setup.evaluate_every)
 
     def _stale_statistics(self, session: Session) -> list[Measurement]:
         state = self.state
@@ -173,10 +194,14 @@ class TaskLoop:
             "task_classes": {task.name: list(task.classes) for task in session.tasks},
             "not_evaluated": [task.name for task in learned if not len(task.test)],
             "training": {task.name: dict(task.training) for task in session.tasks if task.training},
+            **({"retried": True} if self._tried_before(session) else {}),
             "guarantees": [{**m.to_dict(), "task": session.name} for m in measured],
             "heads": [head.name for head in self.state.heads],
             "trainable_parameters": trainable,
         }
+
+    def _tried_before(self, session: Session) -> bool:
+        return any(commit.manifest.get("undoes") == session.name for commit in self.run.history)
 
     def _note(self, commit: Commit, session: Session) -> None:
         evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)
@@ -188,6 +213,7 @@ class TaskLoop:
             steps=self.log.steps,
             first_loss=finite(self.log.first_loss),
             last_loss=finite(self.log.last_loss),
+            losses=[[step, finite(loss)] for step, loss in self.log.losses],
             train_seconds=round(training, 3),
             evaluate_seconds=round(evaluating, 3),
             peak_memory_bytes=peak_memory(self.setup.device),
@@ -205,12 +231,27 @@ class TaskLoop:
         self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - begun
 
 
+def learn(setup: Setup, stream: Stream, accept: Accept | None = None, retry: str | None = None) -> LearnerState:
+    """See `Learner.learn` and `Learner.retry`; the state after the newest commit."""
+    opened = open_run(setup, stream, retry=retry)
+    try:
+        with setup.progress:
+            stays = TaskLoop(opened).learn_all(accept)
+    except KeyboardInterrupt:
+        setup.progress.say("stopped: every finished task is safe; start again with the same run directory to go on")
+        raise
+    finally:
+        opened.run.close()
+    return opened.state if stays else reopened(setup)
+
+
 def all_due(index: int, of: int, every: int) -> bool:
     """Whether all tasks so far are evaluated after a session: its number, of so many, and `evaluate_every`."""
     return index == of - 1 or (every > 0 and (index + 1) % every == 0)
 
 
-def _begun(run: Run) -> int:
+def begun(run: Run) -> int:
     """How many sessions rules have seen, those that were taken out again too: they remember them, and draw by
-    number."""
-    return sum("reverts" not in commit.manifest for commit in run.commits[1:])
+    number. Not an adopted one whose inputs they do not know."""
+    seen = (c.manifest for c in run.commits[1:] if "reverts" not in c.manifest)
+    return sum(not manifest.get("adopted", {}).get("unknown") for manifest in seen)

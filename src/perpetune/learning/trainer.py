@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -11,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..core.errors import TrainingError
 from ..heads import Head
 from ..models.backbone import Backbone, Examples
-from ..rules import Attached, Rule, attach
-from ..tuners.decay import decays
+from ..rules import Rule
+from .loss_log import curve
+from .trainer_choice import TrainerName
 from .training_settings import one_line, training_arguments
+from .trl_training import UnderRules, lent, longest_row, sft_trainer
 
 
 class TaskModel(nn.Module):
@@ -55,18 +58,19 @@ class TaskModel(nn.Module):
 @dataclass(frozen=True)
 class TrainingLog:
     """Optimizer steps taken, the mean loss over the first and the last tenth of them, and the mean seconds of a step
-    (all but the first, which warms up)."""
+    (all but the first, which warms up); and the losses in between, see `loss_log.curve`."""
 
     steps: int
     first_loss: float | None
     last_loss: float | None
     step_seconds: float = 0.0
+    losses: tuple[tuple[int, float], ...] = ()
 
 
 class _Finite(TrainerCallback):
     """Stops at the first loss that is not finite, looked at only when the Trainer logs, so that no step waits."""
 
-    def __init__(self, trainer: TaskTrainer, task: str) -> None:
+    def __init__(self, trainer: UnderRules, task: str) -> None:
         self.trainer, self.task = trainer, task
 
     def check(self) -> None:
@@ -106,24 +110,16 @@ class _Advance(TrainerCallback):
         return (self.ends[-1] - self.ends[0]) / max(1, len(self.ends) - 1) if self.ends else 0.0
 
 
-class TaskTrainer(Trainer):
-    """The stock Trainer; ours: rules hang on its optimizer, and the head has a learning rate of its own."""
+class TaskTrainer(UnderRules):
+    """The stock Trainer on a `TaskModel`, whose head has a learning rate of its own."""
 
-    def __init__(self, *args: Any, rules: Sequence[Rule], head_learning_rate: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head_learning_rate: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rules = rules
         self.head_learning_rate = head_learning_rate
-        self.attached: Attached | None = None
-        self.losses: list[Tensor] = []
-        self.first_bad_step = torch.tensor(-1)
         # ours is a mean over the batch, so that the Trainer must divide by the accumulation steps itself
         self.model_accepts_loss_kwargs = False
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name in super().get_decay_parameter_names(model) if decays(name)]
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
+    def regroup(self, optimizer: torch.optim.Optimizer) -> None:
         model: Any = self.model
         head = {id(p) for p in model.head.parameters()}
         for group in list(optimizer.param_groups):
@@ -133,19 +129,9 @@ class TaskTrainer(Trainer):
                 settings = {k: v for k, v in group.items() if k != "params"}
                 optimizer.add_param_group({**settings, "params": mine, "lr": self.head_learning_rate})
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
-        self.attached = attach(
-            model, optimizer, self.rules, begin=False, scaler=getattr(self.accelerator, "scaler", None)
-        )
-        return optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        loss = model(**inputs)["loss"].mean()  # several devices give several losses
-        detached = loss.detach()
-        self.losses.append(detached)
-        first = self.first_bad_step.to(loss.device, non_blocking=True)  # stays there: no step waits for it
-        bad = (first < 0) & ~torch.isfinite(detached)
-        self.first_bad_step = torch.where(bad, self.state.global_step, first)
-        return loss
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        return model(**inputs)["loss"].mean()  # several devices give several losses
 
 
 def train_task(
@@ -160,6 +146,8 @@ def train_task(
     steps: int,
     advance: Callable[[int], None] = lambda n: None,
     logs: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    by: TrainerName = "perpetune",
 ) -> TrainingLog:
     """Train the backbone's and the head's trainable parameters on one task.
 
@@ -167,27 +155,36 @@ def train_task(
 
     Args:
         logs: folder for integrations (`report_to`) that write files; None throws them away.
+        by: "trl" trains a language model by `SFTTrainer`; see `choose_trainer`.
+        callbacks: of transformers; they see what is logged.
 
     Raises:
         ConfigError: settings with which no Trainer can be made; see `check_training`, which says so beforehand.
         TrainingError: the loss is not finite; says at which step. Or a buffer changed that nothing keeps.
     """
     set_seed(seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as around:
         on_cpu = next(backbone.model.parameters()).device.type == "cpu"
         reports = logs is not None and settings.get("report_to", "none") not in ("none", ["none"], [], None)
-        arguments = training_arguments({**settings, "max_steps": steps}, str(logs) if reports else folder, seed, on_cpu)
+        into = str(logs) if reports else folder
+        block = longest_row(backbone, examples) if by == "trl" else None
+        arguments = training_arguments({**settings, "max_steps": steps}, into, seed, on_cpu, by, block)
         steps_taken = _Advance(advance)
+        around.enter_context(lent(backbone) if by == "trl" else nullcontext())
         with one_line():
-            trainer = TaskTrainer(
-                model=TaskModel(backbone, head),
-                args=arguments,
-                train_dataset=examples,
-                data_collator=backbone.collate,
-                rules=rules,
-                head_learning_rate=float(settings["head_learning_rate"]),
-                callbacks=[steps_taken],
-            )
+            heard = [steps_taken, *callbacks]
+            if by == "trl":
+                trainer: UnderRules = sft_trainer(backbone, examples, arguments, settings, rules, heard)
+            else:
+                trainer = TaskTrainer(
+                    model=TaskModel(backbone, head),
+                    args=arguments,
+                    train_dataset=examples,
+                    data_collator=backbone.collate,
+                    rules=rules,
+                    head_learning_rate=float(settings["head_learning_rate"]),
+                    callbacks=heard,
+                )
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
@@ -200,8 +197,8 @@ def train_task(
             if trainer.attached is not None:
                 trainer.attached.remove()
             if arguments.gradient_checkpointing:
-                trainer.model.checkpointing_disable()  # type: ignore[union-attr, operator]
-        _check_buffers(backbone, buffers)
+                TaskModel(backbone, head).checkpointing_disable()
+        check_buffers(backbone, buffers)
         finite.check()
         finite.check_weights()
     losses = [float(x) for x in torch.stack(trainer.losses).float()] if trainer.losses else []
@@ -211,10 +208,11 @@ def train_task(
         sum(losses[:tenth]) / tenth if losses else None,
         sum(losses[-tenth:]) / tenth if losses else None,
         steps_taken.step_seconds,
+        curve(losses, trainer.state.global_step),
     )
 
 
-def _check_buffers(backbone: Backbone, before: dict[str, Tensor]) -> None:
+def check_buffers(backbone: Backbone, before: dict[str, Tensor]) -> None:
     """What neither rules nor commits see must not move (running statistics of normalisations do not: see
     `Backbone.train`)."""
     kept = backbone.model.state_dict().keys()

@@ -1,4 +1,5 @@
-"""Training settings: every name of `transformers.TrainingArguments` is honoured, set by the run, or refused by name."""
+"""Training settings: every name of `transformers.TrainingArguments`, and of TRL's
+`SFTConfig` (`trainer_choice`), is honoured, set by the run, or refused by name."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from ..core.errors import ConfigError, first_line, nearest
 from ..core.validation import number
 from ..models.backbone import Backbone
+from . import trainer_choice as trl
 from .class_weights import SETTING, checked
+from .token_masking import STM
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -34,7 +37,7 @@ QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_ste
 _LENGTH = "per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps dataloader_drop_last"
 _STEP = (
     "learning_rate head_learning_rate class_weights weight_decay warmup_steps lr_scheduler_type lr_scheduler_kwargs "
-    "max_grad_norm optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha"
+    "stm max_grad_norm optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha"
 )
 _NUMBERS = "bf16 fp16 tf32 full_determinism debug torch_empty_cache_steps accelerator_config"
 _MEMORY = (
@@ -49,13 +52,17 @@ _LOGGING = (
     "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id logging_strategy "
     "logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node disable_tqdm"
 )
+REPORTING = frozenset(_LOGGING.split())  # what trackers and terminals are told
 HONOURED = frozenset(" ".join((_LENGTH, _STEP, _NUMBERS, _MEMORY, _LOADING, _LOGGING)).split())
 
 # the run's own option for it
 OURS = {"output_dir": "out", "seed": "seed", "data_seed": "seed", "use_cpu": "device"}
 
 _REASONS = {
-    "the head computes the loss": "label_smoothing_factor use_liger_kernel liger_kernel_config label_names",
+    "the head computes the loss": "label_smoothing_factor label_names",
+    "it replaces parts of the model for good, so that a run that goes on is measured with others; TRL drops it": (
+        "use_liger_kernel liger_kernel_config"
+    ),
     "all tasks are evaluated after every task (evaluate_every)": (
         "eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches eval_use_gather_object "
         "eval_accumulation_steps batch_eval_metrics include_for_metrics prediction_loss_only do_eval do_predict"
@@ -101,6 +108,9 @@ _PACKAGES = {  # parts of the names of optimizers, and of integrations: what has
 }  # fmt: skip
 
 
+_OWN = ("head_learning_rate", SETTING, STM)  # settings that are no one else's
+
+
 def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
     """Training settings: our defaults, then the recipe's, then the user's.
 
@@ -108,21 +118,27 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
         ConfigError: a name that `transformers.TrainingArguments` does not have, one that has no effect here, or one
             that the run sets itself.
     """
-    known = {*inspect.signature(TrainingArguments.__init__).parameters, "head_learning_rate", SETTING} - {"self"}
+    known = {*inspect.signature(TrainingArguments.__init__).parameters, *_OWN, *trl.HONOURED} - {"self"}
+    ours, refused = {**OURS, **trl.OURS}, {**REFUSED, **trl.REFUSED}
     settings = dict(DEFAULTS)
     for layer in layers:
         for key, value in layer.items():
-            if key in OURS:
-                raise ConfigError(f"`{key}` is set by the run: use its own option (--{OURS[key]})")
-            if key in REFUSED:
-                raise ConfigError(f"`{key}` has no effect here: {REFUSED[key]}")
+            if key in ours:
+                raise ConfigError(f"`{key}` is set by the run: use its own option (--{ours[key]})")
+            if key in refused:
+                raise ConfigError(f"`{key}` has no effect here: {refused[key]}")
             if key not in known:
-                raise ConfigError(f"transformers.TrainingArguments has no `{key}`: {nearest(key, HONOURED & known)}")
-            if key not in HONOURED:
+                near = nearest(key, (HONOURED | trl.HONOURED) & known)
+                raise ConfigError(f"transformers.TrainingArguments has no `{key}`: {near}")
+            if key not in HONOURED | trl.HONOURED:
                 raise ConfigError(f"`{key}` is new in transformers, and not known to have an effect here: leave it out")
             settings[key] = number(value)
     if SETTING in settings and (weights := checked(settings.pop(SETTING))) is not None:
         settings[SETTING] = weights
+    if settings.get(STM) is None:
+        settings.pop(STM, None)
+    else:
+        settings[STM] = float(_above_zero(STM, settings[STM]))
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if key in settings:
             settings[key] = _above_zero(key, settings[key], whole=True)
@@ -140,15 +156,25 @@ def _above_zero(key: str, value: Any, whole: bool = False) -> Any:
     return int(value) if whole else value
 
 
-def training_arguments(settings: dict[str, Any], folder: str, seed: int, use_cpu: bool) -> TrainingArguments:
+def training_arguments(
+    settings: dict[str, Any], folder: str, seed: int, use_cpu: bool, by: trl.TrainerName, block: int | None = None
+) -> TrainingArguments:
     """
+    Args:
+        by: "trl" makes them TRL's `SFTConfig`; block: see `sft_settings`.
+
     Raises:
         ConfigError: a value that TrainingArguments refuses.
     """
-    own = {k: v for k, v in settings.items() if k not in ("head_learning_rate", SETTING)}
+    own = {k: v for k, v in settings.items() if k not in _OWN}
     with one_line(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return TrainingArguments(
+        kind: type[TrainingArguments] = TrainingArguments
+        if by == "trl":
+            from trl import SFTConfig
+
+            kind, own = SFTConfig, trl.sft_settings(own, block)
+        return kind(
             output_dir=folder,
             seed=seed,
             save_strategy="no",
@@ -158,22 +184,16 @@ def training_arguments(settings: dict[str, Any], folder: str, seed: int, use_cpu
         )
 
 
-def check_training(settings: dict[str, Any], backbone: Backbone) -> None:
+def check_training(settings: dict[str, Any], backbone: Backbone, by: trl.TrainerName = "perpetune") -> None:
     """Before anything is trained or written: make once what training is made of, and throw it away.
 
     Raises:
         ConfigError: a value that is refused, settings that do not suit the model, or a package that is not installed.
     """
-    for key in ("optim", "lr_scheduler_type"):
-        value = str(settings.get(key, ""))
-        reason = next((why for name, why in _OPTIMIZERS_REFUSED.items() if value.startswith(name)), None)
-        if value.endswith("layerwise"):
-            reason = "it has an optimizer for every layer, which rules cannot hang on"
-        if reason:
-            raise ConfigError(f"{key} `{value}` is not supported: {reason}")
+    check_optimizer(settings)
     on_cpu = next(backbone.model.parameters(), torch.empty(0)).device.type == "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(settings, folder, 0, on_cpu)
+        arguments = training_arguments(settings, folder, 0, on_cpu, by, 1)
     _check_integrations(arguments)
     _check_model(arguments, backbone)
     with one_line(f"optim `{getattr(arguments.optim, 'value', arguments.optim)}`"):
@@ -190,6 +210,20 @@ def check_training(settings: dict[str, Any], backbone: Backbone) -> None:
         DataLoader([0], **{name: getattr(arguments, f"dataloader_{name}", None) for name in names})  # type: ignore
 
 
+def check_optimizer(settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: an optimizer or a schedule under which rules would not act.
+    """
+    for key in ("optim", "lr_scheduler_type"):
+        value = str(settings.get(key, ""))
+        reason = next((why for name, why in _OPTIMIZERS_REFUSED.items() if value.startswith(name)), None)
+        if value.endswith("layerwise"):
+            reason = "it has an optimizer for every layer, which rules cannot hang on"
+        if reason:
+            raise ConfigError(f"{key} `{value}` is not supported: {reason}")
+
+
 def _check_integrations(arguments: TrainingArguments) -> None:
     from transformers.integrations import integration_utils as known
 
@@ -204,6 +238,8 @@ def _check_model(arguments: TrainingArguments, backbone: Backbone) -> None:
     words = backbone.modality != "image" and backbone.network
     if arguments.neftune_noise_alpha is not None and not words:
         raise ConfigError("neftune_noise_alpha is noise on the embeddings of tokens, and this model reads images")
+    if getattr(arguments, "activation_offloading", False) and not torch.accelerator.is_available():
+        raise ConfigError("activation_offloading brings activations from an accelerator to the CPU: leave it out")
     if arguments.fp16 and not torch.accelerator.is_available():
         raise ConfigError("fp16 needs an accelerator: use bf16, or leave it out")
     if getattr(arguments, "train_sampling_strategy", "") == "group_by_length" and not words:

@@ -46,7 +46,7 @@ class AccuracyMatrix:
         tasks: names, in the order of learning.
 
     Raises:
-        ConfigError: shapes that do not fit, accuracies outside [0, 1], or a test size below 1.
+        ConfigError: shapes that do not fit, accuracies outside [0, 1], or a test size below 1 of what was measured.
     """
 
     values: np.ndarray
@@ -69,8 +69,8 @@ class AccuracyMatrix:
             measured = getattr(self, name)[~np.isnan(getattr(self, name))]
             if ((measured < 0) | (measured > 1)).any():
                 raise ConfigError(f"accuracy matrix: `{name}` must be fractions from 0 to 1, not percent")
-        if (self.test_sizes < 1).any():
-            raise ConfigError(f"accuracy matrix: every task needs test examples, got {self.test_sizes.tolist()}")
+        if ((self.test_sizes < 1) & ~np.isnan([*self.values, self.baseline]).all(0)).any():
+            raise ConfigError(f"accuracy matrix: what is measured needs test examples, got {self.test_sizes.tolist()}")
 
     @classmethod
     def from_predictions(
@@ -114,7 +114,7 @@ class AccuracyMatrix:
         Args:
             scores: scores[i][task] are those of its test examples, (n_j,) in [0, 1], after task i; a task that was not
                 evaluated then is absent. Fewer rows than tasks: the run is not finished.
-            sizes: n_j of every task.
+            sizes: n_j of every task; one that was never evaluated may be absent.
             tasks: names, in the order of learning.
             baseline: scores of the untouched model, where it has any.
 
@@ -125,7 +125,7 @@ class AccuracyMatrix:
         for i, (task, found) in enumerate(zip(tasks, scores, strict=False)):
             values[i] = _means(found, sizes, tasks, f"after task `{task}`")
         b = _means(baseline or {}, sizes, tasks, "of the untouched model")
-        return cls(values, np.array([sizes[t] for t in tasks]), b, tuple(tasks))
+        return cls(values, np.array([sizes.get(t, 0) for t in tasks]), b, tuple(tasks))
 
     def upto(self, count: int) -> AccuracyMatrix:
         """The matrix of the first `count` tasks, as if the stream had ended there."""
@@ -177,8 +177,8 @@ def measured_mean(values: Any) -> float | None:
 
 def stage_accuracy(matrix: AccuracyMatrix, *, micro: bool = False) -> np.ndarray:
     """(T,) accuracy over the tasks seen after each task, mean over tasks, or over samples (`micro`); nan if unknown."""
-    a, n = matrix.values, matrix.test_sizes
-    return np.array([np.average(a[i, : i + 1], weights=n[: i + 1] if micro else None) for i in range(len(n))])
+    n = np.maximum(matrix.test_sizes, 1) if micro else np.ones_like(matrix.test_sizes)  # without examples: nan anyway
+    return np.array([np.average(row[: i + 1], weights=n[: i + 1]) for i, row in enumerate(matrix.values)])
 
 
 def final_accuracy(matrix: AccuracyMatrix) -> float | None:
@@ -188,7 +188,7 @@ def final_accuracy(matrix: AccuracyMatrix) -> float | None:
 
 def final_accuracy_micro(matrix: AccuracyMatrix) -> float | None:
     """sum over j of n_j a(T, j) / sum over j of n_j: every test example counts the same."""
-    return measured_mean(np.average(matrix.values[-1], weights=matrix.test_sizes))
+    return measured_mean(stage_accuracy(matrix, micro=True)[-1])
 
 
 def average_incremental_accuracy(matrix: AccuracyMatrix) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 import sys
 from collections import Counter
@@ -56,13 +57,21 @@ def token_f1(answer: str, response: str) -> float:
     return 2 * shared / (len(found) + len(expected)) if found or expected else 1.0
 
 
+LIKELIHOOD = "likelihood"  # of the expected response, which is no answer's: see `mean_probability`
+
+
+def mean_probability(log_p: float, tokens: float) -> float:
+    """exp(log p(response | prompt) / tokens): the geometric mean of the probabilities of its tokens, 1 / perplexity."""
+    return math.exp(min(0.0, log_p / max(1.0, tokens)))
+
+
 Metric = Callable[[str, str], float]
 METRICS: dict[str, Metric] = {f.__name__: f for f in (exact_match, rouge_l, token_f1, contains)}
 
 
 def metric(name: str) -> Metric:
-    """The metric of this name, or a user's own, `module:function`, of a module that the user has imported: data must
-    not decide which code runs.
+    """The metric of generated answers of this name, or a user's own, `module:function`, of a module that the user has
+    imported: data must not decide which code runs.
 
     Raises:
         ConfigError: no such metric, or its module is not imported.
@@ -70,7 +79,8 @@ def metric(name: str) -> Metric:
     module, _, function = name.partition(":")
     if not function:
         if name not in METRICS:
-            raise ConfigError(f"no metric is called `{name}`: {nearest(name, METRICS)}, or your own, module:function")
+            known = (*METRICS, LIKELIHOOD)
+            raise ConfigError(f"no metric is called `{name}`: {nearest(name, known)}, or your own, module:function")
         return METRICS[name]
     if module not in sys.modules:
         raise ConfigError(

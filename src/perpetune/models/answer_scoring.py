@@ -154,20 +154,33 @@ def stop_tokens(model: Any, *own: int) -> tuple[int, ...]:
 
 
 def generate(
-    model: Any, inputs: dict[str, Tensor], start: int | None, ends: Sequence[int], pad: int, longest: int
+    model: Any,
+    inputs: dict[str, Tensor],
+    start: int | None,
+    ends: Sequence[int],
+    pad: int,
+    longest: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    streamer: Any = None,
 ) -> list[list[int]]:
-    """Greedy answers (N, of at most `longest` tokens each, without their end), with nothing of the model's own
-    generation settings.
+    """Answers (N, of at most `longest` tokens each, without their end), with nothing of the model's own generation
+    settings.
 
     Args:
         ends: tokens with which an answer may end.
+        temperature: 0 takes the likeliest token; above it tokens are drawn, with top_p as in nucleus sampling.
+        streamer: of transformers, shown the tokens of one prompt as they come.
     """
     own = {"bos_token_id": None, "decoder_start_token_id": start, "eos_token_id": list(ends), "pad_token_id": pad}
-    plain = GenerationConfig(max_new_tokens=longest, do_sample=False, num_beams=1, **own)
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    how = drawn if temperature else {"do_sample": False}
+    plain = GenerationConfig(max_new_tokens=longest, num_beams=1, **how, **own)
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept, holder.generation_config = holder.generation_config, plain  # what is not set is taken from there
     try:
-        tokens = model.generate(**inputs, generation_config=plain)
+        tokens = model.generate(**inputs, generation_config=plain, streamer=streamer)
     finally:
         holder.generation_config = kept
     answers = tokens[:, 1 if start is not None else inputs["input_ids"].shape[1] :].tolist()

@@ -185,7 +185,7 @@ class Backbone(nn.Module):
         """See `features`; `read` makes features (n x width) of a batch. width: None for that of the backbone."""
         out = torch.empty(len(examples), self.width if width is None else width)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].get("input_ids", ())))
-        with self._asked():
+        with self.asked():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 out[chosen] = read([examples[i] for i in chosen]).float().cpu()
@@ -203,7 +203,7 @@ class Backbone(nn.Module):
         return self._here(batch)
 
     @contextlib.contextmanager
-    def _asked(self) -> Iterator[None]:
+    def asked(self) -> Iterator[None]:
         """In eval mode, and afterwards in the mode it had."""
         training = self.training
         self.eval()

@@ -132,7 +132,7 @@ class DualBackbone(Backbone):
     def label_embeddings(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """s g of texts (C x D, fp32, CPU) under the model as it is now, in eval mode."""
         parts = []
-        with self._asked():
+        with self.asked():
             for start in range(0, len(texts), batch_size):
                 tokens = self._here(self._tokens(texts[start : start + batch_size]))
                 g = F.normalize(_pooled(self.model.get_text_features(**tokens)), dim=1)

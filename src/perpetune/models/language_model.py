@@ -14,9 +14,10 @@ from ..core.errors import ModelError
 from ..core.tensors import relative_change
 from ..metrics.text import normalised, rouge_l
 from . import answer_scoring as scoring
+from . import prompt_examples
 from .answer_scoring import LONGEST, PromptsRead, Read, last_logits, log_p_of, positions
 from .backbone import Backbone, Examples, fingerprint
-from .prompt_tokens import PromptTokenizer, pad_rows
+from .prompt_tokens import Prompt, PromptTokenizer, pad_rows
 from .tokenizer_check import check_ids, embedding_rows, longest_text
 
 IGNORED = -100
@@ -83,7 +84,7 @@ class LanguageBackbone(Backbone):
         self.rouge_l, self.longest = rouge_l, longest
         self.width = len(self.labels) * ("options" in self.reads) + ("generate" in self.reads) + rouge_l
         self._named = {normalised(text): c for c, text in reversed(list(enumerate(self.labels))) if normalised(text)}
-        self.room, self.limit, limit = self.max_length, None, self._positions
+        self.room, self.limit, limit = self.max_length, None, self.longest_sequence
         for text in self.labels:
             check_ids(self.tokens.tokenizer, list(self.tokens.answer(text)), self._embedded, self.name)
         if limit is not None:
@@ -94,15 +95,19 @@ class LanguageBackbone(Backbone):
                 raise ModelError(f"`{self.name}` reads {limit} tokens, and its answers take all of them")
 
     @property
-    def _positions(self) -> int | None:
+    def longest_sequence(self) -> int | None:
         """How long a sequence of prompt and answer may be; None where they have a sequence each, or it may be any."""
         config = self.model.config.get_text_config(decoder=True)
         return longest_text(self.model, config) if self.start is None else None
 
     # ---- examples ----
 
-    def prepare(self, rows: datasets.Dataset) -> Examples:
-        """Rows with `prompt` or `messages` to tokens: `input_ids` of the prompt; `answer`, which ends the sequence."""
+    def prepare(self, rows: datasets.Dataset, *, all_turns: bool = False) -> Examples:
+        """Rows with `prompt` or `messages` to tokens, see `prompt_examples`; the answer ends the sequence.
+
+        Args:
+            all_turns: find out which tokens of conversations are the assistant's.
+        """
         column = next((c for c in ("prompt", "messages") if c in rows.column_names), None)
         if column is None:
             raise ModelError(
@@ -112,25 +117,12 @@ class LanguageBackbone(Backbone):
         if "image" in rows.column_names:
             raise ModelError(f"`{self.name}` reads no images: use a model that does (LLaVA), or leave out the column")
         turn = column == "messages"
-        read = self.tokens.conversations if turn else self.tokens.prompts
+        read = partial(self.tokens.conversations, all_turns=all_turns) if turn else self.tokens.prompts
         return self._examples(read(rows[column][:], self.room), rows, turn)
 
-    def _examples(
-        self, prompts: Sequence[tuple[list[int], bool]], rows: datasets.Dataset, turn: bool = False
-    ) -> Examples:
-        return [
-            {
-                "input_ids": prompt,
-                "answer": self._fitted(self.tokens.answer(text, blank, turn), prompt),
-                "blank": blank,
-                "turn": turn,
-                "label": y,
-                "id": i,
-            }
-            for (prompt, blank), text, y, i in zip(
-                prompts, self.responses_of(rows), rows["label"], rows["id"], strict=True
-            )
-        ]
+    def _examples(self, prompts: Sequence[Prompt], rows: datasets.Dataset, turn: bool = False) -> Examples:
+        made = prompt_examples.examples(self.tokens, prompts, rows, self.responses_of(rows), self.room, turn)
+        return [{**e, "answer": self._fitted(e["answer"], e["input_ids"])} for e in made]
 
     def responses_of(self, rows: datasets.Dataset) -> list[str]:
         """The expected response of each row: its own text, or the label text of its class."""
@@ -142,7 +134,7 @@ class LanguageBackbone(Backbone):
             ModelError: prompt and response are longer than the model reads, or hold a token that it does not know.
         """
         check_ids(self.tokens.tokenizer, [*prompt, *answer], self._embedded, self.name)
-        limit = self._positions
+        limit = self.longest_sequence
         if limit is not None and len(prompt) + len(answer) > limit:
             raise ModelError(
                 f"a response of {len(answer)} tokens behind a prompt of {len(prompt)} is longer than the {limit} that "
@@ -157,16 +149,17 @@ class LanguageBackbone(Backbone):
         The decoder of an encoder-decoder model reads the answer shifted by its start token, padded on the right.
         """
         answers = [list(e["answer"]) for e in examples]
+        targets = [list(e.get("targets", e["answer"])) for e in examples]  # some tokens may carry no loss
         labels = torch.tensor([e["label"] for e in examples])
         if self.start is None:
             both = [[*e["input_ids"], *e["answer"]] for e in examples]
-            known = {"answers": pad_rows(answers, IGNORED, left=True), "labels": labels}
+            known = {"answers": pad_rows(targets, IGNORED, left=True), "labels": labels}
             return {**self._padded(both), **self._pictures(examples), **known}
         shifted = [[self.start, *answer[:-1]] for answer in answers]
         return {
             **self._padded([e["input_ids"] for e in examples]),
             **{f"decoder_{k}": v for k, v in self._padded(shifted).items()},
-            "answers": pad_rows(answers, IGNORED, left=False),
+            "answers": pad_rows(targets, IGNORED, left=False),
             "labels": labels,
         }
 
@@ -183,16 +176,19 @@ class LanguageBackbone(Backbone):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """log p(answer | prompt) and the number of its tokens, the end-of-sequence token among them: (N x 2)."""
-        answers = inputs.pop("answers")
+        known = inputs["answers"] != IGNORED
+        log_p = self.token_log_p(**inputs)
+        return torch.stack([log_p.sum(1), known.sum(1).to(log_p)], 1)
+
+    def token_log_p(self, answers: Tensor, **inputs: Tensor) -> Tensor:
+        """log p of each token of the answers (N x A), 0 where these are -100."""
         if self.start is None:
             keep = answers.shape[1] + 1
             extra = {**positions(self.model, inputs), **last_logits(self.model, keep)}
             logits = self.model(**inputs, **extra, use_cache=False).logits[:, -keep:-1]
         else:
             logits = self.model(**inputs, use_cache=False).logits
-        known = answers != IGNORED
-        log_p = log_p_of(logits, answers.clamp(min=0)) * known
-        return torch.stack([log_p.sum(1), known.sum(1).to(log_p)], 1)
+        return log_p_of(logits, answers.clamp(min=0)) * (answers != IGNORED)
 
     @torch.inference_mode()
     def outputs(
@@ -225,7 +221,7 @@ class LanguageBackbone(Backbone):
 
     def _likelihoods(self, examples: Examples, classes: Sequence[int]) -> Tensor:
         """log p(answer | prompt), (N x len(classes)); each prompt is read once, where the model can go on from it."""
-        read = PromptsRead(self.model, self._inputs(examples), self.start)
+        read = PromptsRead(self.model, self.inputs(examples), self.start)
         if not read.continues:
             return torch.stack([self._alone(examples, c) for c in classes], 1)
         options = [[self.tokens.answer(self.labels[c], e["blank"], e["turn"]) for c in classes] for e in examples]
@@ -238,19 +234,18 @@ class LanguageBackbone(Backbone):
         return super().read([{**e, "answer": a} for e, a in zip(examples, answers, strict=True)])[:, 0]
 
     @torch.inference_mode()
-    def answers(self, examples: Examples, batch_size: int) -> list[str]:
-        """Greedily generated answers."""
+    def answers(self, examples: Examples, batch_size: int, longest: int | None = None, **how: Any) -> list[str]:
+        """Generated answers, of at most so many tokens; `how` as in `answer_scoring.generate`, by default greedily."""
         batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
-        with self._asked():
-            return [text for batch in batches for text in self._answers(batch)]
+        with self.asked():
+            return [text for batch in batches for text in self._answers(batch, longest, **how)]
 
-    def _answers(self, examples: Examples) -> list[str]:
-        tokens = scoring.generate(
-            self.model, self._inputs(examples), self.start, self.ends, self.tokens.pad, self.longest
-        )
+    def _answers(self, examples: Examples, longest: int | None = None, **how: Any) -> list[str]:
+        ends = (self.start, self.ends, self.tokens.pad, longest or self.longest)
+        tokens = scoring.generate(self.model, self.inputs(examples), *ends, **how)
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
-    def _inputs(self, examples: Examples) -> dict[str, Tensor]:
+    def inputs(self, examples: Examples) -> dict[str, Tensor]:
         return self._here({**self._padded([e["input_ids"] for e in examples]), **self._pictures(examples)})
 
     @torch.inference_mode()
@@ -269,12 +264,12 @@ class LanguageBackbone(Backbone):
         return self._read_all(examples, batch_size, advance, self._mean_state, self.pooled_width)
 
     def _mean_state(self, examples: Examples) -> Tensor:
-        return scoring.mean_state(self.model, self._inputs(examples), self.start)
+        return scoring.mean_state(self.model, self.inputs(examples), self.start)
 
     def halves(self, texts: Sequence[str]) -> Examples:
         """Texts as examples: the first half of the words is the prompt, and up to 50 tokens of the rest the answer,
         without an end. None at all where the model has no room for them."""
-        limit = self._positions
+        limit = self.longest_sequence
         room = self.room if limit is None else min(self.room, limit - LONGEST)
         return self.tokens.halves(texts, room, LONGEST) if room >= 1 else []
 

@@ -63,7 +63,7 @@ class PicturedBackbone(LanguageBackbone):
         if wrong:
             raise ModelError(f"the answer `{wrong[0][:40]}` holds `{self._token}`, the place of an image: reword it")
 
-    def prepare(self, rows: datasets.Dataset) -> Examples:
+    def prepare(self, rows: datasets.Dataset, *, all_turns: bool = False) -> Examples:
         """Rows with `image` and `prompt`, or without images; the pixels of all rows stay in memory.
 
         Raises:
@@ -73,7 +73,7 @@ class PicturedBackbone(LanguageBackbone):
         if "image" not in rows.column_names:
             for text in rows["prompt"] if "prompt" in rows.column_names else ():
                 self._placed(text, 0)
-            return super().prepare(rows)
+            return super().prepare(rows, all_turns=all_turns)
         if "prompt" not in rows.column_names:
             raise ModelError(f"`{self.name}` answers prompts: give (image, prompt) for each image")
         prompts, pictures = [], []
@@ -86,9 +86,10 @@ class PicturedBackbone(LanguageBackbone):
                     f"an image takes {len(tokens)} tokens, and `{self.name}` reads {self.limit} of a prompt: set its "
                     "processor to smaller images"
                 )
-            ((prompt, blank),) = self.tokens.prompts([text], room)
-            place = prompt.index(self.tokens.picture)  # type: ignore[arg-type]
-            prompts.append(([*prompt[:place], *tokens, *prompt[place + 1 :]], blank))
+            (read,) = self.tokens.prompts([text], room)
+            place = read.tokens.index(self.tokens.picture)  # type: ignore[arg-type]
+            whole = [*read.tokens[:place], *tokens, *read.tokens[place + 1 :]]
+            prompts.append(read._replace(tokens=whole))
             pictures.append(picture)
         examples = self._examples(prompts, rows)
         return [{**example, "picture": picture} for example, picture in zip(examples, pictures, strict=True)]

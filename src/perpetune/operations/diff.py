@@ -168,8 +168,8 @@ def difference(
     changes.sort(key=lambda c: (c.relative is None, -(c.relative or 0), c.name))
     first, last = sorted((a, b))
     known = active(commits[: last + 1])
-    new = sum(commit.manifest["index"] > first for commit in known)
-    return Difference(names[a], names[b], tuple(changes), _meetings(known, len(known) - new))
+    later = sum(commits.index(commit) > first for commit in known)
+    return Difference(names[a], names[b], tuple(changes), _meetings(known, len(known) - later))
 
 
 def _point(text: str, names: Sequence[str]) -> int:

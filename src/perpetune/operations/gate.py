@@ -11,9 +11,11 @@ from ..core.errors import ConfigError, RunError, nearest
 from ..core.measurement import broken_promise
 from ..learning.language_losses import LOSS
 from ..metrics.accuracy import RIGHT, AccuracyMatrix, measured_mean
+from ..metrics.uncertainty import coarseness
 from ..runs.result import BEFORE, Result
 from .verdict import MOST_CLASSES, Before, Loss, Verdict, nats
 
+MAX_FORGETTING, MIN_GAIN = 0.02, 0.01
 ROUNDING = 1e-9  # accuracies are quotients of whole numbers: far apart, but a difference of two may miss 0.02 by a bit
 MAJORITY = "its most frequent class alone"
 ONE_CLASS = "a model that does not know its one class"
@@ -23,8 +25,8 @@ NOT_EVALUATED = f"{MAJORITY} (the model before it was not evaluated)"
 def judge(
     result: Result,
     *,
-    max_forgetting: float,
-    min_gain: float,
+    max_forgetting: float | None = None,
+    min_gain: float | None = None,
     max_flips: int | None = None,
     max_loss_increase: float | None = None,
     min_class_accuracy: float | None = None,
@@ -40,7 +42,7 @@ def judge(
     the first of these for all others.
 
     Args:
-        max_forgetting, min_gain: fractions, 0.02 is two points.
+        max_forgetting, min_gain: fractions; None takes 0.02, two points, and 0.01.
         max_flips: examples of all earlier tasks together that may be wrong now and were right before.
         max_loss_increase: nats a token by which the loss of a language model on the responses of an earlier task may
             have risen since the task was learned.
@@ -52,6 +54,8 @@ def judge(
             tasks that were not evaluated (evaluate_every), or a limit on losses that were not measured.
         RunError: nothing is learned yet.
     """
+    max_forgetting = MAX_FORGETTING if max_forgetting is None else max_forgetting
+    min_gain = MIN_GAIN if min_gain is None else min_gain
     shares = {"max-forgetting": max_forgetting, "min-gain": min_gain, "min-class-accuracy": min_class_accuracy}
     for name, value in shares.items():
         if value is not None and not -1 <= value <= 1:
@@ -124,7 +128,24 @@ def judge(
         for c in low[:MOST_CLASSES]
     ]
     failures = _failures(verdict, max_forgetting, min_gain, max_flips, max_loss_increase)
-    return replace(verdict, failures=(*rare, *failures))
+    size = len(new[task]) if accuracy is not None else 0
+    return replace(verdict, failures=(*rare, *failures), coarse=_coarse(verdict, size, max_forgetting, min_gain))
+
+
+def _coarse(v: Verdict, size: int, max_forgetting: float, min_gain: float) -> str:
+    """The limit that is finest against its test set, where it is finer than one example or one standard error."""
+    checked = [("max-forgetting", max_forgetting, t.name, t.now, t.examples) for t in v.tasks]
+    checked += [("min-gain", min_gain, v.task, v.accuracy, size)] if v.accuracy is not None else []
+    found = [
+        (
+            1 / n,
+            f"{name} of {100 * limit:g} points is finer than the test set of `{task}` can tell ({n} examples): {than}",
+        )
+        for name, limit, task, now, n in checked
+        if (than := coarseness(limit, now, n))
+    ]
+    more = f"; so it is for {len(found) - 1} more" if len(found) > 1 else ""
+    return max(found)[1] + more if found else ""
 
 
 def _last_measured(matrix: AccuracyMatrix, task: str) -> str:

@@ -18,7 +18,9 @@ from ..learning.learner import Learner
 from ..learning.opening import open_run
 from ..learning.session import step_budget
 from ..learning.task_loop import TaskLoop, all_due
+from ..learning.trainer_choice import adopt
 from ..runs.commit import Commit
+from ..runs.directory import read_config
 from ..streams import Stream, Task
 
 TRIAL_STEPS = 6  # optimizer steps of a session
@@ -94,7 +96,10 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
     stream = replace(stream, tasks=here)  # of what is learned already, the data may be gone
     size = int(learner.setup.training["per_device_train_batch_size"])
     with tempfile.TemporaryDirectory() as folder:
-        setup = replace(learner.setup, path=Path(folder), evaluate_every=1)
+        untold = {**learner.setup.training, "report_to": "none"}  # a trial is nobody else's news
+        setup = replace(learner.setup, path=Path(folder), evaluate_every=1, training=untold)
+        if (learner.path / "run.yaml").is_file():
+            adopt(setup, read_config(learner.path))
         short = _shortened(stream, size, setup.batch_size)
         opened = open_run(setup, short)
         loop = TaskLoop(opened, TRIAL_STEPS)

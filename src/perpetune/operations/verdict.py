@@ -59,6 +59,7 @@ class Verdict:
         task: the newest, or the one that was taken out last. accuracy: of the newest; None where one was taken out.
         macro: mean over its classes of their accuracies; None where it has none, or one was taken out.
         unjudged: earlier tasks whose test data is gone, and their last accuracies.
+        coarse: that a limit is finer than what it is measured with, and by how much; empty where none is.
         never: classes of the newest of whose test examples none is right.
         reference, against: what the newest must beat, and what that is.
         tasks: every other task, the one that lost most first. classes: the worst, as far as they lost.
@@ -80,6 +81,7 @@ class Verdict:
     macro: float | None = None
     never: tuple[str, ...] = ()
     unjudged: tuple[str, ...] = ()
+    coarse: str = ""
 
     @property
     def passed(self) -> bool:
@@ -125,6 +127,7 @@ class Verdict:
         lines.append(f"examples of {others} tasks right before and wrong now: {self.flips}")
         if self.unjudged:
             lines.append(f"not judged, since their test data is gone: {', '.join(self.unjudged)}")
+        lines += [f"NOTE: {self.coarse}"] if self.coarse else []
         lines += [f"FAIL: {reason}" for reason in self.failures] or ["PASS"]
         return Group(*([table] if losers else []), *self._spoken(), *map(escape, lines))
 

@@ -52,6 +52,7 @@ def report_data(results: Sequence[Result], records: Sequence[Any], kind: str) ->
         routes=_routes(runs),
         drift=drift_facts(first) if first else None,
         flips=_flips(first) if kind == "run" and first else None,
+        losses=_losses(first) if kind == "run" and first else (),
     )
 
 
@@ -69,6 +70,13 @@ def _routes(runs: Sequence[Result]) -> list[dict[str, Any]]:
         for run, routing in found
         if routing
     ]
+
+
+def _losses(result: Result) -> list[dict[str, Any]]:
+    last = {e["task"]: e for e in result.journal if e["event"] == "task"}
+    events = [last[c.manifest["task"]] for c in result.active if c.manifest["task"] in last]
+    told = [(e["task"], e["steps"], [p for p in e.get("losses", ()) if p[1] is not None]) for e in events]
+    return [{"task": task, "steps": steps, "points": points} for task, steps, points in told if points]
 
 
 def _command(argv: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..core.errors import RunError
+from ..metrics.uncertainty import mean_error, standard_error
 
 FIGURES = (
     "final_accuracy",
@@ -55,6 +56,7 @@ class ReportData:
         drift: of a stream whose boundaries were not told: `true` segments {start, stop, task}, `parts` found {start,
             stop, task (a number), detected_at}, `told`, `window`, and `figures`, see `metrics.boundaries`.
         headline: (scenario, head) to show first; None lets the page choose.
+        losses: of the tasks of a run that were trained, {task, steps, points: (step, training loss)}.
     """
 
     title: str
@@ -74,6 +76,7 @@ class ReportData:
     routes: Sequence[Mapping[str, Any]] = ()
     drift: Mapping[str, Any] | None = None
     headline: tuple[str, str] | None = None
+    losses: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,21 @@ class Record:
     per_task: tuple[Mapping[str, Any], ...]
     run: str
     formulas: Mapping[str, str]
+    test_sizes: tuple[int, ...] = ()
+
+    def error(self, j: int) -> float | None:
+        """Standard error of the accuracy of a task at the end."""
+        return standard_error(self._last[j], self.test_sizes[j]) if self.test_sizes else None
+
+    @property
+    def final_error(self) -> float | None:
+        """Standard error of the mean over all tasks at the end."""
+        return mean_error(self._last, self.test_sizes) if self.test_sizes else None
+
+    @property
+    def _last(self) -> tuple[float | None, ...]:
+        measured = [row for row in self.matrix if any(v is not None for v in row)]
+        return measured[-1] if measured else (None,) * len(self.tasks)
 
     @property
     def work(self) -> tuple[str, int | None, str]:
@@ -159,6 +177,7 @@ def _read(index: int, record: Any) -> Record:
         per_task=tuple(_plain(p) for p in row.get("per_task") or ()),
         run=str(row.get("run") or ""),
         formulas=dict(row.get("formulas") or {}),
+        test_sizes=tuple(row.get("test_sizes") or ()),
     )
 
 

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..core.errors import RunError
-from . import charts, heat_maps, routes, segments, summary, svg, tables, words
+from . import charts, heat_maps, losses, routes, segments, summary, svg, tables, words
 from .data import Record, ReportData, read_records
 
 SEED_CELLS = 40_000  # matrices of single seeds are left out of a page that would hold more cells than this
@@ -109,6 +109,8 @@ def render(data: ReportData) -> str:
         routes=routes.routes(data.routes),
         confusions=routes.MOST_TASKS,
         strips=segments.strips_svg(data.drift) if data.drift else None,
+        losses=losses.losses_svg(data.losses) if data.losses else None,
+        sizes=dict(zip(records[0].tasks, records[0].test_sizes, strict=False)),
         promises=promises,
         measured=_measured(records),
         costs=tables.costs_by_recipe(records),

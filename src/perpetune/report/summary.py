@@ -63,9 +63,7 @@ class Row:
         """Whether training sees data of old tasks: often not allowed, so such a recipe is never the headline."""
         return self.recipe == "replay"
 
-    @property
-    def why(self) -> str:
-        return why(self.recipe)
+    why = property(lambda self: why(self.recipe))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -96,6 +94,11 @@ class Row:
     def baseline(self) -> tuple[float | None, ...]:
         known = [r.baseline for r in self.records if len(r.baseline) == len(self.tasks) and r.tasks == self.tasks]
         return tuple(mean(cell) for cell in zip(*known, strict=True))
+
+    def error(self, j: int) -> float | None:
+        """Of the accuracy of a task at the end: the spread over seeds, or of one seed the standard error."""
+        several = len(self.records) > 1 and self.same_order
+        return Stat.of(r.matrix[-1][j] for r in self.records).spread if several else self.records[0].error(j)
 
     @cached_property
     def has_history(self) -> bool:
@@ -213,7 +216,8 @@ def recipe_bars(group: Group) -> list[Bar]:
     for row in group.ranked:
         final = row.stat("final_accuracy")
         note = forgot(row.mean("forgetting"))
-        bars.append(Bar(row.recipe, final.mean, row.mean("plasticity"), final.spread, row.role, row.badge, note))
+        spread = final.spread if len(row.records) > 1 else row.records[0].final_error
+        bars.append(Bar(row.recipe, final.mean, row.mean("plasticity"), spread, row.role, row.badge, note))
     return bars
 
 
@@ -223,7 +227,7 @@ def task_bars(row: Row) -> list[Bar]:
     for j, (name, learned, now) in enumerate(learned_and_now(row)):
         change = None if learned is None or now is None else learned - now
         note = forgot(change) if j + 1 < len(row.tasks) else ""
-        bars.append(Bar(f"{j + 1} {name}", now, learned, note=note))
+        bars.append(Bar(f"{j + 1} {name}", now, learned, row.error(j), note=note))
     return bars
 
 

@@ -75,6 +75,18 @@ class Commit:
         return json.loads(self._checked(name).read_text(encoding="utf-8"))
 
 
+def standing(history: Sequence[Commit]) -> list[Commit]:
+    """The commits that count: without tries that were thrown away, and without the commits that say so. A run is what
+    these alone make of it, as if it had never tried."""
+    kept: list[Commit] = []
+    for commit in history:
+        if "undoes" in commit.manifest:
+            kept.pop()
+        else:
+            kept.append(commit)
+    return kept
+
+
 def active(commits: Sequence[Commit]) -> list[Commit]:
     """The commits of what was learned and not taken out again, in order: base + these is the model at this point."""
     out = {commit.manifest.get("reverts") for commit in commits}

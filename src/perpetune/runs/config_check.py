@@ -7,6 +7,9 @@ from typing import Any
 
 from ..core.errors import RunError
 from ..core.files import plain
+from ..streams.tokens import SOURCE
+
+UNWRITTEN = {"trainer": "perpetune"}  # what runs had that do not say
 
 
 def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -15,12 +18,15 @@ def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             continue
         if key == "stream":  # a stream may grow: what was there must still be the same
             found = old.get("stream", {})
+            if found.get("source", {}).get("source") == SOURCE:  # no row is known of it that another could differ from
+                continue
             for name, value in wanted.items():
                 if name not in ("name", "tasks", "labels", "source") and found.get(name) != value:
                     raise RunError(_different(path, f"stream.{name}", found.get(name), value))
             continue
-        if old.get(key) != wanted:
-            where, a, b = _first_difference(key, old.get(key), wanted)
+        was = old.get(key, UNWRITTEN.get(key))
+        if was != wanted:
+            where, a, b = _first_difference(key, was, wanted)
             raise RunError(_different(path, where, a, b))
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from ..core.errors import RunError
 from ..core.files import file_digest, plain, sync, write_file, write_text, writing
-from .commit import MANIFEST, Commit, mend
+from .commit import MANIFEST, Commit, mend, standing
 from .config_check import check_same
 from .earlier import in_todays_words
 
@@ -30,17 +30,19 @@ class Run:
 
     Attributes:
         config: what run.yaml holds.
+        history: every commit, in the order in which they were written; commits: those that count, see `standing`.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], lock: FileLock | None = None) -> None:
         self.path, self.config = path, config
         self._lock = lock
         folders = (path / COMMITS).iterdir() if (path / COMMITS).is_dir() else ()
-        self.commits = [Commit.read(p) for p in sorted(folders) if not p.name.startswith(".")]
-        for index, commit in enumerate(self.commits):
-            parent = self.commits[index - 1].digest if index else None
+        self.history = [Commit.read(p) for p in sorted(folders) if not p.name.startswith(".")]
+        for index, commit in enumerate(self.history):
+            parent = self.history[index - 1].digest if index else None
             if commit.manifest["index"] != index or commit.manifest["parent"] != parent:
                 raise RunError(f"{commit.path} does not follow the commit before it: {mend(commit.path)}")
+        self.commits = standing(self.history)
 
     @classmethod
     def open(cls, path: str | Path, config: dict[str, Any]) -> Run:
@@ -105,7 +107,7 @@ class Run:
 
     def commit(self, task: str, files: dict[str, Any], facts: dict[str, Any]) -> Commit:
         """Write a finished task aside, sync it, rename it into place. `files` as in `Consolidation.files`."""
-        index = len(self.commits)
+        index = len(self.history)
         name = f"{index:04d}-{task}"
         aside, final = self.path / COMMITS / f".{name}", self.path / COMMITS / name
         with writing(final):
@@ -118,7 +120,7 @@ class Run:
                 manifest = {
                     "index": index,
                     "task": task,
-                    "parent": self.commits[-1].digest if self.commits else None,
+                    "parent": self.history[-1].digest if self.history else None,
                     **facts,
                     "files": {file: file_digest(aside / file) for file in sorted(files)},
                 }
@@ -129,8 +131,18 @@ class Run:
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
-        self.commits.append(Commit.read(final))
-        return self.commits[-1]
+        self.history.append(Commit.read(final))
+        self.commits = standing(self.history)
+        return self.history[-1]
+
+    def undo(self, reasons: Sequence[str]) -> Commit:
+        """Throw the newest task away: a commit without files, after which the run is what it was before that task."""
+        *_, left, newest = standing(self.history)
+        task, kept = newest.manifest["task"], {k: left.manifest[k] for k in ("learned", "classes")}
+        facts = {"undoes": task, "reasons": list(reasons), **kept}
+        undone = self.commit(f"undo-{task}", {}, facts)
+        self.note("undo", task=task, reasons=list(reasons))
+        return undone
 
     def close(self) -> None:
         if self._lock is not None:

@@ -13,6 +13,7 @@ from ..metrics.accuracy import AccuracyMatrix, class_scores, flips_share, score_
 from ..metrics.per_class import ClassAccuracy, class_accuracies, final_accuracy_macro, worst_first
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
+from ..metrics.uncertainty import sizes_told
 from .commit import Commit, active, reverted
 from .directory import Run, read_journal
 
@@ -40,7 +41,7 @@ class Result:
         run = Run.read(self.path)
         self.config, self.commits = run.config, run.commits
         self.journal = read_journal(self.path)
-
+        self.history = run.history
         self.active = active(self.commits)
         self.reverted = reverted(self.commits)
         self._matrices: dict[tuple[str, str], AccuracyMatrix] = {}
@@ -78,6 +79,12 @@ class Result:
         keys = {(name[0], name[1]) for name in (prefix.removeprefix(SCORE).split("/") for prefix in prefixes)}
         order = self.commits[-1].manifest.get("heads", [])
         return sorted(keys, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), k[1]))
+
+    @property
+    def rejected(self) -> tuple[str, tuple[str, ...]] | None:
+        """The task that was thrown away last, and why, where nothing was learned since."""
+        newest = self.history[-1].manifest if self.history else {}
+        return (newest["undoes"], tuple(newest["reasons"])) if "undoes" in newest else None
 
     def scores(self, head: str, scenario: str) -> list[dict[str, np.ndarray]]:
         """Per task learned: the score in [0, 1] of every test example (n_j,) of every task evaluated then; rows as in
@@ -243,6 +250,7 @@ class Result:
             if (macro := self.macro(head, scenario)) is not None:
                 figures.insert(1, f"final_accuracy_macro {100 * macro:.1f}")
             lines.append("  " + ", ".join(figures).replace("_", " "))
+            lines.append(f"  {sizes_told(matrix)}")
             if classes := self.per_class(head, scenario):
                 shown = [f"{c.label} {100 * c.accuracy:.1f} ({c.examples})" for c in classes[:MOST_CLASSES]]
                 more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""

@@ -1,9 +1,10 @@
 """Streams: the tasks, in the order in which they arrive."""
 
+from .again import load_again
 from .builtin import BUILTINS, Digits, digits_halves
 from .drift import Drift, drift
 from .hashing import fingerprint, split_fingerprints
-from .load import load_again, load_stream
+from .load import load_stream
 from .prompting import pose
 from .task import Modality, Scenario, Stream, Task
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..core.errors import StreamError
@@ -22,11 +22,11 @@ USUAL = {
 
 
 class Columns(NamedTuple):
-    """inputs: as in `Stream.inputs`; target: the column that is learned, none for messages; names: our name -> the
-    file's."""
+    """inputs: as in `Stream.inputs`; target: the column that is learned; names: our name -> the file's, without
+    `prompt` where responses are texts that answer nothing."""
 
     inputs: tuple[str, ...]
-    target: str | None
+    target: str
     names: dict[str, str]
 
     @property
@@ -55,19 +55,27 @@ def find_columns(found: Sequence[str], columns: Mapping[str, str] | None, origin
             )
         names[new] = old
     inputs = _inputs(names, origin)
-    target: str | None = "label"
+    target = "label"
     if inputs == ("image",) and "caption" in names and "label" not in names:
         target = "caption"
     elif inputs[-1] in ("prompt", "messages"):
-        target = "response" if inputs[-1] == "prompt" else None
-    for needed in (*inputs, *(() if target is None else (target,))):
-        if needed not in names:
+        target = "response"
+    for needed in (*inputs, target):
+        if needed not in names and not (needed == "prompt" and alone(names)):
             raise _missing(needed, found, origin)
     return Columns(inputs, target, names)
 
 
+def alone(names: Iterable[str]) -> bool:
+    """Whether there are responses, and nothing that they answer: texts that are learned as they are."""
+    names = set(names)
+    return "response" in names and names.isdisjoint(("prompt", "messages", "text", "image", "label"))
+
+
 def _inputs(names: Mapping[str, str], origin: Origin) -> tuple[str, ...]:
     other = {"text", "label", "caption"} if "image" in names else {"text"}
+    if alone(names):
+        return ("prompt",)
     if "prompt" in names and ("response" in names or other.isdisjoint(names)):
         return ("image", "prompt") if "image" in names else ("prompt",)
     if "messages" in names and not {"text", "image"} & names.keys():
@@ -92,9 +100,12 @@ def _missing(target: str, found: Sequence[str], origin: Origin) -> StreamError:
     likely = [usual[name] for name in USUAL.get(target, "").split() if name in usual]
     others = [name for name in found if name not in ("text", "image", "label")]
     example = [*likely, *others, "name"][0]
+    unlabelled = target == "label" and "text" in found
+    other = ', or let a language model learn texts as they are, pose="language"' if unlabelled else ""
     listed = ", ".join(f"`{name}`" for name in found)
     return StreamError(
-        f"no column {what} in {origin.whole}, which has {listed}: rename one, for instance {_advice(example, target)}"
+        f"no column {what} in {origin.whole}, which has {listed}: rename one, for instance "
+        f"{_advice(example, target)}{other}"
     )
 
 

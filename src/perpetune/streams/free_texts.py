@@ -4,30 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Value
 
 from ..core.errors import ConfigError, nearest
-from ..metrics.text import metric
-from .task import Task
+from ..metrics.text import LIKELIHOOD, metric
+from .task import Stream, Task
+
+Responses = Literal["exact", "stripped"]
 
 
 def metrics_of(tasks: Sequence[Task], chosen: str | Mapping[str, str] | None) -> dict[str, str]:
-    """The metric of each task of free texts: of its task.json, or what was chosen for all, or for it.
+    """The metric of each task of free texts: of its task.json, or what was chosen for all, or for it; texts that answer
+    nothing are measured by their likelihood.
 
     Raises:
         ConfigError: no such metric or task.
     """
-    own = {task.name: task.metric for task in tasks if task.metric is not None}
+    own = {task.name: LIKELIHOOD for task in tasks if answers_nothing(task)}
+    own |= {task.name: task.metric for task in tasks if task.metric is not None}
     given = {task.name: chosen for task in tasks} if isinstance(chosen, str) else dict(chosen or {})
     names = [task.name for task in tasks]
     for task in given:
         if task not in names:
             raise ConfigError(f"metric: no task `{task}`: {nearest(task, names)}")
     found = {**own, **given}
-    for name in found.values():
+    for name in set(found.values()) - {LIKELIHOOD}:
         metric(name)
     return found
+
+
+def answers_nothing(task: Task) -> bool:
+    """Whether its rows are texts without prompts."""
+    rows = task.test if len(task.test) else task.train
+    return rows.column_names[2:] == ["prompt"] and len(rows) > 0 and not rows["prompt"][0]
+
+
+def stripped(stream: Stream) -> Stream:
+    """The stream with responses without blanks around them, as all streams were read at first; for runs that began."""
+    labels = tuple(label.strip() for label in stream.labels)
+    if stream.modality != "language":
+        return stream
+    source = {**stream.source, "responses": "stripped"} if stream.source else {}
+    if labels == stream.labels and not any(task.metric for task in stream):
+        return replace(stream, source=source)
+    number = {label: c for c, label in enumerate(dict.fromkeys(labels))}
+
+    def rows(data: Dataset | None) -> Dataset | None:
+        if data is None:
+            return None
+        if "response" in data.column_names:
+            texts = [text.strip() for text in data["response"][:]]
+            return data.remove_columns("response").add_column("response", texts, feature=Value("string"))
+        new = [number[labels[y]] for y in data["label"][:]]
+        return data.remove_columns("label").add_column("label", new, feature=Value("int64"))
+
+    tasks = []
+    for task in stream:
+        splits = {split: rows(getattr(task, split)) for split in ("train", "test", "validation")}
+        classes = tuple(dict.fromkeys(number[labels[c]] for c in task.classes))
+        tasks.append(replace(task, classes=classes, **splits))  # type: ignore[arg-type]
+    return replace(stream, tasks=tuple(tasks), labels=tuple(number), source=source)
 
 
 def as_free_texts(
@@ -55,6 +93,10 @@ def as_free_texts(
         def rows(data: Dataset | None, free: bool = free) -> Dataset | None:
             if data is None:
                 return None
+            if not len(data):  # gone since it was learned; `datasets` adds no column to nothing
+                added = {"label": Value("int64"), **({"response": Value("string")} if free else {})}
+                columns = Features({**data.features, **added})
+                return Dataset.from_dict({name: [] for name in columns}, features=columns)
             values = data["label"][:]
             new = [-1] * len(values) if free else [number[y] for y in values]
             data = data.remove_columns("label").add_column("label", new, feature=Value("int64"))

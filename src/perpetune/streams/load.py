@@ -17,9 +17,10 @@ from .build import build_task, choose_scenario, same_inputs
 from .builtin import BUILTINS
 from .folder import choose, read_folder, task_folders
 from .formats import FORMATS, read_hub, read_split, split_files
-from .free_texts import as_free_texts, metrics_of
+from .free_texts import Responses, as_free_texts, metrics_of, stripped
+from .mixing import SHARE, mixed
 from .origin import Origin
-from .prompting import Template
+from .prompting import Template, as_texts
 from .prompting import pose as posed
 from .relabel import in_one_form, relabelled, warn_of_drafts
 from .sampling import shuffled
@@ -47,6 +48,9 @@ def load_stream(
     pose: Template | None = None,
     training: Mapping[str, Mapping[str, Any]] | None = None,
     metric: str | Mapping[str, str] | None = None,
+    responses: Responses = "exact",
+    mix: str | os.PathLike[str] | None = None,
+    mix_share: float = SHARE,
     learned: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> Stream:
@@ -81,13 +85,17 @@ def load_stream(
             or `image`, or `image` and `caption`; for language models `prompt` and `response`, with `image` or without,
             or `messages` (lists of {role, content}, the last of which is the answer). Paths of images start where the
             file is.
-        pose: make instructions of texts to be classified, by this template: "instruction" or "published"; see `pose`.
+        pose: make instructions of texts to be classified, by this template: "instruction" or "published"; or learn
+            texts without labels as they are: "language"; see `pose`.
         relabel: new label texts, {"very positive": "positive", "neutral": None}: tasks that say the same in other words
             share their classes; rows of a label that becomes None are left out.
         training: settings of single tasks, {"news": {"num_train_epochs": 5}}: over those of their task.json, and over
             those of the run.
         metric: of tasks whose responses are free texts, how generated answers are scored (see `metrics.text`): one for
             all, or {"faq": "rouge_l"}; over that of their task.json. Such tasks have no classes.
+        responses: "exact" keeps responses of prompts as they are written; "stripped" takes blanks around them away.
+        mix: a file of generic examples, or a folder or Hub id with a train split: of all training rows of a task,
+            `mix_share` are drawn from there; see `mixed`.
         learned: tasks of a folder that a run has learned, whose data may have been deleted since: what is missing is
             empty, and named in `Task.gone`.
         trust_remote_code: must be False: data sets that come with code are not supported.
@@ -110,6 +118,7 @@ def load_stream(
     text = os.fspath(source)
     path = Path(text).expanduser()
     benchmark = BENCHMARKS.get(text)
+    read_as = as_texts(columns, pose)
     folder = None if data is None else Path(data).expanduser().resolve()
     _check_benchmark(text, folder, [o for o in ("split_by", "columns", "test_share") if o in given])
     own = benchmark.options if benchmark is not None else {}
@@ -123,7 +132,7 @@ def load_stream(
     elif split_by is None:
         if not path.is_dir():
             raise _no_source(path, text)
-        drafts = read_folder(path, tasks, columns, learned)
+        drafts = read_folder(path, tasks, read_as, learned)
     else:
         classes_per_task, splits, origins = _dataset(path, text, split_by, classes_per_task, seed, test_share)
         drafts = divide(
@@ -134,7 +143,7 @@ def load_stream(
             test_share=test_share,
             seed=seed,
             order_seed=order_seed,
-            columns=columns,
+            columns=read_as,
             folder=(path if path.is_dir() else path.parent) if local else None,
             origins=origins,
         )
@@ -167,12 +176,18 @@ def load_stream(
     texts: tuple[str, ...] = tuple(labels)
     if metrics := metrics_of(made, metric):
         made, texts = as_free_texts(made, texts, metrics)
+    if mix is not None:
+        made = mixed(made, mix, mix_share, seed, read_as)
     scenario = choose_scenario(scenario, made, texts)
     given.update(source=str(path.resolve()) if local else text, scenario=scenario, tasks=[task.name for task in made])
     if split_by != "class":  # the order stands in `tasks` now
         given.pop("order_seed", None)
     if folder is not None:
         given["data"] = str(folder)
+    if not {"prompt", "messages"}.isdisjoint(inputs):  # streams that do not say it are stripped
+        given["responses"] = responses
+    if mix is not None:
+        given["mix"] = str(Path(mix).expanduser().resolve()) if Path(mix).expanduser().exists() else str(mix)
     for option, mapping in (("columns", columns), ("relabel", relabel), ("training", training)):
         if mapping:
             given[option] = dict(mapping)
@@ -182,38 +197,8 @@ def load_stream(
         name = slug((path.resolve().stem if path.is_file() else path.resolve().name) if local else text)
     ordered = not (local and split_by is None and tasks is None and order_seed is None)
     stream = Stream(name, made, texts, scenario, inputs, given, ordered)
+    stream = stripped(stream) if responses == "stripped" else stream
     return stream if pose is None else posed(stream, pose)
-
-
-def load_again(
-    written: Mapping[str, Any], tasks: Sequence[str], source: str | None = None, learned: Collection[str] = ()
-) -> Stream:
-    """Tasks of the stream that a run wrote down, their classes numbered as they are in the run.
-
-    Args:
-        written: `stream` of a run.yaml.
-        tasks: which; without any, a stream that has none.
-        source: where the data lies now; None: where it lay.
-        learned: as in `load_stream`.
-
-    Raises:
-        StreamError: the data is missing or malformed.
-        ConfigError: the run does not say where its data lay.
-    """
-    labels, name = written["labels"], written["name"]
-    if not tasks:
-        return Stream(name, (), tuple(labels), written["scenario"], tuple(written["inputs"]))
-    options = {**written["source"], "tasks": list(tasks)}
-    if source:  # of a benchmark, the data lies elsewhere, and its name stays
-        options["data" if options.get("source") in BENCHMARKS and source not in BENCHMARKS else "source"] = source
-    if "drift" in options:
-        raise ConfigError(f"the tasks of `{name}` are parts that were found in a stream: only the run itself has them")
-    if "source" not in options:
-        raise ConfigError(f"this run does not say where the stream `{name}` comes from: give it (--stream)")
-    stream = load_stream(**options, learned=learned)
-    if name.endswith("(validation)"):
-        stream = stream.on_validation()
-    return replace(stream, name=name).numbered(labels)
 
 
 def _check(

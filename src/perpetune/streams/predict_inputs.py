@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ..core.errors import ConfigError
-from .rows import turns
+from .conversations import Conversation, messages_of
 
 EXAMPLES = {
     "text": '"a text"',
@@ -41,6 +41,8 @@ def table(inputs: Sequence[Any], columns: Sequence[str]) -> dict[str, list[Any]]
                 raise ConfigError(f"input {number} is a {type(value).__name__}, and no {column}: ask as in {example}")
         if columns == ("prompt",) and not row[0].strip():
             raise ConfigError(f"input {number} is an empty prompt, which has no answer: leave it out")
+    if columns == ("messages",):  # as a stream holds them, without what Arrow would fill in
+        return {"messages": [Conversation(messages_of(row[0]) or ()).written() for row in rows]} if rows else {}
     return {column: [row[i] for row in rows] for i, column in enumerate(columns[: len(rows[0])] if rows else ())}
 
 
@@ -49,4 +51,4 @@ def _fits(column: str, value: Any) -> bool:
         return isinstance(value, Image.Image)
     if column != "messages":
         return isinstance(value, str)
-    return bool(turns(value))
+    return bool(messages_of(value))

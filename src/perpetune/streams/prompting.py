@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -13,7 +14,7 @@ from .passage import mark
 from .rows import Rows
 from .task import Stream, Task
 
-Template = Literal["instruction", "published"]
+Template = Literal["instruction", "published", "language"]
 INSTRUCTION = "Choose the option that fits the following text."  # where a task does not say what to decide
 
 # `Task.name` -> what stands behind `Task:` and `Dataset:` in the prompts of the O-LoRA and N-LoRA code
@@ -53,6 +54,9 @@ def pose(stream: Stream, template: Template = "instruction") -> Stream:
     question; the published template tells the name of the dataset as well, at test time, too. The text is marked as
     what may be cut where the prompt is too long for a model.
 
+    "language" poses nothing: the rows are texts that answer nothing, all of whose tokens are learned; their column
+    `text` is read as responses without prompts (see `as_texts`).
+
     Args:
         stream: with `text`, or `text` and `text_pair`. `Task.instruction` says what to decide; without it the line is
             `INSTRUCTION`, or missing (published).
@@ -63,10 +67,20 @@ def pose(stream: Stream, template: Template = "instruction") -> Stream:
     """
     if template not in get_args(Template):
         raise ConfigError(f"no template is called `{template}`: {nearest(str(template), get_args(Template))}")
+    if template == "language":
+        if "prompt" not in stream.inputs:
+            raise StreamError(f"stream `{stream.name}` has {stream.inputs[0]} and label: leave pose out, or the labels")
+        return replace(stream, source={**stream.source, "pose": template})
     if "text" not in stream.inputs:
         raise StreamError(f"stream `{stream.name}` has {stream.inputs[0]}s: only texts can be posed as instructions")
     tasks = tuple(_posed(task, stream.labels, template) for task in stream)
     return replace(stream, tasks=tasks, inputs=("prompt",), source={**stream.source, "pose": template})
+
+
+def as_texts(columns: Mapping[str, str] | None, template: Template | None) -> dict[str, str]:
+    """New names of columns with which texts that answer nothing are read: `text` is the response."""
+    new = {old: "response" if name == "text" else name for old, name in (columns or {}).items()}
+    return {"text": "response", **new} if template == "language" else dict(columns or {})
 
 
 def _posed(task: Task, labels: tuple[str, ...], template: Template) -> Task:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 
 from ..core.errors import StreamError
+from .chat_formats import recognised
 from .columns import find_columns
 from .hashing import sample_ids
 from .labels import check_classes, is_whole, label_text, loose_key, one_text
@@ -39,6 +39,7 @@ class Rows:
         origin: where the rows of `data` are from, for messages.
         numbers: whether labels that look like numbers are some: in files with types as their type says, in those
             without always.
+        alone: whether the labels are texts that answer nothing; their prompts are empty, and the texts are the content.
     """
 
     place: str
@@ -49,6 +50,7 @@ class Rows:
     captions: bool = False
     origin: Origin = Origin("")
     numbers: bool = False
+    alone: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -108,7 +110,11 @@ class Rows:
     def finish(self, classes: Mapping[str, int]) -> Dataset:
         """The rows with the columns `id`, `label` and the inputs; only these rows are hashed, and none is copied."""
         ids = np.full(len(self.data), "", dtype=object)
-        ids[self.index] = sample_ids(self.data, self.index, self._named)
+        if self.alone:
+            texts = Dataset.from_dict({"text": self.labels.tolist()}, features=Features({"text": Value("string")}))
+            ids[self.index] = sample_ids(texts, np.arange(len(texts)), self._named)
+        else:
+            ids[self.index] = sample_ids(self.data, self.index, self._named)
         labels = np.full(len(self.data), -1, dtype=np.int64)
         labels[self.index] = [classes[label] for label in self.labels]
         # ids, labels and places say all that these rows hold: left alone, `datasets` would pickle whole columns to know
@@ -135,31 +141,34 @@ def open_rows(
             a label, an answer or a prompt is empty, or a conversation does not end with an answer.
     """
     origin = Origin.of(place)
+    if len(data):
+        data = recognised(data, origin, columns or {})
     inputs, target, names = found = find_columns(data.column_names, columns, origin)
     if len(data) == 0:
         raise StreamError(f"{origin} is empty")
-    if target is None:
-        data, answers = _conversations(data[names["messages"]][:], origin)
-        return Rows(origin.place, data, np.arange(len(data)), _answers(answers, origin), origin=origin)
-    labels, order = _label_texts(data, names[target], origin, free=found.captions or "prompt" in inputs)
+    free, alone = found.captions or not PROMPTS.isdisjoint(inputs), inputs == ("prompt",) and "prompt" not in names
+    labels, order = _label_texts(data, names[target], origin, free=free)
     numbers = origin.untyped or getattr(data.features[names[target]], "dtype", "").startswith("float")
-    if found.captions or "prompt" in inputs:
+    if free:
         labels = _answers(labels, origin, "captions" if found.captions else "answers")
-    strays = {name: origin.strays[names[name]] for name in inputs if names[name] in origin.strays}
+    if alone:
+        data = data.add_column("prompt", [""] * len(data), feature=Value("string"))
+        names = {**names, "prompt": "prompt"}
+    strays = {n: origin.strays[names[n]] for n in inputs if n != "messages" and names[n] in origin.strays}
     data = data.select_columns([names[name] for name in inputs])
     data = data.rename_columns({names[name]: name for name in inputs if names[name] != name})
     for name in inputs:
         if name in strays:
             raise StreamError(f"column `{name}` of {origin} holds no text in {origin.at(strays[name])}: quote it")
         data = _checked(data, name, origin, folder)
-    if inputs == ("prompt",):
+    if inputs == ("prompt",) and not alone:
         _filled([prompt.strip() for prompt in data["prompt"][:]], origin, "prompts")
     elif inputs[0] == "text" and origin.files:  # what was published stays as it was published
         texts = zip(*(data[name][:] for name in inputs), strict=True)
         empty = [row for row, text in enumerate(texts) if not "".join(text).strip()]
         if empty:
             warn(f"{len(empty)} of {len(data)} texts of {origin} are empty, the first is {origin.at(empty[0])}")
-    return Rows(origin.place, data, np.arange(len(data)), labels, order, found.captions, origin, numbers)
+    return Rows(origin.place, data, np.arange(len(data)), labels, order, found.captions, origin, numbers, alone)
 
 
 def _checked(data: Dataset, name: str, origin: Origin, folder: Path | None) -> Dataset:
@@ -189,9 +198,10 @@ def _checked(data: Dataset, name: str, origin: Origin, folder: Path | None) -> D
     return data
 
 
-def _answers(labels: Iterable[str], origin: Origin, what: str = "answers") -> np.ndarray:
-    """(n,) the answers, or captions, without blanks around them."""
-    return _filled([label.strip() for label in labels], origin, what)
+def _answers(labels: np.ndarray, origin: Origin, what: str) -> np.ndarray:
+    """(n,) the answers as they are, or captions without blanks around them."""
+    bare = _filled([label.strip() for label in labels], origin, what)
+    return bare if what == "captions" else labels
 
 
 def _filled(texts: Sequence[str], origin: Origin, what: str) -> np.ndarray:
@@ -202,35 +212,6 @@ def _filled(texts: Sequence[str], origin: Origin, what: str) -> np.ndarray:
             "remove them"
         )
     return np.array(texts, dtype=object)
-
-
-def _conversations(rows: Sequence[object], origin: Origin) -> tuple[Dataset, list[str]]:
-    """(the messages before the answer, as JSON in the column `messages`; the answers): the last message of every row is
-    the answer, all before it is prompt."""
-    before, answers = [], []
-    for i, row in enumerate(rows):
-        texts = turns(row)
-        if texts is None or len(texts) < 2 or texts[-1][0] != "assistant":
-            raise origin.refusal(
-                i,
-                ": `messages` must be a list of {role, content}, texts both, of which the last is the assistant's",
-            )
-        before.append(json.dumps([{"role": role, "content": text} for role, text in texts[:-1]], ensure_ascii=False))
-        answers.append(texts[-1][1])
-    return Dataset.from_dict({"messages": before}, features=Features({"messages": Value("string")})), answers
-
-
-def turns(conversation: object) -> list[tuple[str, str]] | None:
-    """(role, content) of every message of a list of {role, content}, or of its JSON; None for anything else."""
-    if isinstance(conversation, str):
-        try:
-            conversation = json.loads(conversation)
-        except ValueError:
-            return None
-    if not isinstance(conversation, list) or not all(isinstance(message, Mapping) for message in conversation):
-        return None
-    found = [(message.get("role"), message.get("content")) for message in conversation]
-    return found if all(isinstance(text, str) for pair in found for text in pair) else None
 
 
 def _kind(feature: object) -> str:

@@ -1,0 +1,178 @@
+"""General ability of a language model, on prompts of no task: how far it has moved from the untouched model.
+
+KL(p_0 || p_t) of next-token distributions, in nats, mean over positions of the prompts and of the untouched model's
+greedy answers to them; and the share of prompts whose greedy answer is still the same, token by token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigError
+from ..core.measurement import Measurement
+from ..models.answer_scoring import generate, last_logits, positions
+from ..models.backbone import Examples
+from ..models.language_model import LanguageBackbone
+from .language_losses import SOURCE
+
+if TYPE_CHECKING:
+    from .state import LearnerState
+
+POSITIONS = (
+    512  # whose distributions are compared, evenly spread: each takes a number for every token of the vocabulary
+)
+LONGEST = 50  # tokens of a greedy answer at most
+KL, SAME = "KL from the untouched model on general prompts", "general prompts answered otherwise"
+
+
+def read_general(given: str | Path | Sequence[Any] | None) -> tuple[Any, ...]:
+    """Prompts as they are, or of a file: .txt, one a line; .jsonl with `prompt` or `messages` on each.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    if given is None:
+        return ()
+    if not isinstance(given, (str, Path)):
+        return tuple(given)
+    path = Path(given)
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        rows = [json.loads(line) if path.suffix == ".jsonl" else {"prompt": line} for line in lines]
+        found = [row["messages"] if "messages" in row else row["prompt"] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"general: {path} holds no prompts ({type(error).__name__}: {error}): give .txt with one a line, or .jsonl "
+            "with `prompt` or `messages`"
+        ) from error
+    if not found:
+        raise ConfigError(f"general: {path} holds no prompt")
+    if len({isinstance(each, str) for each in found}) > 1:
+        raise ConfigError(f"general: {path} mixes prompts and messages: give one kind")
+    return tuple(found)
+
+
+@dataclass
+class General:
+    """What the untouched model says of general prompts.
+
+    Attributes:
+        examples: the prompts as tokens, each with the untouched model's greedy answer as `answer`.
+        chosen: (example, position) pairs, P.
+        log_p: log p_0 of the next token there, (P x V, fp32, CPU).
+        total: how many positions there are in all.
+    """
+
+    examples: Examples
+    chosen: list[tuple[int, int]]
+    log_p: Tensor
+    total: int
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, backbone: LanguageBackbone, prompts: Sequence[Any], batch_size: int) -> General:
+        """Read by a model that is not trained yet."""
+        column = "prompt" if isinstance(prompts[0], str) else "messages"
+        given = {column: list(prompts), "response": [""] * len(prompts)}
+        rows = {**given, "label": [-1] * len(prompts), "id": [""] * len(prompts)}
+        examples = backbone.prepare(datasets.Dataset.from_dict(rows))
+        limit = backbone.longest_sequence
+        if limit is not None:
+            examples = [e for e in examples if len(e["input_ids"]) + LONGEST <= limit]
+        answers = _greedy(backbone, examples, batch_size)
+        examples = [{**e, "answer": tuple(a)} for e, a in zip(examples, answers, strict=True)]
+        every = [(i, t) for i, e in enumerate(examples) for t in range(_length(backbone, e))]
+        count = min(POSITIONS, len(every))
+        chosen = [every[k * len(every) // count] for k in range(count)]
+        return cls(examples, chosen, _log_p(backbone, examples, chosen, batch_size), len(every))
+
+    @torch.inference_mode()
+    def measure(self, backbone: LanguageBackbone, batch_size: int) -> list[Measurement]:
+        """The model as it is now against the untouched one."""
+        now = _log_p(backbone, self.examples, self.chosen, batch_size)
+        kl = (self.log_p.exp() * (self.log_p - now)).sum(1).double().mean()
+        answers = _greedy(backbone, self.examples, batch_size)
+        other = sum(tuple(a) != e["answer"] for a, e in zip(answers, self.examples, strict=True))
+        of = f"{len(self.examples)} prompts"
+        where = f"mean over {len(self.chosen)} of {self.total} positions of {of} and of the greedy answers to them"
+        same = f"greedy answers to {of}, of up to {LONGEST} tokens, that are not those of the untouched model"
+        return [
+            Measurement(KL, max(0.0, float(kl)), None, "nats", SOURCE, where),
+            Measurement(SAME, other / len(self.examples), None, "share", SOURCE, same),
+        ]
+
+
+def _length(backbone: LanguageBackbone, example: dict[str, Any]) -> int:
+    """Positions of an example at which a next token is predicted: of prompt and answer, or of the decoder alone."""
+    return len(example["answer"]) + (len(example["input_ids"]) if backbone.start is None else 1)
+
+
+def _greedy(backbone: LanguageBackbone, examples: Examples, batch_size: int) -> list[list[int]]:
+    found: list[list[int]] = []
+    with backbone.asked():
+        for start in range(0, len(examples), batch_size):
+            inputs = backbone.inputs(examples[start : start + batch_size])
+            found += generate(backbone.model, inputs, backbone.start, backbone.ends, backbone.tokens.pad, LONGEST)
+    return found
+
+
+def _log_p(
+    backbone: LanguageBackbone, examples: Examples, chosen: Sequence[tuple[int, int]], batch_size: int
+) -> Tensor:
+    """log p of the next token at (example, position) pairs, (P x V, fp32, CPU); pairs of an example stand together."""
+    parts: list[Tensor] = []
+    with backbone.asked():
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            wanted = [(i - start, t) for i, t in chosen if start <= i < start + len(batch)]
+            if wanted:
+                logits = _logits(backbone, batch)
+                first = [logits.shape[1] - _length(backbone, e) if backbone.start is None else 0 for e in batch]
+                rows = torch.stack([logits[i, first[i] + t] for i, t in wanted])
+                parts.append(rows.float().log_softmax(-1).cpu())
+    return torch.cat(parts)
+
+
+def _logits(backbone: LanguageBackbone, batch: Examples) -> Tensor:
+    """(N x T x V): a decoder reads prompt and answer in one sequence, padded on the left."""
+    if backbone.start is None:
+        inputs = backbone.inputs([{**e, "input_ids": [*e["input_ids"], *e["answer"]]} for e in batch])
+        longest = max(_length(backbone, e) for e in batch)
+        extra = {**positions(backbone.model, inputs), **last_logits(backbone.model, longest)}
+        return backbone.model(**inputs, **extra, use_cache=False).logits
+    answers = [[backbone.start, *e["answer"]] for e in batch]
+    longest = max(map(len, answers))
+    fed = torch.tensor([[*a, *[backbone.tokens.pad] * (longest - len(a))] for a in answers])
+    inputs = backbone.inputs(batch)
+    return backbone.model(**inputs, decoder_input_ids=fed.to(inputs["input_ids"].device), use_cache=False).logits
+
+
+def general_of(state: LearnerState) -> General | None:
+    """What the prompts of a setup are compared with, read while the model is untouched; None without prompts, and where
+    every task has a state of its own.
+
+    Raises:
+        ConfigError: no language model, or one that has no room for an answer.
+    """
+    setup, backbone = state.setup, state.backbone
+    if not setup.general:
+        return None
+    if "answers" not in backbone.offers:
+        raise ConfigError(f"general: `{backbone.name}` is no language model, and answers no prompts: leave it out")
+    if state.consolidation.states is not None:
+        setup.progress.say(
+            "general: every task has a state of its own, and no model is one for all prompts: not measured"
+        )
+        return None
+    language = cast(LanguageBackbone, backbone)
+    if language.longest_sequence is not None and language.longest_sequence <= LONGEST:
+        raise ConfigError(f"general: `{backbone.name}` reads {language.longest_sequence} tokens, no room for an answer")
+    return General.of(language, setup.general, setup.batch_size)
