@@ -95,7 +95,7 @@ def test_certificate_bounds_the_drift_of_each_layer(energy, unit):
     assert found.keys() == X.keys()
     for site in sites:
         drift = (X[site.name] @ (site.weight.detach() - before[site.name]).mT).norm() / X[site.name].norm()
-        assert math.isclose(found[site.name].drift, drift, rel_tol=1e-9)
+        assert math.isclose(found[site.name].drift, drift, rel_tol=1e-6)  # sums are kept in fp32
         assert 0 < drift <= found[site.name].drift_bound
         change = site.weight.detach() - before[site.name]
         assert (single[site.name] @ change.mT).norm(dim=1).max() <= found[site.name].token <= 1.001 * change.norm()

@@ -103,11 +103,15 @@ def run(
     if plan:
         from ..learning.task_free import parts, told_segments
         from ..operations.plan import make_plan
+        from ..operations.plan_arithmetic import TRIED, on_paper
 
         if settings.stream.drift is not None:
             fed = settings.stream.drift.feed(loaded)
             loaded = parts(fed, told_segments(fed))
-        typer.echo(make_plan(learner, loaded).text())
+        if (paper := on_paper(learner, loaded)) is not None:
+            typer.echo(paper.text())
+        if paper is None or paper.parameters <= TRIED:
+            typer.echo(make_plan(learner, loaded).text())
         return
     from ..learning.task_free import drift_summary, learn
     from ..operations.gate import judge

@@ -13,7 +13,7 @@ from ..core.errors import ConfigError
 from ..core.measurement import Measurement
 from ..models.backbone import Backbone
 from ..streams.task import Stream, Task
-from ..tuners import Tuner
+from ..tuners import AllWeights, Tuner
 
 if TYPE_CHECKING:
     from .states import PerTaskStates
@@ -133,6 +133,11 @@ class Consolidation:
     def separable(self, tuner: Tuner) -> bool:
         """Whether `restore` may be given the commits of some tasks, as if the others had left nothing."""
         return not tuner.trains
+
+    def keeps_base(self, tuner: Tuner) -> bool:
+        """Whether the weights of the base stay as they are, so that they may be quantised or of half precision, where
+        small changes would be lost."""
+        return not isinstance(tuner, AllWeights)
 
     @property
     def independent(self) -> bool:

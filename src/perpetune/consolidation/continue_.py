@@ -8,18 +8,25 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core.measurement import Measurement
+from ..tuners import AllWeights
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
+from .changed_weights import FILE, BaseWeights
 
 
 @dataclass
 class Continue(Consolidation):
-    """One tuner all the way: a commit holds its state after the task, and the last commit is the model."""
+    """One tuner all the way: a commit holds its state after the task, and the last commit is the model. Of a model that
+    is trained whole, it holds the entries that are not those of the base."""
 
     adapters = "newest"
     _attached: bool = field(default=False, init=False, repr=False, compare=False)
+    _base: BaseWeights | None = field(default=None, init=False, repr=False, compare=False)
+    _whole: bool = field(default=False, init=False, repr=False, compare=False)  # commits as earlier versions wrote them
 
     def begin_task(self, session: Session) -> None:
         if not self._attached:
+            if isinstance(self.tuner, AllWeights) and not self._whole:
+                self._base = BaseWeights(self.backbone.model)
             self.backbone.model = self.tuner.attach(self.backbone.model)
             self._attached = True
 
@@ -28,12 +35,16 @@ class Continue(Consolidation):
             self.backbone.version += 1
 
     def files(self) -> Files:
-        return self.tuner.files(self._tuned())
+        return self.tuner.files(self._tuned()) if self._base is None else {FILE: self._base.changed(self._tuned())}
 
     def restore(self, commits: Sequence[StoredFiles]) -> None:
         if commits:
+            self._whole = not commits[-1].has(FILE)
             self.begin_task(None)  # type: ignore[arg-type]
-            self.tuner.load(self._tuned(), stored_adapter(commits[-1]))
+            if self._base is not None:
+                self._base.load(self._tuned(), commits[-1].tensors(FILE))
+            else:
+                self.tuner.load(self._tuned(), stored_adapter(commits[-1]))
             self.backbone.version = len(commits) if self.tuner.trains else 0
 
     def _tuned(self) -> torch.nn.Module:

@@ -152,6 +152,9 @@ class DeltaMerge(Consolidation):
     def separable(self, tuner: Tuner) -> bool:
         return True
 
+    def keeps_base(self, tuner: Tuner) -> bool:
+        return False
+
     @property
     def independent(self) -> bool:
         return not self.sequential

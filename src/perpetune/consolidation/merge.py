@@ -12,8 +12,10 @@ from ..core.errors import ConfigError
 from ..core.measurement import Measurement
 from ..core.tensors import relative_change
 from ..models.backbone import Backbone
+from ..models.precision import check_base, precision, quantised, reduced
 from ..tuners import Additive, Multiplicative, Tuner, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
+from .stack import Stack, stackable
 
 
 def change_of(tuner: Tuner, backbone: Backbone) -> Additive | Multiplicative | None:
@@ -36,6 +38,9 @@ class Merge(Consolidation):
     The sum is kept in fp32 and added to the untouched base once, the product is kept in fp32: merged weights are
     rebuilt from the base, never un-merged by subtraction. A commit holds the adapter of its task alone, loadable in
     plain peft on top of the weights merged before it.
+
+    On a base that is quantised or of half precision, merging would round what tasks have learned: there the past stays
+    beside the weights as the low-rank factors that it is (`Stack`), and an export merges them into the fp32 base.
     """
 
     branch = "fresh"
@@ -46,6 +51,7 @@ class Merge(Consolidation):
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _kept: list[Measurement] = field(default_factory=list, init=False, repr=False, compare=False)
     _merge_error: float = field(default=0.0, init=False, repr=False, compare=False)
+    _beside: Stack | None = field(default=None, init=False, repr=False, compare=False)
 
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
@@ -53,7 +59,11 @@ class Merge(Consolidation):
             ConfigError: the tuner's change is neither a sum nor a product, or its initialisation changes the base.
         """
         check_base_kept(tuner, "Merge")
-        if change_of(tuner, backbone) is None:
+        self._beside = Stack() if reduced(backbone.model) else None
+        if self._beside is not None:
+            check_base(stackable(tuner), quantised(backbone.model), precision(backbone.model), "Merge")
+            self._beside.open(backbone, tuner, labels)
+        elif change_of(tuner, backbone) is None:
             config = getattr(tuner, "config", tuner)
             raise ConfigError(
                 f"Merge adds changes or multiplies rotations; {type(config).__name__} so set makes neither:"
@@ -62,9 +72,13 @@ class Merge(Consolidation):
         super().open(backbone, tuner, labels)
 
     def begin_task(self, session: Session) -> None:
+        if self._beside is not None:
+            return self._beside.begin_task(session)
         self.backbone.model = self.tuner.attach(self.backbone.model)
 
     def end_task(self, session: Session) -> None:
+        if self._beside is not None:
+            return self._beside.end_task(session)
         self._files = self.tuner.files(self.backbone.model)
         self._kept = self.tuner.guarantee(self.backbone.model, self._base)
         probe = self._probe(session)
@@ -97,9 +111,11 @@ class Merge(Consolidation):
         self.backbone.version += 1
 
     def files(self) -> Files:
-        return self._files
+        return self._files if self._beside is None else self._beside.files()
 
     def restore(self, commits: Sequence[StoredFiles]) -> None:
+        if self._beside is not None:
+            return self._beside.restore(commits)
         for commit in commits:
             self._add(commit, 1.0)
 
@@ -121,12 +137,17 @@ class Merge(Consolidation):
     def separable(self, tuner: Tuner) -> bool:
         return not tuner.rotates
 
+    def keeps_base(self, tuner: Tuner) -> bool:
+        return stackable(tuner)
+
     def _add(self, commit: StoredFiles, scale: float) -> None:
         self.backbone.model = self.tuner.attach(self.backbone.model)
         self.tuner.load(self.backbone.model, stored_adapter(commit))
         self._absorb(scale)
 
     def guarantee(self) -> list[Measurement]:
+        if self._beside is not None:
+            return []
         merged = [
             Measurement(
                 "merged against unmerged outputs",

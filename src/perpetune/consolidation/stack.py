@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ class Stack(Consolidation):
         super().open(backbone, tuner, labels)
 
     def begin_task(self, session: Session | None) -> None:
-        if not isinstance(self.tuner, PeftTuner) or getattr(self.tuner.config, "peft_type", None) != "LORA":
+        if not _is_lora(self.tuner):
             raise ConfigError("Stack concatenates LoRA adapters: use it with a LoraConfig, or use Merge")
-        if self.tuner.config.use_rslora or self.tuner.config.rank_pattern:
+        if not stackable(self.tuner):
             raise ConfigError("Stack needs one rank and the scale alpha / r for all layers: use Merge")
         if self._attached:
             self.backbone.model = self.tuner.detach(self.backbone.model)
@@ -84,3 +85,14 @@ class Stack(Consolidation):
         self.tuner.load(self.backbone.model, adapters[-1])
         self._past.append(adapters[-1])
         self.backbone.version = len(adapters)
+
+
+def stackable(tuner: Tuner) -> bool:
+    """Whether adapters of many tasks can stand in one: LoRA of one rank and scale, and nothing that it cannot hold."""
+    config: Any = getattr(tuner, "config", None)
+    plain = ("use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "modules_to_save")
+    return _is_lora(tuner) and not any(getattr(config, name, None) for name in plain) and config.bias == "none"
+
+
+def _is_lora(tuner: Tuner) -> bool:
+    return isinstance(tuner, PeftTuner) and getattr(tuner.config, "peft_type", None) == "LORA"

@@ -201,7 +201,7 @@ def _put(backbone: Backbone, recipe: Recipe, tensors: dict[str, Tensor], whole: 
 def _model_tensors(folder: Path, learner: Learner) -> dict[str, Tensor]:
     from ..models.loading import load_model
 
-    tuned = load_model(str(folder), "language", **learner.setup.loading)
+    tuned = load_model(str(folder), "language", learner.setup.loading_of("language"))
     return {name: t.detach().clone() for name, t in tuned.model.state_dict().items()}
 
 

@@ -28,7 +28,7 @@ class RunConfig(pydantic.BaseModel):
     model: str | None = setting(
         None,
         "Hub id or folder of an encoder (texts, images), of a pair of encoders like CLIP, or of a language model for "
-        "prompts.",
+        "prompts; of the latter also a .gguf file.",
         panel="Model",
         example="sentence-transformers/all-MiniLM-L6-v2",
     )
@@ -107,6 +107,30 @@ class RunConfig(pydantic.BaseModel):
         None, "cpu, cuda, cuda:1 or mps; by default an accelerator where there is one.", panel="Training", example="cpu"
     )
     trust_remote_code: bool = setting(False, "Run the code that a model brings along from the Hub.", panel="Model")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None,
+        "Precision of the base model, in training and evaluation; adapters and heads are float32. By default the "
+        "checkpoint's own for language models (float32 for a recipe that changes the weights themselves), float32 for "
+        "encoders.",
+        panel="Model",
+        example="bfloat16",
+    )
+    quantization: str | dict[str, Any] | None = setting(
+        None,
+        "Keep the base model in 4 or 8 bits under the adapters: nf4, fp4, int8 (bitsandbytes), or the settings of any "
+        "quantization of transformers.",
+        panel="Model",
+        example="nf4",
+    )
+    gguf_file: str | None = setting(
+        None, "The GGUF file of the model, in its folder or repository.", panel="Model", example="model.Q4_1.gguf"
+    )
+    attn_implementation: str | None = setting(
+        None, "How attention is computed: eager, sdpa, flash_attention_2.", panel="Model", example="sdpa"
+    )
+    device_map: str | dict[str, Any] | None = setting(
+        None, "Deal the model to devices as accelerate does, in place of --device.", panel="Model", example="auto"
+    )
     imports: list[str] = setting(
         [],
         "Your module with pieces of the recipe, in this folder or installed; may be given again.",

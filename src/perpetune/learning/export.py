@@ -17,6 +17,7 @@ from ..core.errors import ConfigError, ModelError, nearest
 from ..core.files import write_text
 from ..heads import LinearHead
 from ..models.backbone import Backbone
+from ..models.precision import reduced
 from ..runs.commit import active
 from ..runs.directory import Run, write_folder
 from .export_head import FILES, ExportedHead, chosen_head, with_head, write_beside
@@ -66,8 +67,12 @@ def export(
 
         return export_adapters(setup, state, folder, only, without, scales, dtype, head, cumulative, command)
     everything, chosen = only is None and not without and not scales, {}
-    if everything and state.consolidation.states is None:
+    if everything and state.consolidation.states is None and not reduced(backbone.model):
         model: Any = plain(copy.deepcopy(backbone.model), commits[-1].path)
+    elif everything and state.consolidation.states is None:
+        backbone, consolidation = fresh(setup, state)
+        consolidation.restore(active(commits))
+        model = plain(backbone.model, commits[-1].path)
     else:
         chosen = choose(commits[-1].manifest["learned"], only, without, scales)
         backbone, consolidation = fresh(setup, state)
@@ -98,13 +103,18 @@ def export(
 
 
 def fresh(setup: Setup, state: LearnerState) -> tuple[Backbone, Consolidation]:
-    """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.
+    """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet. In fp32, where
+    the run reads it quantised or in half precision: what is merged into it is not rounded.
 
     Raises:
         RunError: the base model is another one now.
+        ModelError: a quantised model that its quantization does not let dequantise.
     """
     recipe = copy.deepcopy(setup.recipe)
-    base = setup.load_base(state.backbone.modality, state.backbone.fingerprint)
+    if reduced(state.backbone.model):
+        base = setup.load_whole(state.backbone.modality)
+    else:
+        base = setup.load_base(state.backbone.modality, state.backbone.fingerprint)
     recipe.consolidation.open(base, recipe.tuner, state.known.labels)
     return base, recipe.consolidation
 

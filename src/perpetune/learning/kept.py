@@ -17,6 +17,7 @@ from ..consolidation.base import stored_adapter
 from ..core.errors import ConfigError, RunError
 from ..core.progress import Progress
 from ..models.language_model import LanguageBackbone
+from ..models.precision import Loading, quantised
 from ..models.tokenizer_check import longest_text
 from ..recipes import make_recipe
 from ..recipes.recipe import Recipe
@@ -93,12 +94,17 @@ def setup_of(
         heads_given=written is not None,
         path=path,
         training=resolve_training(recipe.training, {"per_device_eval_batch_size": evaluated}),
-        loading={"pooling": None, "max_length": backbone.max_length, "trust_remote_code": False},
+        loading=Loading(max_length=backbone.max_length, quantization=_quantization(backbone.model)),
         evaluate_every=1,
         seed=args.seed if written is None else written["seed"],
         device=args.device,
         progress=Progress(),
     )
+
+
+def _quantization(model: Any) -> dict[str, Any] | None:
+    """How the trainer's model is quantised, as `Loading` has it."""
+    return model.config.quantization_config.to_dict() if quantised(model) else None
 
 
 def longest_prompt(model: Any, written: dict[str, Any] | None, wanted: int | None) -> int:

@@ -14,11 +14,12 @@ from ..core.environment import default_device
 from ..core.errors import ConfigError
 from ..core.progress import Progress
 from ..heads import Head, make_head
-from ..models.backbone import Backbone, Pooling
+from ..models.backbone import Backbone
+from ..models.in_memory import InMemory
+from ..models.precision import Loading
 from ..recipes import make_recipe
 from ..recipes.recipe import Recipe
 from ..recipes.user_pieces import import_modules
-from ..runs.directory import read_config
 from ..runs.result import Result
 from ..streams import Stream
 from . import export, prediction
@@ -26,33 +27,36 @@ from .adopt import adopt
 from .config import RunConfig
 from .general import read_general
 from .generation import Generation, generate
-from .opening import reopened
+from .opening import arguments_of, reopened
 from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
 from .state import LearnerState
 from .task_loop import learn
-from .trainer_choice import TrainerName, settled
-from .training_settings import REFUSED, resolve_training
+from .trainer_choice import TrainerName
+from .training_settings import resolve_training
 
 
 class Learner:
     """Learns one task after another, keeps what it promised to keep, and measures it.
 
     Args:
-        model: hub id or folder of a transformers encoder, or of a language model for streams of prompts. Not needed by
-            recipes without a network.
+        model: hub id or folder of a transformers encoder, or of a language model for streams of prompts; a .gguf file;
+            or in memory (model, tokenizer), of which copies are taken. Not needed by recipes without a network.
         recipe: a name, plain data, or a `Recipe`.
         run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
         heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the
             features.
         training: names of `TrainingArguments` (and TRL's `SFTConfig`), and our own; see `resolve_training`.
         seed: decides everything random; progress: a display; None shows nothing.
-        pooling, max_length, trust_remote_code: see `load_backbone`; trainer, response_prefix: see `settle`.
+        trainer, response_prefix: see `settle`.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
         general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
         device: where to train and predict; None takes an accelerator where there is one.
+        processor: of a model in memory, where it is given alone.
+        loading: pooling, max_length, trust_remote_code, dtype, quantization, gguf_file, attn_implementation,
+            device_map: see `Loading`.
 
     Raises:
         ConfigError: an unknown recipe, head or training setting.
@@ -65,34 +69,33 @@ class Learner:
 
     def __init__(
         self,
-        model: str | Path | None,
+        model: str | Path | tuple[Any, Any] | Any | None,
         recipe: str | dict[str, Any] | Recipe = "lora",
         run: str | Path | None = None,
         *,
         heads: Sequence[str | dict[str, Any] | Head] | None = None,
         training: dict[str, Any] | None = None,
         seed: int = 0,
-        pooling: Pooling | None = None,
-        max_length: int | None = None,
-        trust_remote_code: bool = False,
         trainer: TrainerName | None = None,
         response_prefix: str | None = None,
         evaluate_every: int = 1,
         general: str | Path | Sequence[Any] | None = None,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
+        processor: Any = None,
+        **loading: Any,
     ) -> None:
         made = make_recipe(recipe)
         if heads:
             made = made.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
         self._temporary = tempfile.TemporaryDirectory() if run is None else None
         self.setup = Setup(
-            model=str(model) if model is not None else None,
+            model=InMemory.of(model, processor) or (str(model) if model is not None else None),
             recipe=made,
             heads_given=bool(heads),
             path=Path(self._temporary.name if self._temporary else run),  # type: ignore[arg-type]
             training=resolve_training(made.training, training or {}),
-            loading={"pooling": pooling, "max_length": max_length, "trust_remote_code": trust_remote_code},
+            loading=Loading(**loading),
             evaluate_every=evaluate_every,
             general=read_general(general),
             seed=seed,
@@ -117,15 +120,10 @@ class Learner:
         """The learner that a run was made with, as run.yaml describes it; nothing is loaded yet.
 
         Raises:
-            RunError: no run is there.
+            RunError: no run is there, or its base model was one in memory, and is not given again.
         """
-        config = read_config(Path(run))
-        # what had no effect was once taken and is refused now: without it the run is what it was
-        model, settings = config["model"], {k: v for k, v in config["training"].items() if k not in REFUSED}
-        options = {"recipe": config["recipe"], **settled(config), **options}
-        name = options.pop("model", None) or config["model_name"]
-        loading = {} if name is None else {k: model[k] for k in ("pooling", "max_length", "trust_remote_code")}
-        return cls(name, run=run, training=settings, seed=config["seed"], **loading, **options)
+        name, recipe, settings = arguments_of(Path(run), options)
+        return cls(name, recipe, run, **settings)
 
     @classmethod
     def open(cls, run: str | Path, **options: Any) -> Learner:
@@ -161,7 +159,7 @@ class Learner:
     backbone = property(lambda self: self.state.backbone, doc="The model as it is now.")
     heads = property(lambda self: self.recipe.heads, doc="The heads of the recipe.")
     path = property(lambda self: self.setup.path, doc="The run directory.")
-    model_name = property(lambda self: self.setup.model, doc="Hub id or folder of the base model.")
+    model_name = property(lambda self: self.setup.model, doc="Hub id or folder of the base model, or itself.")
     training = property(lambda self: self.setup.training, doc="Complete training settings.")
     seed = property(lambda self: self.setup.seed, doc="Decides everything random.")
     device = property(lambda self: self.setup.device, doc="Where the model is trained and predicts.")
@@ -297,10 +295,5 @@ class Learner:
         return export.export(self.setup, self.state, Path(folder), *choice)[0]
 
     def fresh(self) -> tuple[Backbone, Consolidation]:
-        """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet.
-
-        Raises:
-            ConfigError: nothing is learned yet.
-            RunError: the base model is another one now.
-        """
+        """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet."""
         return export.fresh(self.setup, self.state)

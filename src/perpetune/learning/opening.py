@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..core.environment import versions
 from ..core.errors import RunError, StreamError
+from ..models.in_memory import DECIDED, InMemory
+from ..models.precision import Loading
 from ..runs.commit import active, reverted
-from ..runs.directory import Run
+from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
@@ -21,8 +24,8 @@ from .gone_data import check_needed, completed, told, with_known_scenario
 from .retry import set_aside
 from .setup import Setup, task_settings
 from .state import LearnerState
-from .trainer_choice import OLD, check_trl_settings, settle
-from .training_settings import check_training
+from .trainer_choice import OLD, check_trl_settings, settle, settled
+from .training_settings import REFUSED, check_training
 
 
 class Opened(NamedTuple):
@@ -37,6 +40,32 @@ class Opened(NamedTuple):
     stream: Stream
     state: LearnerState
     joined: dict[str, Tensor]
+
+
+def arguments_of(path: Path, given: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, recipe and settings of the learner that a run was made with.
+
+    Args:
+        given: arguments that take the place of what run.yaml says.
+
+    Raises:
+        RunError: no run is there, or its base model was one in memory, and is not given again.
+    """
+    config, given = read_config(path), dict(given)
+    given = {**settled(config), **given}
+    name, recipe = given.pop("model", None), given.pop("recipe", config["recipe"])
+    if name is None and config.get("in_memory"):
+        raise RunError(
+            f"{path} was made with a model in memory: give it again, Learner.open(run, model=(model, tokenizer)), or "
+            "the folder that it was saved to (--model)"
+        )
+    name = name if name is not None else config["model_name"]
+    loading = {} if name is None else Loading.of_run(config["model"])
+    if InMemory.of(name, given.get("processor")):
+        loading = {k: v for k, v in loading.items() if k not in DECIDED}
+    # what had no effect was once taken and is refused now: without it the run is what it was
+    training = {k: v for k, v in config["training"].items() if k not in REFUSED}
+    return name, recipe, {"training": training, "seed": config["seed"], **loading, **given}
 
 
 def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: str | None = None) -> Opened:

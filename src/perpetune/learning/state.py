@@ -69,7 +69,8 @@ class LearnerState:
         """Bring the untouched model to the state after these commits. Heads and rules are as the newest one left them;
         `without` a task, the weights are as if it had left nothing."""
         self.consolidation.restore([c for c in active(commits) if c.manifest["task"] != without])
-        self.backbone.to(self.setup.device)
+        if self.setup.loading.device_map is None:
+            self.backbone.to(self.setup.device)
         if not commits:
             return self
         newest = commits[-1]

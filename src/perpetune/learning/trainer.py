@@ -32,6 +32,8 @@ class TaskModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        if hasattr(backbone.model, "hf_device_map"):  # dealt to several devices: the Trainer leaves it where it is
+            self.hf_device_map = backbone.model.hf_device_map
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         return {"loss": self.head.loss(self.backbone(**inputs), labels)}

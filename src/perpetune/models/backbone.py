@@ -18,7 +18,7 @@ from ..core.tensors import relative_change
 from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 from .classifier import Classifier
-from .pooling import Pooling, pool
+from .pooling import Pooling, in_full, pool
 from .tokenizer_check import check_ids, embedding_rows, spare_token
 
 Reads = Literal["features", "answers", "pairs"]
@@ -158,7 +158,7 @@ class Backbone(nn.Module):
         mask = inputs.get("attention_mask")
         if not self._takes("attention_mask"):
             inputs.pop("attention_mask", None)
-        return pool(self.model(**inputs), mask, self.pooling)
+        return in_full(pool(self.model(**inputs), mask, self.pooling), self.model)
 
     def train(self, mode: bool = True) -> Backbone:
         """As any module, but running statistics (BatchNorm) stay what pre-training made them: no rule sees them move,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,78 +14,67 @@ from torch import nn
 
 from ..core.errors import ConfigError, ModelError, first_line
 from ..streams.task import Modality
-from .backbone import Backbone, Pooling
+from .backbone import Backbone
 from .classifier import classifier_labels, load_classifier
 from .dual_encoder import DualBackbone, is_dual
-from .language_model import LanguageBackbone
-from .tokenizer_check import check_causal, check_room, check_vocabulary, embedding_rows, longest_text, settle_padding
-from .vision_language_model import PicturedBackbone, reads_images
+from .in_memory import InMemory
+from .language_loading import load_language_model, quiet
+from .pooling import Pooling
+from .precision import Loading
+from .tokenizer_check import check_room, check_vocabulary, embedding_rows, longest_text, settle_padding
 
 
-def load_model(
-    name: str | Path,
-    modality: Modality,
-    *,
-    pooling: Pooling | None = None,
-    max_length: int | None = None,
-    trust_remote_code: bool = False,
-) -> Backbone:
-    """The model that reads a stream: a language model for prompts, else an encoder. Arguments as `load_backbone`.
+def load_model(source: str | Path | InMemory, modality: Modality, loading: Loading) -> Backbone:
+    """The model that reads a stream: a language model for prompts, else an encoder.
+
+    Args:
+        source: hub id, folder, GGUF file, or a model in memory.
 
     Raises:
         ConfigError: pooling for a language model.
         ModelError: it cannot be loaded, or does not read this modality.
     """
     if modality != "language":
-        options: Any = {"max_length": max_length, "trust_remote_code": trust_remote_code}
-        return load_backbone(name, modality, pooling=pooling, **options)
-    if pooling is not None:
+        return _load_encoder(source, modality, loading)
+    if loading.pooling is not None:
         raise ConfigError("a language model answers prompts, and pools nothing: leave pooling out")
-    return load_language_model(name, max_length=max_length, trust_remote_code=trust_remote_code)
+    return load_language_model(source, loading)
 
 
-def load_backbone(
-    name: str | Path,
-    modality: Literal["text", "image"],
-    *,
-    pooling: Pooling | None = None,
-    max_length: int | None = None,
-    trust_remote_code: bool = False,
-) -> Backbone:
+def load_backbone(name: str | Path, modality: Literal["text", "image"], **options: Any) -> Backbone:
     """Load any transformers encoder by hub id or local folder; for images a dual encoder, too (see `DualBackbone`).
 
     Args:
         name: hub id or folder that `AutoModel` loads.
         modality: what the stream holds; decides between tokenizer and image processor.
-        pooling: "mean" over tokens that are not padding, "cls", "last" or "pooler"; None chooses from the architecture.
-        max_length: longest text in tokens; None takes the model's own limit, at most 256.
+        options: see `Loading`: pooling, max_length, trust_remote_code, dtype, ...
 
     Raises:
         ModelError: it cannot be loaded, or does not read this modality.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    return _load_encoder(name, modality, Loading(**options))
 
-    source, trust = str(name), trust_remote_code
-    auto = AutoTokenizer if modality == "text" else AutoImageProcessor
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-            model, lacking = _load_model(_encoder(config, source), source, config, pooling, trust)
-            processor = auto.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        kind = "tokenizer" if modality == "text" else "image processor"
-        raise ModelError(
-            f"cannot load `{name}` as a transformers model with a {kind} ({first_line(error)}): give a hub id or a "
-            "folder with config.json, weights and the processor's files"
-        ) from error
+
+def _load_encoder(source: str | Path | InMemory, modality: Literal["text", "image"], loading: Loading) -> Backbone:
+    pooling, max_length, trust = loading.pooling, loading.max_length, loading.trust_remote_code
+    path = None if isinstance(source, InMemory) else str(source)
+    if isinstance(source, InMemory):
+        name, lacking = source.name, frozenset[str]()
+        model, processor = source.taken(loading)
+    else:
+        name = str(source)
+        model, processor, missing = _read_encoder(name, modality, loading)
+        lacking = frozenset(missing)
+    config = model.config
     if is_dual(model):
         if modality == "text":
             raise ModelError(
                 f"`{name}` ({config.model_type}) reads images and texts into one space: give it a stream of images "
                 "with labels or captions, and a text encoder for this one"
             )
-        return load_dual(model, processor, source, max_length, pooling=pooling, trust_remote_code=trust)
+        if path is None:
+            raise ModelError(f"`{name}` is a dual encoder, which needs a tokenizer beside: give its folder")
+        return load_dual(model, processor, path, max_length, pooling=pooling, trust_remote_code=trust)
     if not hasattr(config, "hidden_size"):
         raise ModelError(f"`{name}` ({config.model_type}) has no single hidden size: it is not a plain encoder")
     if pooling == "pooler" and any("pooler" in key for key in lacking):
@@ -97,21 +85,45 @@ def load_backbone(
     if modality == "text":
         limit = min(getattr(processor, "model_max_length", 256), longest_text(model, config) or 256)
         max_length = min(max_length or 256, limit)
-        check_vocabulary(processor, embedding_rows(model), str(name))
-        check_room(processor, max_length, str(name))
+        check_vocabulary(processor, embedding_rows(model), name)
+        check_room(processor, max_length, name)
     backbone = Backbone(
         model,
         processor,
         modality=modality,
-        pooling=pooling or choose_pooling(source, model, modality),
+        pooling=pooling or choose_pooling(path, model, modality),
         max_length=max_length or 0,
-        name=str(name),
+        name=name,
     )
     if modality == "text":
         settle_padding(backbone)
     backbone.left_out = classifier_labels(config)
-    backbone.classifier = partial(load_classifier, backbone, source, trust)
+    backbone.classifier = None if path is None else partial(load_classifier, backbone, path, trust)
     return backbone
+
+
+def _read_encoder(source: str, modality: str, loading: Loading) -> tuple[Any, Any, Collection[str]]:
+    """Model, processor, and which weights were not stored.
+
+    Raises:
+        ModelError: one of them cannot be loaded.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    trust = loading.trust_remote_code
+    auto = AutoTokenizer if modality == "text" else AutoImageProcessor
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            model, lacking = _load_model(_encoder(config, source), source, config, loading)
+            return model, auto.from_pretrained(source, trust_remote_code=trust), lacking
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        kind = "tokenizer" if modality == "text" else "image processor"
+        raise ModelError(
+            f"cannot load `{source}` as a transformers model with a {kind} ({first_line(error)}): give a hub id or a "
+            "folder with config.json, weights and the processor's files"
+        ) from error
 
 
 def _encoder(config: Any, source: str) -> Any:
@@ -166,73 +178,15 @@ def load_dual(
     return DualBackbone(model, processor, tokenizer, max_length=max_length, name=source)
 
 
-def load_language_model(
-    name: str | Path, *, max_length: int | None = None, trust_remote_code: bool = False
-) -> LanguageBackbone:
-    """Load any transformers language model by hub id or local folder: `AutoModelForSeq2SeqLM` where its configuration
-    says that it is an encoder and a decoder, `AutoModelForImageTextToText` where it reads images, else
-    `AutoModelForCausalLM`.
-
-    Args:
-        name: hub id or folder.
-        max_length: longest prompt in tokens; None: 512, or less where the model reads less.
-
-    Raises:
-        ModelError: it cannot be loaded, or its weights have no language modelling head.
-    """
-    from safetensors import SafetensorError
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForSeq2SeqLM,
-        AutoProcessor,
-        AutoTokenizer,
-    )
-
-    source, trust = str(name), trust_remote_code
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-            pictures = reads_images(config)
-            decoder: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
-            auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else decoder
-            model, info = auto.from_pretrained(
-                source, config=config, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True
-            )
-            reads: Any = AutoProcessor if pictures else AutoTokenizer
-            processor = reads.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot load `{name}` as a language model with a tokenizer ({first_line(error)}): give a hub id or a "
-            "folder with config.json, weights and the files of the tokenizer, or of the processor where it reads "
-            "images (one that reads videos, too, as Qwen2-VL's, needs the package torchvision)"
-        ) from error
-    if info["missing_keys"]:
-        raise ModelError(
-            f"the weights of `{name}` lack {sorted(info['missing_keys'])[0]}, and so it is no trained language model: "
-            "give one with a language modelling head, or a stream of `text` and `label` for an encoder"
-        )
-    reader = getattr(config, "encoder", config)  # a model made of an encoder and a decoder has a configuration for each
-    part = model.get_encoder() if config.is_encoder_decoder else model
-    limit = longest_text(part, reader.get_text_config())
-    longest = min(max_length or 512, limit or max_length or 512)
-    check_vocabulary(getattr(processor, "tokenizer", processor), embedding_rows(model), str(name))
-    kind = PicturedBackbone if pictures else LanguageBackbone
-    backbone = kind(model, processor, max_length=longest, name=str(name))
-    if kind is LanguageBackbone and backbone.start is None:
-        check_causal(backbone)
-    return backbone
-
-
-def choose_pooling(source: str, model: nn.Module, modality: str) -> Pooling:
+def choose_pooling(source: str | None, model: nn.Module, modality: str) -> Pooling:
     """What the model was trained with, where it says so; else what its architecture suggests."""
     from transformers.utils import cached_file
 
     missing = {
         f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")
     }
-    saved = cached_file(source, "config.json", subfolder="1_Pooling", **missing)  # as sentence-transformers writes it
+    # as sentence-transformers writes it
+    saved = None if source is None else cached_file(source, "config.json", subfolder="1_Pooling", **missing)
     if saved is not None:
         modes = json.loads(Path(saved).read_text(encoding="utf-8"))
         chosen: dict[str, Pooling] = {"cls_token": "cls", "lasttoken": "last", "mean_tokens": "mean"}
@@ -247,13 +201,10 @@ def choose_pooling(source: str, model: nn.Module, modality: str) -> Pooling:
     return "last" if causal or getattr(config, "is_decoder", False) else "mean"
 
 
-def _load_model(
-    auto: Any, source: str, config: Any, pooling: Pooling | None, trust: bool
-) -> tuple[nn.Module, Collection[str]]:
+def _load_model(auto: Any, source: str, config: Any, loading: Loading) -> tuple[nn.Module, Collection[str]]:
     """The model, and which of its weights were not stored."""
-    kwargs: dict[str, Any] = {"config": config, "trust_remote_code": trust, "dtype": torch.float32}
-    kwargs["output_loading_info"] = True
-    if pooling != "pooler":
+    kwargs: dict[str, Any] = {"config": config, "output_loading_info": True, **loading.arguments(torch.float32)}
+    if loading.pooling != "pooler":
         # an unused pooler is often randomly initialised, gets no gradient, and is hit by `all-linear`
         try:
             model, info = auto.from_pretrained(source, add_pooling_layer=False, **kwargs)
@@ -262,19 +213,3 @@ def _load_model(
             pass  # this architecture has no such switch, so it is loaded as it is
     model, info = auto.from_pretrained(source, **kwargs)
     return model, info["missing_keys"]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports: perpetune has a display of its own."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

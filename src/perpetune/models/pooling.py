@@ -29,3 +29,9 @@ def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor
     positions = torch.arange(hidden.shape[1], device=hidden.device)
     last = (attention_mask * positions).argmax(1)  # right with padding on either side
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def in_full(features: Tensor, model: Any) -> Tensor:
+    """Features of a model of half precision in fp32, in which heads are; others as they are."""
+    half = next((p.element_size() < 4 for p in model.parameters() if p.is_floating_point()), False)
+    return features.float() if half else features

@@ -23,6 +23,11 @@ class Input:
     M: Tensor
 
 
+def bytes_of_input(width: int, wide: int, sketch_rows: int, exact: bool) -> int:
+    """What is stored of one input: half of C in fp32, or fp64 where every direction counts; or a sketch in fp64."""
+    return 8 * sketch_rows * width if width > wide else (8 if exact else 4) * width * (width + 1) // 2
+
+
 @dataclass
 class LayerMemory:
     """The inputs of all layers, tasks summed to equal parts, on the CPU; its size does not grow with the tasks.
@@ -122,7 +127,8 @@ class LayerMemory:
             return DiagonalMoment(site.width, device=on)
         if site.width > self.wide:
             return FrequentDirections(site.width, self.sketch_rows, device=on)
-        return SecondMoment(site.width, device=on, products=self.products)
+        rounded = self.products == torch.float32
+        return SecondMoment(site.width, device=on, products=self.products, rounded=rounded)
 
     @property
     def products(self) -> torch.dtype:

@@ -109,6 +109,7 @@ class SecondMoment(InputMemory):
         dtype: of the sums; fp32 halves the memory, and cannot tell directions below 1e-6 of the largest eigenvalue.
         products: of x x^T, at most 8192 tokens of which are added up in it; fp32 is twice as fast on a CPU, and cannot
             tell such directions either.
+        rounded: sums are rounded to fp32 as they are taken up, and stored so: half the bytes, and the same bits again.
     """
 
     def __init__(
@@ -117,8 +118,9 @@ class SecondMoment(InputMemory):
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
         products: torch.dtype | None = None,
+        rounded: bool = False,
     ) -> None:
-        self.width, self.products = width, products or dtype
+        self.width, self.products, self.rounded = width, products or dtype, rounded
         self.C = torch.zeros(width, width, dtype=dtype, device=device)
         self.Delta = torch.zeros((), dtype=dtype, device=device)
 
@@ -136,6 +138,8 @@ class SecondMoment(InputMemory):
     def merge(self, other: InputMemory) -> None:
         assert isinstance(other, SecondMoment)
         self.C += other.C.to(self.C.device, self.C.dtype)
+        if self.rounded:
+            self.C = self.C.float().to(self.C)
         self.C = self.C.tril() + self.C.tril(-1).mT  # symmetric to the bit: the state holds one half
 
     def scaled(self, weight: Tensor) -> SecondMoment:
@@ -153,7 +157,8 @@ class SecondMoment(InputMemory):
         return self.total
 
     def state(self) -> dict[str, Tensor]:
-        return {"C": self.C.cpu()[torch.tril_indices(self.width, self.width).unbind()]}
+        half = self.C.cpu()[torch.tril_indices(self.width, self.width).unbind()]
+        return {"C": half.float() if self.rounded else half}
 
 
 class DiagonalMoment(InputMemory):

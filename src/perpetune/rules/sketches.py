@@ -118,9 +118,9 @@ def restore(state: dict[str, Tensor]) -> InputMemory:
         return diagonal
     if state.keys() == {"C"}:
         width = (math.isqrt(8 * len(state["C"]) + 1) - 1) // 2  # one half of a symmetric matrix, row by row
-        moment = SecondMoment(width, state["C"].dtype)
+        moment = SecondMoment(width, rounded=state["C"].dtype == torch.float32)  # fp64: as earlier versions stored it
         half = torch.zeros_like(moment.C)
-        half[torch.tril_indices(width, width).unbind()] = state["C"]
+        half[torch.tril_indices(width, width).unbind()] = state["C"].to(half)
         moment.C = half + half.tril(-1).mT
         return moment
     if state.keys() != {"B", "total", "Delta", "rows"}:

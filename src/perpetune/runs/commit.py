@@ -42,8 +42,8 @@ class Commit:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
-        return sum(file.stat().st_size for file in self.path.iterdir())
+        """Bytes on disk; of a file that several commits share, the part of this one."""
+        return sum(file.stat().st_size // file.stat().st_nlink for file in self.path.iterdir())
 
     def has(self, name: str) -> bool:
         return name in self.manifest["files"]

@@ -14,7 +14,7 @@ UNWRITTEN = {"trainer": "perpetune"}  # what runs had that do not say
 
 def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for key, wanted in plain(new).items():
-        if key in ("versions", "model_name"):
+        if key in ("versions", "model_name", "in_memory"):
             continue
         if key == "stream":  # a stream may grow: what was there must still be the same
             found = old.get("stream", {})

@@ -23,6 +23,7 @@ from .config_check import check_same
 from .earlier import in_todays_words
 
 CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
+WORTH_LINKING = 4096  # bytes: a block of most disks
 
 
 class Run:
@@ -117,6 +118,7 @@ class Run:
             try:
                 for file, content in files.items():
                     write_file(aside / file, content)
+                    self._once(aside / file)
                 manifest = {
                     "index": index,
                     "task": task,
@@ -143,6 +145,17 @@ class Run:
         undone = self.commit(f"undo-{task}", {}, facts)
         self.note("undo", task=task, reasons=list(reasons))
         return undone
+
+    def _once(self, file: Path) -> None:
+        """Where an earlier commit holds a file of this name with the same bytes, there is one on disk for both."""
+        digest = file_digest(file)
+        same = [c for c in self.commits if c.manifest["files"].get(file.name) == digest]
+        if not same or file.stat().st_size < WORTH_LINKING:
+            return
+        link = file.with_name(f".{file.name}.tmp")
+        with contextlib.suppress(OSError):  # a disk without hard links holds it twice
+            os.link(same[-1].path / file.name, link)
+            os.replace(link, file)
 
     def close(self) -> None:
         if self._lock is not None:
