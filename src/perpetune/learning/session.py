@@ -65,8 +65,7 @@ class Training:
         if weights := self.state.setup.training_of(self.session.tasks).get(SETTING):
             drawn = consolidation.rows(self.session)["label"][:]
             trained.weigh(class_weights(weights, drawn, self.state.known.labels))
-        contrasts = self.learns and isinstance(trained, TrainedHead) and trained.contrasts
-        if contrasts and len(trained.task_classes) == 1:
+        if self.learns and isinstance(trained, TrainedHead) and trained.contrasts and len(trained.task_classes) == 1:
             self._tell_one(trained)
 
     def _tell_one(self, head: TrainedHead) -> None:
