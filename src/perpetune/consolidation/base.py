@@ -95,6 +95,10 @@ class Consolidation:
         """Which session's own head reads a task in the task-incremental reading: the one that learned it."""
         return learned_in
 
+    def adapts(self, session: Session) -> bool:
+        """Whether the model is trained in this session; where it is not, nothing but a head that is read is."""
+        return True
+
     def begin_task(self, session: Session) -> None:
         """Make the backbone trainable for this session."""
         raise NotImplementedError

@@ -29,6 +29,7 @@ def increment(head: Head, before: State, after: State) -> tuple[State, State]:
     """
     if not head.class_axis or "labels" not in after:
         return {}, after
+    axes = _axes(head, after)
     known, texts = {text: i for i, text in enumerate(_texts(before))}, _texts(after)
     parts = {key: t for key, t in after.items() if _of_task(head, key) and key not in before}
     used = {i for key, t in parts.items() if key.endswith(".classes") for i in t.tolist()}
@@ -37,16 +38,16 @@ def increment(head: Head, before: State, after: State) -> tuple[State, State]:
     if old:
         there = torch.tensor([known[texts[i]] for i in old])
         changed = torch.zeros(len(old), dtype=torch.bool)
-        for key, axis in head.class_axis.items():
+        for key, axis in axes.items():
             now, then = after[key].index_select(axis, torch.tensor(old)), before[key].index_select(axis, there)
             changed |= (now != then).movedim(axis, 0).flatten(1).any(1) if now.ndim > 1 else now != then
         rows = sorted([*rows, *(i for i, c in zip(old, changed.tolist(), strict=True) if c)])
     index = torch.tensor(rows, dtype=torch.long)
     place = torch.full((len(texts),), -1, dtype=torch.long)
     place[index] = torch.arange(len(rows))
-    added = {key: after[key].index_select(axis, index) for key, axis in head.class_axis.items()}
+    added = {key: after[key].index_select(axis, index) for key, axis in axes.items()}
     added |= {key: place[t] if key.endswith(".classes") else t for key, t in parts.items()}
-    rest = {key: t for key, t in after.items() if key not in head.class_axis and not _of_task(head, key)}
+    rest = {key: t for key, t in after.items() if key not in axes and not _of_task(head, key)}
     return {**added, "labels": _as_tensor([texts[i] for i in rows])}, {k: t for k, t in rest.items() if k != "labels"}
 
 
@@ -67,8 +68,9 @@ def combined(head: Head, added: Sequence[State], sums: State) -> State:
     taken: list[list[int]] = [[] for _ in added]
     for number, i in sorted(of.values()):
         taken[number].append(i)
-    found = {key: t for key, t in added[0].items() if key not in head.class_axis and not _of_task(head, key)} | sums
-    for key, axis in head.class_axis.items():
+    axes = _axes(head, added[-1])
+    found = {key: t for key, t in added[0].items() if key not in axes and not _of_task(head, key)} | sums
+    for key, axis in axes.items():
         kept = [s[key].index_select(axis, torch.tensor(i).long()) for s, i in zip(added, taken, strict=True)]
         found[key] = torch.cat(kept, axis)
     for state in added:
@@ -77,6 +79,12 @@ def combined(head: Head, added: Sequence[State], sums: State) -> State:
             if _of_task(head, key):
                 found[key] = torch.tensor([places[own[i]] for i in t.tolist()]) if key.endswith(".classes") else t
     return {**found, "labels": _as_tensor(texts)}
+
+
+def _axes(head: Head, state: State) -> dict[str, int]:
+    """The axis of the rows of classes, by the name of a part: its last word, behind the prefix of a map of features."""
+    kinds = {key: key.rpartition(".")[2] for key in state if not _of_task(head, key)}
+    return {key: head.class_axis[kind] for key, kind in kinds.items() if kind in head.class_axis}
 
 
 def _of_task(head: Head, key: str) -> bool:

@@ -57,7 +57,10 @@ class LearnerState:
             embeddings = None
             if head.needs_label_embeddings:
                 embeddings = backbone.label_embeddings(head.label_prompts(labels))
-            head.open(backbone.width, labels, seed=setup.seed, label_embeddings=embeddings)
+            width = backbone.width
+            if self.consolidation.states is not None and head is not self.trainer and not head.blocks:
+                width = self.consolidation.states.read_width(width)
+            head.open(width, labels, seed=setup.seed, label_embeddings=embeddings)
             if head.starts_from_own:
                 own = backbone.own_head()
                 head.start_from(own.weight, own.bias, own.labels)

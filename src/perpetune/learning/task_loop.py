@@ -166,7 +166,7 @@ class TaskLoop:
     def _stale_statistics(self, session: Session) -> list[Measurement]:
         state = self.state
         stale = [head for head in state.heads if head.observes and not head.refresh]
-        if not stale or not state.recipe.tuner.trains:
+        if not stale or not state.recipe.tuner.trains or not state.consolidation.adapts(session):
             return []
         note = "tasks whose class statistics were gathered with features that have changed since (order-dependent)"
         name = "tasks with stale statistics"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..heads.ridge import FEWEST, RidgeHead, solve
+from ..heads.moments import MomentsHead
+from ..heads.ridge import FEWEST, solve
 from .base import RouterError, State
 from .sums import SumsRouter, holds_for_most
 
@@ -64,18 +65,15 @@ class ClassRouter(SumsRouter):
     def summarise(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> State:
         return self._sums(features, labels, ids)
 
-    def fit(self) -> tuple[RidgeHead, Tensor, Tensor, float | None]:
+    def fit(self) -> tuple[MomentsHead, Tensor, Tensor, float | None]:
         """The head over all (task, class), for each of its K columns the task (K,) and the class (K,), and tau."""
         self.check_observed()
         if self._fitted is None:
             order = self._order()
             names = {task: json.loads(bytes(self.known[task]["labels"].tolist())) for task in order}
             pairs = [(i, task, name) for i, task in enumerate(order) for name in sorted(names[task])]
-            places = {task: sorted(range(len(names[task])), key=names[task].__getitem__) for task in order}
             head = self._fit_head(
-                [f"{i:09d}/{name}" for i, _, name in pairs],
-                [self.known[task]["cross"][:, places[task]] for task in order],
-                [self.known[task]["counts"][:, places[task]] for task in order],
+                [f"{i:09d}/{name}" for i, _, name in pairs], [self._by_name(task, names[task]) for task in order]
             )
             task_of = torch.tensor([task for _, task, _ in pairs])
             class_of = torch.tensor([self.labels.index(name) for _, _, name in pairs])
@@ -85,7 +83,13 @@ class ClassRouter(SumsRouter):
             self._fitted = head, task_of, class_of, tau
         return self._fitted
 
-    def _temperature(self, head: RidgeHead, order: Sequence[int], task_of: Tensor) -> float:
+    def _by_name(self, task: int, names: Sequence[str]) -> State:
+        """The state of a task with its classes sorted by name."""
+        state, places = self.known[task], torch.tensor(sorted(range(len(names)), key=names.__getitem__))
+        axes = {key: axis for key, axis in self._one.class_axis.items() if key in state}
+        return {key: state[key].index_select(axis, places) for key, axis in axes.items()}
+
+    def _temperature(self, head: MomentsHead, order: Sequence[int], task_of: Tensor) -> float:
         G_tr, Q = head.statistics["gram"][0] * head.unit**2, head.statistics["cross"].mT * head.unit
         Theta = solve(G_tr, Q[0], head.fit()[2])  # (M x K)
         K, n = len(task_of), float(head.statistics["counts"][1].sum())
@@ -129,8 +133,8 @@ class ClassRouter(SumsRouter):
         _, task_of, _, tau = self.fit()
         if tau is None:
             raise RouterError(
-                f"ClassRouter needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: observe "
-                "more, or call `route`"
+                f"{self._name} needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: "
+                "observe more, or call `route`"
             )
         log_p = (self._scores(features) / tau).log_softmax(1)
         columns = [
@@ -139,7 +143,7 @@ class ClassRouter(SumsRouter):
         ]
         return torch.stack(columns, 1).to(features.device)
 
-    def plain(self) -> tuple[dict[str, Any], State]:
+    def plain(self) -> tuple[dict[str, Any], State] | None:
         """See `Router.plain`: theta over (task, class), the class of each column, and tau where there is one."""
         head, task_of, class_of, tau = self.fit()
         settings, tensors = self._plain(head, task_of.tolist())

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, nearest
 from ..core.measurement import Measurement
-from ..heads.ridge import FEWEST, RidgeHead, solve
+from ..heads.moments import MomentsHead
+from ..heads.ridge import FEWEST, solve
 from .base import RouterError, State
 from .sums import SumsRouter, holds_for_most
 
@@ -96,9 +97,7 @@ class RidgeRouter(SumsRouter):
         self.check_observed()
         if self._fitted is None:
             order = self._order()
-            known = [self.known[task] for task in order]
-            names = [f"{i:09d}" for i in range(len(order))]
-            head = self._fit_head(names, [state["cross"] for state in known], [state["counts"] for state in known])
+            head = self._fit_head([f"{i:09d}" for i in range(len(order))], [self.known[task] for task in order])
             posterior = self.reading == "posterior" and self._enough(head.statistics["counts"])
             self._fitted = Fit(order, head, self._density(head, order) if posterior else None)
         return self._fitted
@@ -107,7 +106,7 @@ class RidgeRouter(SumsRouter):
         """Whether there are samples enough for a posterior; counts (2 x T)."""
         return holds_for_most(counts.min(0).values >= FEWEST, self.many_tasks)
 
-    def _density(self, head: RidgeHead, order: Sequence[int]) -> Density:
+    def _density(self, head: MomentsHead, order: Sequence[int]) -> Density:
         """The density of hold-out scores for each task, in this order."""
         T, unit = len(order), head.unit
         G, Q = head.statistics["gram"] * unit**2, head.statistics["cross"].mT * unit  # (2 x M x M), (2 x M x T)
@@ -273,7 +272,7 @@ class Fit:
     """The tasks in the order of the columns, the head that scores them, and the density of its scores if there is."""
 
     order: list[int]
-    head: RidgeHead
+    head: MomentsHead
     density: Density | None
 
 

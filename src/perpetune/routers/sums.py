@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..heads.exact_sums import FEATURES, GAUSSIAN
+from ..heads.moments import MomentsHead
 from ..heads.ridge import RidgeHead
 from .base import Router, RouterError, State
 
 
 @dataclass
 class SumsRouter(Router):
-    """Stores of each task the state of a `RidgeHead` that has seen this task alone.
+    """Stores of each task the state of a `RidgeHead`, or of another head on moments, that has seen this task alone.
 
     A subclass has the settings `features`, `holdout` and `bits` of that head, names the `kinds` that it counts apart
     within a task, and fits itself in `fit`.
@@ -31,7 +32,7 @@ class SumsRouter(Router):
     holdout: Any = field(init=False, repr=False, compare=False)
     bits: Any = field(init=False, repr=False, compare=False)
     _fitted: Any = field(default=None, init=False, repr=False, compare=False)
-    _one: RidgeHead = field(init=False, repr=False, compare=False)  # for one task at a time
+    _one: MomentsHead = field(init=False, repr=False, compare=False)  # for one task at a time
     _total: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _added: dict[int, tuple[State, bytes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -47,10 +48,10 @@ class SumsRouter(Router):
         self._one = self._opened(self.kinds(labels))
         self._total, self._added = {name: self._one.statistics[name].clone() for name in ("gram", "clipped")}, {}
 
-    def _head(self) -> RidgeHead:
+    def _head(self) -> MomentsHead:
         return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
 
-    def _opened(self, names: Sequence[str]) -> RidgeHead:
+    def _opened(self, names: Sequence[str]) -> MomentsHead:
         head = self._head()
         head.open(self.width, names, seed=self.seed)
         return head
@@ -73,7 +74,7 @@ class SumsRouter(Router):
     def changed(self) -> None:
         self._fitted = None
 
-    def _plain(self, head: RidgeHead, task_of: Sequence[int]) -> tuple[dict[str, Any], State]:
+    def _plain(self, head: MomentsHead, task_of: Sequence[int]) -> tuple[dict[str, Any], State]:
         """See `Router.plain`: scores s = round(h / grid[1]) theta, h = relu(f `projection`), or f where there is none,
         of features f on the grid of steps grid[0].
 
@@ -102,14 +103,15 @@ class SumsRouter(Router):
         self._one.load_state(state)
         self._total = {name: total + sign * self._one.statistics[name] for name, total in self._total.items()}
 
-    def _fit_head(self, names: Sequence[str], cross: Sequence[Tensor], counts: Sequence[Tensor]) -> RidgeHead:
-        """A head of these classes (K of them) that has seen the samples of all tasks.
+    def _fit_head(self, names: Sequence[str], states: Sequence[State]) -> MomentsHead:
+        """A head of these classes that has seen the samples of all tasks.
 
         Args:
-            cross, counts: of each task, as a head saves them: (folds x k x M) and (folds x k); the k sum up to K.
+            states: of each task, its classes in order; their classes together are the names.
         """
         head = self._opened(names)
-        rows = {"cross": torch.cat(list(cross), 1), "counts": torch.cat(list(counts), 1)}
+        axes = {name: axis for name, axis in head.class_axis.items() if name in head.statistics}
+        rows = {name: torch.cat([state[name] for state in states], axis) for name, axis in axes.items()}
         head.check_samples(int(rows["counts"].sum()))
         head.statistics = {**self._total, **rows}
         head.changed()
