@@ -335,6 +335,18 @@ def test_a_task_in_progress_goes_on_from_its_state():
         rule.load_state({"basis.0": torch.ones(1)})
 
 
+@pytest.mark.parametrize("branch", ["kept", "fresh"])
+def test_what_it_will_hold_is_what_it_holds(branch):
+    model = net(dtype=torch.float32)
+    model = lora(model) if branch == "fresh" else model
+    rule = WeightProjection(KEPT, branch=branch)
+    said = rule.bytes_held(model)
+    rule.begin_task(TaskContext(model, 0))
+    held = [t for part in rule._parts for t in (part.basis.U, part.basis.S, part.basis.V)]
+    held += [part.W_ref for part in rule._parts if branch == "kept"]
+    assert said == sum(t.nbytes for t in held)
+
+
 def test_a_model_of_the_other_branch_is_refused():
     with pytest.raises(RuleError, match="branch `kept`.*not LoRA"):
         learn(lora(net()), WeightProjection(KEPT))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import ConfigError, RuleError
 from ..core.measurement import Measurement
@@ -154,6 +154,16 @@ class WeightProjection(Rule):
                 W = stored.to(W)
             rank = shares.get(site.name, self.target) if self.rank is None else self.rank
             yield Whole(site, WeightBasis.of(W, count(rank, W.shape)), W)
+
+    def bytes_held(self, model: nn.Module) -> int:
+        """What the rule will hold beside such a model, tuner attached: bases, and W_ref of weights that train."""
+        if self.branch == "fresh":
+            shapes, copied = [pair.shape for pair in lora_pairs(model)], 0
+        else:
+            shapes = [tuple(site.matrix(site.weight).shape) for site in matrices(model)]
+            copied = 4
+        rank = self.target if self.rank is None else self.rank
+        return sum(copied * out * d + 4 * count(rank, (out, d)) * (out + d + 1) for out, d in shapes)
 
     # ---- the step ----
 
