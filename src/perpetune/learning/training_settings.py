@@ -21,6 +21,7 @@ from ..core.validation import number
 from ..models.backbone import Backbone
 from . import trainer_choice as trl
 from .class_weights import SETTING, checked
+from .earlier_names import CALLED
 from .token_masking import STM
 
 DEFAULTS: dict[str, Any] = {
@@ -89,26 +90,10 @@ _REASONS = {
     "the batch size decides the number of steps, which rules count on": "auto_find_batch_size",
     "inputs are prepared by the backbone": "remove_unused_columns length_column_name include_num_input_tokens_seen",
     "training keeps no cache": "use_cache",
-    "a loss that is not finite stops the task and names its step, and deeper looks belong into a loop of your own": "debug",
+    "a loss that is not finite stops the task, and the error names its step": "debug",
     "the journal holds the peak of memory of every task": "skip_memory_metrics",
 }
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
-
-# names of earlier versions of transformers, and what people look for under the name of a callback
-_CALLED = {
-    "warmup_ratio": "warmup_steps: a number below 1 is a share of all steps",
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "evaluation_strategy": f"no name for it; {REFUSED['eval_strategy']}",
-    "early_stopping_patience": f"no name for it; {REFUSED['load_best_model_at_end']}",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "no_cuda": "the option --device cpu of the run",
-    "lr_scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "gradient_clipping": "max_grad_norm",
-}
 
 _OPTIMIZERS_REFUSED = {  # beginnings of names
     "lomo": "it changes weights while gradients are computed, where no rule can act",
@@ -146,8 +131,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
             if key in refused:
                 raise ConfigError(f"`{key}` has no effect here: {refused[key]}")
             if key not in known:
-                said = _CALLED.get(key)
-                near = f"it has {said}" if said else nearest(key, (HONOURED | trl.HONOURED) & known)
+                near = CALLED.get(key) or nearest(key, (HONOURED | trl.HONOURED) & known)
                 raise ConfigError(f"transformers.TrainingArguments has no `{key}`: {near}")
             if key not in HONOURED | trl.HONOURED:
                 raise ConfigError(f"`{key}` is new in transformers, and not known to have an effect here: leave it out")
