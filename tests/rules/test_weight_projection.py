@@ -172,6 +172,14 @@ def test_layers_that_cannot_be_told_by_importance_keep_one_share():
     assert [len(part.basis.S) for part in rule._parts] == [4, 4] and "each keeps 50%" in said[0]
 
 
+def test_weights_that_importance_keeps_whole_are_counted():
+    said, rule = [], WeightProjection()
+    rule.load_state({"importance.up": torch.tensor(0.3), "importance.down": torch.tensor(-0.2)})
+    rule.begin_task(TaskContext(net(), 1, None, None, said.append))
+    assert [len(part.basis.S) for part in rule._parts] == [NARROW, 1]
+    assert len(said) == 1 and "1 of 2 weights are kept whole" in said[0]
+
+
 def test_the_rank_of_the_next_task_is_measured_on_the_task_before():
     model, rule = net(), WeightProjection(least=0.2, target=0.6)
     learn(model, rule, 0)
@@ -316,7 +324,7 @@ def test_weights_that_are_stored_transposed(branch):
     assert D.norm() > 1e-3 and leak(W, D) < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:WeightProjection")  # its importance here is not above 0
+@pytest.mark.filterwarnings("ignore:WeightProjection")
 def test_a_task_in_progress_goes_on_from_its_state():
     """W_ref and the bases are those of the start of the task, not of the weights when it was stopped."""
     results = []

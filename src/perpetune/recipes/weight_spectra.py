@@ -16,7 +16,7 @@ def osf(rank: int | float | None = None, least: float = 0.1, target: float = 0.8
     Published: retention by layer importance, least 0.1 and target 0.8. Its code takes one share for all layers (so does
     peft's `OSFConfig`, which keeps half: `rank=0.5`), projects the gradients of three factors before AdamW at 1e-5
     (ours 1e-4), which does not keep the directions, and trains what is no matrix, too. Here the update is projected,
-    and all else is frozen, as in peft.
+    and all else is frozen, as in peft. Importance may leave whole layers frozen: `rank=0.5` is the safer choice.
     """
     return Recipe(AllWeights(), [WeightProjection(rank, least, target)], Continue(), training={"learning_rate": 1e-4})
 

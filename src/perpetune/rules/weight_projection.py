@@ -52,6 +52,9 @@ class WeightProjection(Rule):
     A layer keeps k = floor(r min(out, d)) directions, r = least + I (target - least), with the importance I = mean of
     cos(x, W x) over the tokens x of the task before (the first task: its own), scaled to a mean of 1 over the layers.
 
+    Where layers turn their inputs anywhere, all I are near 0, and so is their mean: then a layer keeps all or the least
+    (docs/explanation/projection.md), and `rank` is the better choice.
+
     Sources: Nayak et al., OSF (2504.07097), whose code takes one share for all layers and has I commented out (shares
     1/2 and 1 there), and trains embeddings, norms and biases beside; peft's keeps half of every matrix and freezes
     all else. Xiong and Xie, OPLoRA (2510.13003), one task.
@@ -122,8 +125,14 @@ class WeightProjection(Rule):
             p.grad = None  # an optimizer that holds it leaves it alone, decay included
         self._batches = task.batches
         self._parts = [*self._factors(task, pairs), *self._wholes(task, sites)]
-        if all(part.basis.full for part in self._parts):
+        full = sum(part.basis.full for part in self._parts)
+        if full == len(self._parts):
             task.say("WeightProjection: every direction of every weight is kept, so this task can learn nothing")
+        elif full:
+            task.say(
+                f"WeightProjection: {full} of {len(self._parts)} weights are kept whole and learn nothing; rank=0.5 "
+                "keeps half of each"
+            )
         self._references = {}
 
     def _factors(self, task: TaskContext, pairs: Sequence[LoraPair]) -> Iterator[Factors]:
@@ -160,7 +169,8 @@ class WeightProjection(Rule):
         if self.branch == "fresh":
             shapes, copied = [pair.shape for pair in lora_pairs(model)], 0
         else:
-            shapes = [tuple(site.matrix(site.weight).shape) for site in matrices(model)]
+            weights = [site.matrix(site.weight) for site in matrices(model)]
+            shapes = [(len(W), W.shape[1]) for W in weights]
             copied = 4
         rank = self.target if self.rank is None else self.rank
         return sum(copied * out * d + 4 * count(rank, (out, d)) * (out + d + 1) for out, d in shapes)
