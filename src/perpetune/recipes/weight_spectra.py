@@ -13,10 +13,11 @@ def osf(rank: int | float | None = None, least: float = 0.1, target: float = 0.8
     """OSF: all weights of linear layers trained outside of their leading singular directions, taken anew each task.
 
     Nayak et al., Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning, 2504.07097.
-    Published: retention by layer importance, least 0.1 and target 0.8. Its code takes one share for all layers (so does
-    peft's `OSFConfig`, which keeps half: `rank=0.5`), projects the gradients of three factors before AdamW at 1e-5
-    (ours 1e-4), which does not keep the directions, and trains what is no matrix, too. Here the update is projected,
-    and all else is frozen, as in peft. Importance may leave whole layers frozen: `rank=0.5` is the safer choice.
+    Published: a layer keeps the share least + I (target - least) by its importance I (0.1 and 0.8 here). Its code takes
+    one share for all layers, projects the gradients of three factors before AdamW at 1e-5 (ours 1e-4), which does not
+    keep the directions, and trains what is no matrix, too. peft's `OSFConfig` projects gradients as well, keeps half
+    (`rank=0.5`) and freezes all else. Here the update is projected and all else frozen. Importance may leave whole
+    layers frozen: `rank=0.5` is the safer choice.
     """
     return Recipe(AllWeights(), [WeightProjection(rank, least, target)], Continue(), training={"learning_rate": 1e-4})
 
