@@ -26,19 +26,20 @@ CASES = {
 def learn(case: str, rank: int | None) -> tuple[dict[str, Tensor], dict]:
     """Two tasks as one process (rank None) or as one of two; weights and memory, whole, and what was seen on the way.
 
-    A rank trains on its half of each batch, one process on both halves in turn. All read all batches for the memory.
+    A rank trains on its half of each batch, and reads it for the memory; one process takes both halves in turn.
     """
     tuner, settings = CASES[case]
     rule = SubspaceProjection(energy=1, probes=2, **settings)
     model, seen = shard(network(tuner), rank), {}
     for index, (x, y) in enumerate((data(16, 1, torch.float64), data(32, 2, torch.float64))):
-        context = TaskContext(model, index, lambda x=x: [{"x": x}])
+        parts = range(RANKS) if rank is None else [rank]
+        context = TaskContext(model, index, lambda x=x, parts=parts: [{"x": x[part::RANKS]} for part in parts])
         before = whole(model)
         optimizer = torch.optim.AdamW(trained(model), lr=3e-3, weight_decay=0.01)
         attached = attach(model, optimizer, [rule], index=index, batches=context.batches)
         for _ in range(STEPS):
             optimizer.zero_grad()
-            for half in range(RANKS) if rank is None else [rank]:
+            for half in parts:
                 loss = F.mse_loss(model(x[half::RANKS])[:, : y.shape[1]], y[half::RANKS])
                 (loss / RANKS if rank is None else loss).backward()  # FSDP2 takes the mean over ranks
             optimizer.step()
