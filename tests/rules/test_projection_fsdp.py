@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from perpetune.rules.base import TaskContext, attach
 from perpetune.rules.projection import SubspaceProjection
 from tests.rules.course import data, lora, network, trained
+from tests.rules.ranks import RANKS
 
-RANKS, STEPS = 2, 6
+STEPS = 6
 CASES = {
     "kept": ("lora", {"branch": "kept"}),
     "fresh": ("lora", {"branch": "fresh"}),
@@ -79,20 +80,16 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     for case in CASES:
         tensors, seen = learn(case, rank)
         save_file(tensors, folder / f"{case} {rank}.safetensors")
         (folder / f"{case} {rank}.json").write_text(json.dumps(seen))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, list[tuple[dict[str, Tensor], dict]]]:
-    """What each rank found in each case; one start of the processes for all, for it takes most of the time."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=RANKS)
+def found(two_ranks) -> dict[str, list[tuple[dict[str, Tensor], dict]]]:
+    """What each rank found in each case."""
+    folder = two_ranks
     return {
         case: [
             (load_file(folder / f"{case} {rank}.safetensors"), json.loads((folder / f"{case} {rank}.json").read_text()))

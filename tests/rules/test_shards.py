@@ -26,10 +26,11 @@ from perpetune.rules import (
     attach,
 )
 from tests.rules.conftest import make
+from tests.rules.ranks import RANKS
 from tests.rules.test_rule_contract import CASES as CONTRACT
 from tests.rules.test_rule_contract import SHAPES, Case
 
-RANKS, STEPS, EXAMPLES = 2, 3, 8
+STEPS, EXAMPLES = 3, 8
 KINDS = ("ddp", "fsdp")
 CASES = {
     **CONTRACT,
@@ -131,23 +132,17 @@ def refused(rank: int) -> list[str]:
 
 
 def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     for name in CASES:
         for kind in KINDS:
             tensors, measured = learn(name, kind, rank)
             save_file(tensors, folder / f"{name} {kind} {rank}.safetensors")
             (folder / f"{name} {kind} {rank}.json").write_text(json.dumps(measured))
     (folder / f"refused {rank}.json").write_text(json.dumps(refused(rank)))
-    torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> Path:
-    """Where two processes left all that they found: one start for all, for it takes most of the time."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=RANKS)
-    return folder
+@pytest.fixture
+def ran(two_ranks) -> Path:
+    return two_ranks
 
 
 @pytest.fixture(scope="module")
