@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..consolidation import Consolidation
+from ..core import processes
 from ..core.environment import default_device
 from ..core.errors import ConfigError
 from ..core.progress import Progress
@@ -53,7 +54,8 @@ class Learner:
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
         general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
-        device: where to train and predict; None takes an accelerator where there is one.
+        device: where to train and predict; None takes an accelerator where there is one, each of several processes
+            (torchrun) its own.
         processor: of a model in memory, where it is given alone.
         loading: pooling, max_length, trust_remote_code, dtype, quantization, gguf_file, attn_implementation,
             device_map: see `Loading`.
@@ -88,19 +90,23 @@ class Learner:
         made = make_recipe(recipe)
         if heads:
             made = made.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
-        self._temporary = tempfile.TemporaryDirectory() if run is None else None
+        device = processes.join(torch.device(device) if device is not None else default_device())
+        self._temporary = tempfile.TemporaryDirectory() if run is None and processes.first() else None
+        if run is None:
+            run = processes.from_first(self._temporary.name if self._temporary else None)
+        assert run is not None
         self.setup = Setup(
             model=InMemory.of(model, processor) or (str(model) if model is not None else None),
             recipe=made,
             heads_given=bool(heads),
-            path=Path(self._temporary.name if self._temporary else run),  # type: ignore[arg-type]
+            path=Path(run),
             training=resolve_training(made.training, training or {}),
             loading=Loading(**loading),
             evaluate_every=evaluate_every,
             general=read_general(general),
             seed=seed,
-            device=torch.device(device) if device is not None else default_device(),
-            progress=progress or Progress(),
+            device=device,
+            progress=progress if progress and processes.first() else Progress(),
             trainer=trainer,
             response_prefix=response_prefix,
         )

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from ..core.errors import ConfigError, first_line, nearest
+from ..core.processes import launched
 from ..core.validation import number
 from ..models.backbone import Backbone
 from . import trainer_choice as trl
@@ -78,7 +79,7 @@ _REASONS = {
     "a run is exported as a folder, which you may upload (perpetune export)": (
         "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision"
     ),
-    "a run trains in one process; in a loop of your own over several, use perpetune.attach": (
+    "start the run with torchrun or accelerate launch; FSDP2 takes a loop of your own with perpetune.attach": (
         "fsdp fsdp_config deepspeed parallelism_config local_rank average_tokens_across_devices ddp_backend "
         "ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout"
     ),
@@ -194,6 +195,11 @@ def check_training(settings: dict[str, Any], backbone: Backbone, by: trl.Trainer
     on_cpu = next(backbone.model.parameters(), torch.empty(0)).device.type == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(settings, folder, 0, on_cpu, by, 1)
+    if arguments.n_gpu > 1 and not hasattr(backbone.model, "hf_device_map"):
+        raise ConfigError(
+            f"{arguments.n_gpu} accelerators are visible to one process: start `torchrun --nproc-per-node "
+            f"{arguments.n_gpu} -m perpetune.cli run ...`, or show one alone (CUDA_VISIBLE_DEVICES=0)"
+        )
     _check_integrations(arguments)
     _check_model(arguments, backbone)
     with one_line(f"optim `{getattr(arguments.optim, 'value', arguments.optim)}`"):
@@ -269,9 +275,9 @@ def one_line(what: str = "training settings") -> Iterator[None]:
 
 
 def count_steps(examples: int, settings: dict[str, Any]) -> int:
-    """Optimizer steps of one task with this many examples."""
+    """Optimizer steps of one task with this many examples, of which every process takes a batch at a time."""
     if settings.get("max_steps", -1) > 0:
         return int(settings["max_steps"])
-    batches = -(-examples // int(settings["per_device_train_batch_size"]))
+    batches = -(-examples // (launched() * int(settings["per_device_train_batch_size"])))
     per_epoch = max(1, -(-batches // int(settings.get("gradient_accumulation_steps", 1))))
     return max(1, int(-(-per_epoch * float(settings["num_train_epochs"]) // 1)))

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, RuleError
 from ..core.measurement import Measurement
+from ..core.processes import together
 from .base import Rule, TaskContext
 from .lora_penalty import work
 from .mask_bits import as_bits, pieces, restore
 from .mask_scores import Clip, burn_in, gradient_scores, leaves
 from .mask_selection import check_keep, largest, mixed, pack, unpack
-from .shards import cut, gathered, local, plain_name, processes
+from .shards import cut, gathered, local, plain_name
 
 CHOICES = {
     "score": ("fisher", "gradient", "absolute", "magnitude", "random"),
@@ -178,7 +179,7 @@ class FixedMask(Rule):
         else:
             if task.losses is None:
                 raise RuleError(f"FixedMask: score `{self.score}` looks at gradients: give `losses` to attach()")
-            at_most = None if self.examples is None else -(-self.examples // (self.batch * processes()))
+            at_most = None if self.examples is None else -(-self.examples // (self.batch * together()))
             with burn_in(task.model, dropout=self.dropout, seed=seed):
                 found = gradient_scores(
                     task.losses(self.batch), leaves(task.model, params), self.score, self.clip, at_most

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import RuleError
+from ..core.processes import sum_
 from ..tuners.linear_map import LinearMap
 from .linear_sites import Batches, see_inputs, shared_inputs
 from .second_moments import DiagonalMoment, InputMemory, SecondMoment
-from .shards import sum_
 from .sketches import FrequentDirections, restore
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import RuleError
+from ..core.processes import sum_
 from .lora_penalty import work
 from .modes import modes_kept
-from .shards import ROWS, reshard, sharded, sum_
+from .shards import ROWS, reshard, sharded
 
 Clip = Literal["none", "per_tensor", "global"]
 

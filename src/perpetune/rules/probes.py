@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..core.errors import RuleError
 from ..core.measurement import Measurement
+from ..core.processes import from_first
 from .modes import modes_kept
-from .shards import from_first, reshard
+from .shards import reshard
 
 
 @dataclass

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import RuleError
+from ..core.processes import sum_
 from .bases import basis, check_energy, leading, squared_norm
-from .shards import sum_
 
 CHUNK = 8192  # rows that are converted to fp64 at a time
 

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ..core.errors import RuleError
 
@@ -64,39 +63,6 @@ def gathered(rows: Tensor, like: Tensor) -> Tensor:
         rows, known.device_mesh, known.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return parts.full_tensor()
-
-
-def processes() -> int:
-    """How many processes train one model: those of torch's default group, 1 where there is none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def sum_(tensors: Sequence[Tensor]) -> None:
-    """Add up over all processes, in place, what each gathered of the data that it saw."""
-    for t in tensors if processes() > 1 else ():
-        there = t.contiguous()
-        if dist.get_backend() == "nccl" and there.device.type == "cpu":
-            there = there.cuda()
-        dist.all_reduce(there)
-        t.copy_(there)
-
-
-def from_first(found: Any) -> Any:
-    """What the first process found, on every process."""
-    if processes() == 1:
-        return found
-    box = [found if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def from_all(found: Any) -> list[Any]:
-    """What every process found, in their order."""
-    if processes() == 1:
-        return [found]
-    box: list[Any] = [None] * processes()
-    dist.all_gather_object(box, found)
-    return box
 
 
 # ---- models in wrappers ----

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError, RuleError
+from ..core.processes import from_all, together
 from .bases import check_energy, leading
 from .second_moments import CHUNK, DiagonalMoment, InputMemory, SecondMoment
-from .shards import from_all, processes
 
 
 class FrequentDirections(InputMemory):
@@ -62,7 +62,7 @@ class FrequentDirections(InputMemory):
 
     def gather(self) -> None:
         """The sketches of all processes in one, whose bound holds; not the one that a single process would make."""
-        if processes() == 1:
+        if together() == 1:
             return
         first, *others = (restore(state) for state in from_all(self.state()))
         assert isinstance(first, FrequentDirections)
