@@ -1,5 +1,5 @@
-"""`torchrun --nproc-per-node 2 -m tests.learning.ranks FOUND COMMANDS.json`: commands of perpetune, one after another, in
-processes that are started once; writes the exit code of each, and what the process said."""
+"""`torchrun --nproc-per-node 2 -m tests.learning.ranks FOUND COMMANDS.json`: commands of perpetune, one after another,
+in processes that are started once; writes the exit code of each, and what the process said."""
 
 from __future__ import annotations
 

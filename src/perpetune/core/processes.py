@@ -39,8 +39,11 @@ def together() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def join(device: torch.device) -> torch.device:
+def join(device: str | torch.device | None) -> torch.device:
     """Meet the other processes that were started, if there are any.
+
+    Args:
+        device: None takes an accelerator where there is one.
 
     Returns:
         The device of this process: of several accelerators the one that is its own.
@@ -54,9 +57,13 @@ def join(device: torch.device) -> torch.device:
                 f"accelerate was told to use {engine}, and runs train under DDP: take it out of accelerate's "
                 "configuration (FSDP2: pt.attach in a loop of your own, docs/how-to/several-processes.md)"
             )
+    import torch
+
+    from .environment import default_device
+
+    device = default_device() if device is None else torch.device(device)
     if launched() == 1:
         return device
-    import torch
     from accelerate import PartialState
 
     PartialState(cpu=device.type == "cpu")
@@ -71,7 +78,7 @@ def from_first(found: T) -> T:
 
     box: list[Any] = [found if distributed.get_rank() == 0 else None]
     distributed.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[no-any-return]
+    return box[0]
 
 
 def from_all(found: T) -> list[T]:

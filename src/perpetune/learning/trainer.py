@@ -134,7 +134,7 @@ class TaskTrainer(UnderRules):
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        return model(**inputs)["loss"]  # type: ignore[no-any-return]
+        return model(**inputs)["loss"]
 
 
 def train_task(
