@@ -57,7 +57,7 @@ def ran(alone, model, word_stream, tmp_path_factory) -> tuple[Path, list[list[di
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = ["-m", "tests.learning.ranks", str(folder / "found"), str(folder / "commands.json")]
-    done = subprocess.run([*start, *worker], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*start, *worker], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, [json.loads((folder / f"found.{rank}").read_text(encoding="utf-8")) for rank in range(2)]
 
