@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import peft
 import pytest
@@ -74,3 +75,11 @@ def relative() -> Callable[[Sequence[Tensor], Sequence[Tensor]], float]:
         return ((a - b).norm() / b.norm()).item()
 
     return difference
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory) -> Path:
+    """The folder in which two processes left what tests compare with one."""
+    from tests.rules import ranks
+
+    return ranks.run(tmp_path_factory.mktemp("ranks"))

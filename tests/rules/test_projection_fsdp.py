@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from perpetune.rules.base import TaskContext, attach
 from perpetune.rules.projection import SubspaceProjection
 from tests.rules.course import data, lora, network, trained
+from tests.rules.ranks import RANKS
 
-RANKS, STEPS = 2, 6
+STEPS = 6
 CASES = {
     "kept": ("lora", {"branch": "kept"}),
     "fresh": ("lora", {"branch": "fresh"}),
@@ -26,19 +27,20 @@ CASES = {
 def learn(case: str, rank: int | None) -> tuple[dict[str, Tensor], dict]:
     """Two tasks as one process (rank None) or as one of two; weights and memory, whole, and what was seen on the way.
 
-    A rank trains on its half of each batch, one process on both halves in turn. All read all batches for the memory.
+    A rank trains on its half of each batch, and reads it for the memory; one process takes both halves in turn.
     """
     tuner, settings = CASES[case]
     rule = SubspaceProjection(energy=1, probes=2, **settings)
     model, seen = shard(network(tuner), rank), {}
     for index, (x, y) in enumerate((data(16, 1, torch.float64), data(32, 2, torch.float64))):
-        context = TaskContext(model, index, lambda x=x: [{"x": x}])
+        parts = range(RANKS) if rank is None else [rank]
+        context = TaskContext(model, index, lambda x=x, parts=parts: [{"x": x[part::RANKS]} for part in parts])
         before = whole(model)
         optimizer = torch.optim.AdamW(trained(model), lr=3e-3, weight_decay=0.01)
         attached = attach(model, optimizer, [rule], index=index, batches=context.batches)
         for _ in range(STEPS):
             optimizer.zero_grad()
-            for half in range(RANKS) if rank is None else [rank]:
+            for half in parts:
                 loss = F.mse_loss(model(x[half::RANKS])[:, : y.shape[1]], y[half::RANKS])
                 (loss / RANKS if rank is None else loss).backward()  # FSDP2 takes the mean over ranks
             optimizer.step()
@@ -78,20 +80,16 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     for case in CASES:
         tensors, seen = learn(case, rank)
         save_file(tensors, folder / f"{case} {rank}.safetensors")
         (folder / f"{case} {rank}.json").write_text(json.dumps(seen))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, list[tuple[dict[str, Tensor], dict]]]:
-    """What each rank found in each case; one start of the processes for all, for it takes most of the time."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=RANKS)
+def found(two_ranks) -> dict[str, list[tuple[dict[str, Tensor], dict]]]:
+    """What each rank found in each case."""
+    folder = two_ranks
     return {
         case: [
             (load_file(folder / f"{case} {rank}.safetensors"), json.loads((folder / f"{case} {rank}.json").read_text()))

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..core.errors import PerpetuneError, first_line
+from ..core.errors import ConfigError, PerpetuneError, first_line
+from ..core.processes import first, launched
 from . import generate, inspect, manage, predict, run, verify
 
 app = typer.Typer(
@@ -71,6 +72,10 @@ def perpetune(
 
     `perpetune run --model sentence-transformers/all-MiniLM-L6-v2 --stream my_tasks/ --recipe routed --out runs/routed`
     """
+    if launched() > 1 and context.invoked_subcommand != "run":
+        raise ConfigError(
+            f"{launched()} processes were started together, which is for `perpetune run`: start this command alone"
+        )
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)
@@ -91,16 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("PERPETUNE_TRACEBACK"):
             raise
-        typer.echo(f"perpetune: {_line(error)}", err=True)
+        if first() or not isinstance(error, PerpetuneError):  # which all processes raise alike
+            typer.echo(f"perpetune: {_line(error)}", err=True)
         code = 2
-    if code == 130:  # also from typer, which turns Ctrl-C into it
+    if code == 130 and first():  # also from typer, which turns Ctrl-C into it
         typer.echo("perpetune: interrupted; every finished task is safe, the same command goes on after it", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
     """A warning as a line of its own: where in the code it was raised helps nobody who types commands."""
-    typer.echo(f"perpetune: warning: {' '.join(str(message).split())}", err=True)
+    if first():
+        typer.echo(f"perpetune: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _line(error: Exception) -> str:

@@ -83,6 +83,7 @@ def run(
     first try, of which the commits and the journal tell.
     """
     from ..core.errors import ConfigError
+    from ..core.processes import first, launched
     from ..core.progress import RichProgress
     from ..learning.gone_data import learned_tasks
     from ..learning.learner import Learner
@@ -98,6 +99,8 @@ def run(
         raise ConfigError(f"--{given[0].replace('_', '-')} is a limit of a gate: add --gate")
     if (gate or retry) and settings.stream.drift is not None:
         raise ConfigError("--gate and --retry are for tasks that are told: leave out --drift")
+    if launched() > 1 and plan:
+        raise ConfigError("--plan is for one process: start it alone, with the batch of all processes together")
     learner = Learner.from_config(settings, progress=RichProgress())
     loaded = settings.stream.load(learned_tasks(learner.path))
     if plan:
@@ -120,7 +123,8 @@ def run(
 
     def accept(found: Result) -> tuple[str, ...]:
         verdict = judge(found, **limits)  # type: ignore[arg-type]
-        show(verdict.table())
+        if first():
+            show(verdict.table())
         refused.extend([verdict.task] if verdict.failures else [])
         return verdict.failures
 
@@ -130,6 +134,10 @@ def run(
         result = learner.retry(loaded, retry, accept=accept if gate else None)
     else:
         result = learner.learn(loaded, accept=accept if gate else None)
+    if not first():
+        if refused:
+            raise typer.Exit(1)
+        return
     records = result.records()
     typer.echo("\n".join([result.summary(), *drift_summary(result)]))
     write_json(json, records)

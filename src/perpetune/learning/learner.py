@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..consolidation import Consolidation
-from ..core.environment import default_device
+from ..core import processes
 from ..core.errors import ConfigError
 from ..core.progress import Progress
 from ..heads import Head, make_head
@@ -53,10 +53,9 @@ class Learner:
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
         general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
-        device: where to train and predict; None takes an accelerator where there is one.
+        device: where to train and predict; None takes an accelerator where there is one, each process its own.
         processor: of a model in memory, where it is given alone.
-        loading: pooling, max_length, trust_remote_code, dtype, quantization, gguf_file, attn_implementation,
-            device_map: see `Loading`.
+        loading: names of `Loading`: pooling, dtype, device_map and others.
 
     Raises:
         ConfigError: an unknown recipe, head or training setting.
@@ -88,19 +87,21 @@ class Learner:
         made = make_recipe(recipe)
         if heads:
             made = made.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
+        device = processes.join(device)
         self._temporary = tempfile.TemporaryDirectory() if run is None else None
+        path = processes.from_first(Path(self._temporary.name if self._temporary else str(run)))
         self.setup = Setup(
             model=InMemory.of(model, processor) or (str(model) if model is not None else None),
             recipe=made,
             heads_given=bool(heads),
-            path=Path(self._temporary.name if self._temporary else run),  # type: ignore[arg-type]
+            path=path,
             training=resolve_training(made.training, training or {}),
             loading=Loading(**loading),
             evaluate_every=evaluate_every,
             general=read_general(general),
             seed=seed,
-            device=torch.device(device) if device is not None else default_device(),
-            progress=progress or Progress(),
+            device=device,
+            progress=progress if progress and processes.first() else Progress(),
             trainer=trainer,
             response_prefix=response_prefix,
         )

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..core.environment import versions
-from ..core.errors import RunError, StreamError
+from ..core.errors import ConfigError, RunError, StreamError
+from ..core.processes import launched
 from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
 from ..runs.commit import active, reverted
+from ..runs.config_check import BATCH, together
 from ..runs.directory import Run, read_config
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
@@ -25,7 +27,7 @@ from .retry import set_aside
 from .setup import Setup, task_settings
 from .state import LearnerState
 from .trainer_choice import OLD, check_trl_settings, settle, settled
-from .training_settings import REFUSED, check_training
+from .training_settings import DEFAULTS, REFUSED, check_training
 
 
 class Opened(NamedTuple):
@@ -65,7 +67,20 @@ def arguments_of(path: Path, given: dict[str, Any]) -> tuple[Any, Any, dict[str,
         loading = {k: v for k, v in loading.items() if k not in DECIDED}
     # what had no effect was once taken and is refused now: without it the run is what it was
     training = {k: v for k, v in config["training"].items() if k not in REFUSED}
+    training[BATCH] = _share(path, config)
     return name, recipe, {"training": training, "seed": config["seed"], **loading, **given}
+
+
+def _share(path: Path, config: dict[str, Any]) -> int:
+    """The batch of each process, of as many as there are now.
+
+    Raises:
+        RunError: that of the run cannot be divided so.
+    """
+    whole: int = together(config)["training"].get(BATCH, DEFAULTS[BATCH])
+    if whole % launched():
+        raise RunError(f"{path} has batches of {whole} examples, which {launched()} processes cannot divide")
+    return whole // launched()
 
 
 def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: str | None = None) -> Opened:
@@ -90,6 +105,8 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
         )
     checked: list[dict[str, Any]] = []  # most tasks have the settings of the run, and a check builds an optimizer
     for each in stream:  # before anything is written
+        if launched() > 1 and BATCH in each.training:
+            raise ConfigError(f"task `{each.name}` has a {BATCH} of its own, which is for one process: leave it out")
         settings = task_settings(setup.training, each)
         if settings not in checked:
             check_trl_settings(settings, setup.trainer, stream)

@@ -10,6 +10,7 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
+from ..core.processes import first
 from ..metrics.accuracy import AccuracyMatrix, summary
 from ..runs.result import Result
 from .trainer_choice import OLD
@@ -51,7 +52,7 @@ def report(path: Path, settings: dict[str, Any], model: Any) -> None:
         ConfigError: an integration fails; the task is committed.
     """
     named = settings.get("report_to", "none")
-    if named in (None, "none", [], ["none"]):
+    if named in (None, "none", [], ["none"]) or not first():
         return
     result = Result(path)
     with one_line("report_to"):

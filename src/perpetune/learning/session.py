@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..consolidation import Session
+from ..core.processes import launched
 from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
 from ..models.language_model import LanguageBackbone
@@ -123,10 +125,12 @@ class Training:
             yield backbone.batch(self.examples[start : start + size])
 
     def losses(self, size: int) -> Iterable[Tensor]:
-        """The training loss of batches of `size` rows, with a graph, for rules."""
+        """The training loss of batches of `size` rows, with a graph, for rules; of several processes each has its
+        part."""
         backbone = self.state.backbone
         model = TaskModel(backbone, self.state.training_head)
-        for start in range(0, len(self.examples), size):
+        first, of = (int(os.environ["RANK"]), launched()) if launched() > 1 else (0, 1)
+        for start in range(first * size, len(self.examples), of * size):
             batch = backbone.collate(self.examples[start : start + size])
             yield model(**{k: v.to(self.state.setup.device) for k, v in batch.items()})["loss"]
 

@@ -11,6 +11,7 @@ import torch
 
 from ..core.environment import versions
 from ..core.errors import ConfigError, RunError
+from ..core.processes import launched
 from ..core.progress import Progress
 from ..models.backbone import Backbone
 from ..models.fingerprint import loaded_from
@@ -162,6 +163,7 @@ class Setup:
             },
             "recipe": self.recipe.to_dict(),
             "training": self.training,
+            **({"processes": launched()} if launched() > 1 else {}),
             "seed": self.seed,
             "versions": versions(),
         }

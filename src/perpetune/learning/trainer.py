@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..core.errors import TrainingError
+from ..core.processes import from_all, sum_, together
 from ..heads import Head
 from ..models.backbone import Backbone, Examples
 from ..rules import Rule
@@ -76,7 +77,7 @@ class _Finite(TrainerCallback):
         self.trainer, self.task = trainer, task
 
     def check(self) -> None:
-        bad = int(self.trainer.first_bad_step)
+        bad = max(from_all(int(self.trainer.first_bad_step)))
         if bad >= 0:
             raise self._refusal(f"the loss was not finite at step {bad + 1}")
 
@@ -133,7 +134,7 @@ class TaskTrainer(UnderRules):
         optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        return model(**inputs)["loss"].mean()  # several devices give several losses
+        return model(**inputs)["loss"]
 
 
 def train_task(
@@ -203,7 +204,9 @@ def train_task(
         check_buffers(backbone, buffers)
         finite.check()
         finite.check_weights()
-    losses = [float(x) for x in torch.stack(trainer.losses).float()] if trainer.losses else []
+    means = torch.stack(trainer.losses).float().cpu() if trainer.losses else torch.empty(0)
+    sum_([means])  # every process had its part of each batch
+    losses = [float(x) / together() for x in means]
     tenth = max(1, len(losses) // 10)
     return TrainingLog(
         trainer.state.global_step,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..core.errors import ConfigError
+from ..core.processes import launched
 from ..models.backbone import Backbone
 from ..models.language_model import LanguageBackbone
 from ..recipes.recipe import Recipe
@@ -101,7 +102,7 @@ def not_trl(backbone: LanguageBackbone, recipe: Recipe) -> str | None:
         return "the model reads images"
     if backbone.model.get_output_embeddings() is None or not hasattr(backbone.model, "base_model"):
         return "the model has no head that TRL could fuse"
-    if next(backbone.model.parameters()).device.type != "cpu" and torch.accelerator.device_count() > 1:
+    if next(backbone.model.parameters()).device.type != "cpu" and torch.accelerator.device_count() > launched() == 1:
         return "several GPUs are visible, and TRL trains on one: set CUDA_VISIBLE_DEVICES"
     targets = getattr(getattr(recipe.tuner, "config", None), "target_modules", None)
     output = next(n for n, m in backbone.model.named_modules() if m is backbone.model.get_output_embeddings())

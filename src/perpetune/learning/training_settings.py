@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from ..core.errors import ConfigError, first_line, nearest
+from ..core.processes import launched
 from ..core.validation import number
 from ..models.backbone import Backbone
 from . import trainer_choice as trl
@@ -79,7 +80,7 @@ _REASONS = {
     "a run is exported as a folder, which you may upload (perpetune export)": (
         "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision"
     ),
-    "a run trains in one process; in a loop of your own over several, use perpetune.attach": (
+    "start the run with torchrun or accelerate launch; FSDP2 takes a loop of your own with perpetune.attach": (
         "fsdp fsdp_config deepspeed parallelism_config local_rank average_tokens_across_devices ddp_backend "
         "ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout"
     ),
@@ -199,6 +200,11 @@ def check_training(settings: dict[str, Any], backbone: Backbone, by: trl.Trainer
     on_cpu = next(backbone.model.parameters(), torch.empty(0)).device.type == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(settings, folder, 0, on_cpu, by, 1)
+    if arguments.n_gpu > 1 and not hasattr(backbone.model, "hf_device_map"):
+        raise ConfigError(
+            f"{arguments.n_gpu} accelerators are visible to one process: start `torchrun --nproc-per-node "
+            f"{arguments.n_gpu} -m perpetune.cli run ...`, or show one alone (CUDA_VISIBLE_DEVICES=0)"
+        )
     _check_integrations(arguments)
     _check_model(arguments, backbone)
     with one_line(f"optim `{getattr(arguments.optim, 'value', arguments.optim)}`"):
@@ -274,16 +280,16 @@ def one_line(what: str = "training settings") -> Iterator[None]:
 
 
 def count_steps(examples: int, settings: dict[str, Any]) -> int:
-    """Optimizer steps of one task with this many examples.
+    """Optimizer steps of one task with this many examples, of which every process takes a batch at a time.
 
     Raises:
         ConfigError: incomplete batches are dropped, and there is no other.
     """
-    size = int(settings["per_device_train_batch_size"])
+    size = launched() * int(settings["per_device_train_batch_size"])
     if settings.get("dataloader_drop_last") and 0 < examples < size:
         raise ConfigError(
             f"dataloader_drop_last drops the only batch of a task of {examples} examples: leave it out, or set "
-            f"per_device_train_batch_size to at most {examples}"
+            f"per_device_train_batch_size to at most {examples // launched()}"
         )
     if settings.get("max_steps", -1) > 0:
         return int(settings["max_steps"])

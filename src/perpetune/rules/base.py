@@ -15,6 +15,7 @@ from ..core.measurement import Measurement
 from ..tuners.peft_tuner import changes_base
 from .before_clipping import BeforeClipping
 from .running_statistics import in_eval_mode
+from .shards import check_frozen, check_parallel, local, reshard, unwrapped
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -25,10 +26,11 @@ class TaskContext:
     """What a rule is told when a task begins.
 
     Attributes:
-        model: the module that is trained, tuner attached.
+        model: the module that is trained, tuner attached; out of DDP and `torch.compile`, if it is given in them.
         index: 0-based number of the task.
         batches: call it for an iterator over the task's training inputs, as keyword arguments of `model`
             (eval-time preprocessing, no augmentation), for rules that look at data; None where there is none to give.
+            Of several processes, each may give those that it trains on: what they find is added up.
         losses: `losses(n)` iterates over the task's training loss, as the mean over n examples at a time, ready for
             `backward()`; for rules that look at gradients before the task begins. None where there is none to give.
         say: tells the user something about this task.
@@ -40,6 +42,9 @@ class TaskContext:
     losses: Callable[[int], Iterable[Tensor]] | None = None
     say: Callable[[str], None] = lambda text: None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", unwrapped(self.model))
+
 
 @dataclass
 class Rule:
@@ -47,7 +52,8 @@ class Rule:
 
     A rule names the parameters that it acts on in `begin_task`; nothing is looked up by name during a step.
     `on_gradient` runs before every optimizer step and edits `.grad` in place; `on_update(before)` runs after it, with
-    the values that the parameters listed by `watches()` had before the step.
+    the values that the parameters listed by `watches()` had before the step: of sharded ones (FSDP2), the rows that
+    this process holds.
     """
 
     # number of the task that has begun and not ended, and whether a step was made in it
@@ -99,6 +105,10 @@ class Rule:
 
     def on_gradient(self) -> None:
         """Edit gradients in place, before the step."""
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """What the rule acts on while this task is trained. Whatever of it trains must be in the optimizer."""
+        return self.watches()
 
     def watches(self) -> Sequence[nn.Parameter]:
         """Parameters whose values before the step `on_update` needs. Empty: no copies are kept."""
@@ -165,27 +175,33 @@ def attach(
 
     Raises:
         RuleError: a rule finds nothing to act on, or promises that old outputs stay while the adapter's initialisation
-            has changed the base. (From a step) a `scaler` is missing.
+            has changed the base; what a rule holds is not in the optimizer; DeepSpeed, FSDP1 or DataParallel. (From a
+            step) a `scaler` is missing.
 
     Example:
         >>> attached = pt.attach(model, optimizer, [pt.ProductL1(1e-5)])
         >>> ...                                       # any loop that calls optimizer.step()
         >>> attached.remove()
     """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    check_parallel(model, optimizer)
     _check_base_kept(model, rules)
+    reshard(model)  # so that rules hold the shards that train
     if begin:
         said: list[str] = []
+        trained = [p for p in model.parameters() if p.requires_grad]
         context = TaskContext(model, index, batches, losses, said.append)
         for rule in rules:
             rule.begin_task(context)
         for text in said:
             warnings.warn(text, stacklevel=2)
-    inner = getattr(optimizer, "optimizer", optimizer)
+        check_frozen(model, trained)
+    _check_held(model, inner, rules)
     updating = [rule for rule in rules if type(rule).on_update is not Rule.on_update]
     watched: list[tuple[Rule, list[Tensor]]] = [(rule, list(rule.watches())) for rule in updating]
     penalties: list[Any] = [rule for rule in rules if getattr(rule, "before_clipping", False)]
     early = BeforeClipping(penalties, scaler) if penalties else None
-    before: list[list[Tensor]] = [[torch.empty_like(p) for p in params] for _, params in watched]
+    before: list[list[Tensor]] = [[torch.empty_like(local(p)) for p in params] for _, params in watched]
 
     @torch.no_grad()
     def shape_gradient() -> None:
@@ -204,7 +220,7 @@ def attach(
     def pre_step(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for (_rule, params), copies in zip(watched, before, strict=True):
             if params:
-                torch._foreach_copy_(copies, params)
+                torch._foreach_copy_(copies, [local(p) for p in params])
         # step(closure) computes the gradients inside the step (Lightning, L-BFGS): rules must act after that
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -249,6 +265,25 @@ def _unscale(optimizer: Any) -> None:
             if p.grad is not None:
                 p.grad.mul_(scale.double().reciprocal().to(p.grad.device, torch.float32))
     optimizer.grad_scale = None
+
+
+def _check_held(model: nn.Module, optimizer: torch.optim.Optimizer, rules: Sequence[Rule]) -> None:
+    """
+    Raises:
+        RuleError: a rule would be without effect, for the optimizer steps on other tensors than the rule holds.
+    """
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for rule in rules:
+        held = [p for p in rule.parameters() if p.requires_grad]
+        lost = [p for p in held if id(p) not in stepped]
+        if lost:
+            name = names.get(id(lost[0]))
+            what = f"`{name}`" if name else "a tensor that is no longer in the model"
+            raise RuleError(
+                f"{type(rule).__name__} holds {what} ({len(lost)} of {len(held)} tensors), and the optimizer does not, "
+                "so the rule could not act: prepare, shard or compile the model, then make the optimizer, then attach"
+            )
 
 
 def _check_base_kept(model: nn.Module, rules: Sequence[Rule]) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .shards import local, sharded
+
 
 class Penalty(Protocol):
     """A rule that can hand out its gradients instead of adding them."""
@@ -37,6 +39,9 @@ class BeforeClipping:
         self.due = set(self.params)
         self.added = False  # in a backward pass since the last step
         self.handles: list[RemovableHandle] = []
+        self.sharded = any(sharded(p) for p in self.params.values())
+        if self.sharded:
+            self._compute()
         for p in self.params.values():
             self.handles += [p.register_hook(self._arrives(p)), p.register_post_accumulate_grad_hook(self._arrived)]
 
@@ -66,12 +71,18 @@ class BeforeClipping:
 
     def _add(self, p: Tensor, scale: float) -> None:
         if not self.values:
-            for q, value in (pair for rule in self.penalties for pair in rule.gradients()):
-                self.values[id(q)] = self.values[id(q)] + value if id(q) in self.values else value
+            self._compute()
         self.due.discard(id(p))
         if id(p) in self.values and p.grad is not None:
-            p.grad.add_(self.values[id(p)], alpha=scale)
+            local(p.grad).add_(self.values[id(p)], alpha=scale)
+
+    @torch.no_grad()
+    def _compute(self) -> None:
+        for q, value in (pair for rule in self.penalties for pair in rule.gradients()):
+            self.values[id(q)] = self.values[id(q)] + value if id(q) in self.values else value
 
     def stepped(self) -> None:
         """The weights have changed."""
         self.values, self.due, self.added = {}, set(self.params), False
+        if self.sharded:  # whole weights are gathered between steps, and not within a backward pass
+            self._compute()

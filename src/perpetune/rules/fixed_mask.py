@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, RuleError
 from ..core.measurement import Measurement
+from ..core.processes import together
 from .base import Rule, TaskContext
 from .lora_penalty import work
 from .mask_bits import as_bits, pieces, restore
-from .mask_scores import Clip, burn_in, gradient_scores
+from .mask_scores import Clip, burn_in, gradient_scores, leaves
 from .mask_selection import check_keep, largest, mixed, pack, unpack
+from .shards import cut, gathered, local, plain_name
 
 CHOICES = {
     "score": ("fisher", "gradient", "absolute", "magnitude", "random"),
@@ -54,7 +56,8 @@ class FixedMask(Rule):
         embeddings: weights of `nn.Embedding`: "masked" as all others, "free" (trained without a mask, not counted), or
             "frozen".
         each_task: choose anew before every task. The change of all tasks together is then less sparse than keep.
-        examples: look at the first so many only; None looks at all, once.
+        examples: look at the first so many only, of several processes each at its part of them; None looks at all,
+            once.
         batch: examples to a gradient; 1 is what the Fisher information means, and takes a backward pass for each.
         clip: scale gradients down to norm 1 before they are added up: "per_tensor", "global" (over the weights that
             are scored) or "none".
@@ -123,14 +126,16 @@ class FixedMask(Rule):
             )
         self._open = task.index
         self._masked = [
-            (p, ~unpack(self._bits[name], like=p.detach()), p.detach().clone()) for name, p in params.items()
+            (p, cut(~unpack(self._bits[name], like=p.detach()), p), local(p.detach()).clone())
+            for name, p in params.items()
         ]
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What is masked, by name; embeddings are frozen here where they are to be."""
         tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
         found = {}
-        for name, p in model.named_parameters():
+        for full_name, p in model.named_parameters():
+            name = plain_name(full_name)
             if not p.requires_grad:
                 continue
             if self.embeddings == "masked" or id(p) not in tables:
@@ -174,14 +179,19 @@ class FixedMask(Rule):
         else:
             if task.losses is None:
                 raise RuleError(f"FixedMask: score `{self.score}` looks at gradients: give `losses` to attach()")
-            at_most = None if self.examples is None else -(-self.examples // self.batch)
+            at_most = None if self.examples is None else -(-self.examples // (self.batch * together()))
             with burn_in(task.model, dropout=self.dropout, seed=seed):
-                found = gradient_scores(task.losses(self.batch), params, self.score, self.clip, at_most)
+                found = gradient_scores(
+                    task.losses(self.batch), leaves(task.model, params), self.score, self.clip, at_most
+                )
             if found is None:
                 raise RuleError("FixedMask: the task has no training example to choose a mask by")
             scores = found
         double = any(s.dtype == torch.float64 for s in scores)
         return [s.double() for s in scores] if double else scores
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return [p for p, _, _ in self._masked]
 
     # ---- the step ----
 
@@ -231,8 +241,9 @@ class FixedMask(Rule):
         if not self._masked:
             return []
         entries = kept = moved = escaped = 0
-        for p, outside, start in self._masked:
-            changed = as_bits(p.detach()) != as_bits(start)  # so that -0 is not 0
+        for p, out, start in self._masked:
+            changed = gathered(as_bits(local(p.detach())) != as_bits(start), p)  # so that -0 is not 0
+            outside = gathered(out, p)
             entries += p.numel()
             kept += p.numel() - int(outside.sum())
             moved += int(changed.sum())

@@ -21,6 +21,7 @@ from .lora_penalty import work
 from .lora_sites import lora_pairs
 from .running_statistics import buffer_digests, changed_buffers, moving_modules
 from .second_moments import SecondMoment
+from .shards import cut, local
 
 
 @dataclass
@@ -114,7 +115,7 @@ class InfLoRA(Rule):
                 r = len(site.weight)
                 designed = nn.functional.pad(U[:, :r], (0, r - U[:, :r].shape[1])) / math.sqrt(3)
                 with torch.no_grad():
-                    site.weight.copy_(designed.mT)
+                    local(site.weight).copy_(cut(designed.mT, site.weight))
                 site.weight.requires_grad_(False)
                 site.weight.grad = None  # an optimizer that holds it leaves it alone, decay included
                 shares.append(float(values[:r].sum() / C.trace().clamp_min(torch.finfo(C.dtype).tiny)))
@@ -142,6 +143,8 @@ class InfLoRA(Rule):
 
         see_inputs(model, [group[0] for group in shared], batches(), see)
         self._reads = reads
+        for moment in moments:
+            moment.gather()
         seen = [moment.unit().C.cpu() for moment in moments]  # type: ignore[attr-defined]
         return old, list(zip(shared, seen, strict=True))
 

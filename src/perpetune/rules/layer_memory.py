@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import RuleError
+from ..core.processes import sum_
 from ..tuners.linear_map import LinearMap
 from .linear_sites import Batches, see_inputs, shared_inputs
 from .second_moments import DiagonalMoment, InputMemory, SecondMoment
@@ -106,6 +107,11 @@ class LayerMemory:
             counts[reads[site.name]] += moments[reads[site.name]].add(X, mask)
 
         see_inputs(model, [group[0] for group in shared], batches(), see)
+        for moment in moments:
+            moment.gather()
+        numbers = torch.tensor(counts)
+        sum_([numbers])
+        counts = numbers.tolist()
         if not all(counts):
             raise RuleError(f"`{shared[counts.index(0)][0].name}` saw padding alone: look at the attention masks")
         units = [moment.unit() for moment in moments]  # all are checked before anything is remembered

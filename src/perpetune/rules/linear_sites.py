@@ -16,15 +16,9 @@ from ..models.towers import text_tower
 from ..tuners.linear_map import LinearMap
 from .lora_sites import lora_pairs
 from .modes import modes_kept
+from .shards import plain_name, reshard
 
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
-
-
-def reshard(model: nn.Module) -> None:
-    """FSDP2 leaves a root's weights whole after a forward pass with no backward one: what trains are the shards."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):  # FSDPModule, whose import takes a second
-            module.reshard()  # type: ignore[operator]
 
 
 def linear_sites(model: nn.Module, prompts: str = "per_head") -> tuple[list[LinearMap], dict[str, nn.Parameter]]:
@@ -43,15 +37,16 @@ def linear_sites(model: nn.Module, prompts: str = "per_head") -> tuple[list[Line
 
     reshard(model)
     factors = {id(p): f"{q.name}.{key}" for q in lora_pairs(model) for key, p in (("A", q.A), ("B", q.B))}
+    modules = [(plain_name(name), module) for name, module in model.named_modules()]
     sites: list[LinearMap] = []
-    for name, module in model.named_modules():
+    for name, module in modules:
         found = _scales(module)
         if hasattr(module, "linear_maps"):
             found = module.linear_maps(prompts)
         sites += [replace(m, name=f"{name}.{m.name}" if name else m.name) for m in found if m.weight.requires_grad]
     known = {id(site.weight) for site in sites}
     users: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         for key, p in module.named_parameters(recurse=False):
             if p.requires_grad and id(p) not in known:
                 users.setdefault(id(p), []).append((name, module, key, p))
@@ -60,10 +55,10 @@ def linear_sites(model: nn.Module, prompts: str = "per_head") -> tuple[list[Line
         name, first, key, p = uses[0]
         # One use that is no linear layer (an embedding tied to the output) spoils all: its inputs are not seen.
         if all(isinstance(m, nn.Linear | Conv1D) and k == "weight" and type(m) is type(first) for _, m, k, _ in uses):
-            modules = tuple(m for _, m, _, _ in uses)
+            users_of = tuple(m for _, m, _, _ in uses)
             kept_transposed = isinstance(first, Conv1D)  # W^T (d x out)
             view, rows = (_transposed, 1) if kept_transposed else (None, 0)
-            sites.append(LinearMap(factors.get(id(p), name), p, modules, view, rows))
+            sites.append(LinearMap(factors.get(id(p), name), p, users_of, view, rows))
         else:
             others[f"{name}.{key}" if name else key] = p
     return sites, others

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError, RuleError
 from .base import Rule, TaskContext
 from .lora_sites import LoraPair, lora_pairs
+from .shards import cut, local, whole
 
 
 @dataclass
@@ -63,9 +64,10 @@ class LoraPenalty(Rule):
 
     @torch.no_grad()
     def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """(parameter, gradient of the term) for all that train, for whoever adds them at another time."""
+        """(parameter, gradient of the term) for all that train, for whoever adds them at another time.
+        Of sharded ones, the rows that this process holds."""
         found = ((p, scale * v) for params, values, scale in self.terms() for p, v in zip(params, values, strict=True))
-        return [(p, v) for p, v in found if p.requires_grad]
+        return [(p, cut(v, p)) for p, v in found if p.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
         """Those of the active pairs that train."""
@@ -84,8 +86,9 @@ def check_strength(rule: Rule, setting: str) -> None:
 
 
 def work(p: Tensor) -> Tensor:
-    """The values in the type that penalties compute in: fp64 stays, all else is fp32 (half precision is too coarse)."""
-    p = p.detach()
+    """The values in the type that penalties compute in: fp64 stays, all else is fp32 (half precision is too coarse).
+    Of sharded ones all, since products and norms need them: every process must call it."""
+    p = whole(p)
     return p if p.dtype == torch.float64 else p.float()
 
 
@@ -97,8 +100,9 @@ def gradient(p: nn.Parameter) -> Tensor:
 
 
 def add_gradients(params: Sequence[nn.Parameter], values: Sequence[Tensor], scale: float) -> None:
-    """p.grad += scale * value for all parameters that train, in one call; rounded once where p is half precision."""
-    chosen = [(gradient(p), v) for p, v in zip(params, values, strict=True) if p.requires_grad]
+    """p.grad += scale * value for all parameters that train, in one call; rounded once where p is half precision. Of
+    sharded ones, values are whole, and cut to the rows that are here."""
+    chosen = [(local(gradient(p)), cut(v, p)) for p, v in zip(params, values, strict=True) if p.requires_grad]
     if chosen:
         grads, values = zip(*chosen, strict=True)
         torch._foreach_add_(list(grads), list(values), alpha=scale)
@@ -115,4 +119,4 @@ def same_shape(pairs: Sequence[LoraPair]) -> list[list[LoraPair]]:
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """(n x ...) in the working type."""
-    return work(torch.stack([t.detach() for t in tensors]))
+    return work(torch.stack([whole(t) for t in tensors]))

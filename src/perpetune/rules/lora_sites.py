@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..core.errors import RuleError
+from .shards import plain_name
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
     from peft.tuners.lora.layer import ParamWrapper
 
     pairs = []
-    for name, layer in model.named_modules():
+    for name, layer in ((plain_name(name), layer) for name, layer in model.named_modules()):
         # ParamWrapper stores the factors of many experts in one matrix: B A is not the change there.
         if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper) or layer.disable_adapters:
             continue

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..core.errors import RuleError
 from ..core.measurement import Measurement
-from .linear_sites import reshard
+from ..core.processes import from_first
 from .modes import modes_kept
+from .shards import reshard
 
 
 @dataclass
@@ -27,8 +28,8 @@ class Probes:
     tasks: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
 
     def add(self, model: nn.Module, batches: Iterable[dict[str, Tensor]], number: int) -> None:
-        """Keep the first `number` inputs of the first batch, and the model's output for them. A model whose inputs are
-        not one row for each example may say what they are, by `first_examples(batch, number)`.
+        """Keep the first `number` inputs of the first batch (of the first process), and the model's output for them. A
+        model whose inputs are not one row for each example may say what they are, by `first_examples(batch, number)`.
 
         Raises:
             RuleError: an input that has not one row for each example, as the patches of Qwen2-VL's images.
@@ -36,7 +37,7 @@ class Probes:
         first = getattr(model, "first_examples", _first_rows)
         for batch in islice(batches, 1):
             inputs = {k: v.cpu().clone() for k, v in first(batch, number).items()}
-            self.tasks.append((inputs, _output(model, inputs)))
+            self.tasks.append(from_first((inputs, _output(model, inputs))))
 
     def drift(self, model: nn.Module) -> float:
         """Largest |f(x) - f_then(x)| / |f_then(x)| over all probes x; 0 where there are none."""

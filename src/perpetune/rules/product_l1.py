@@ -13,6 +13,7 @@ from ..core.measurement import Measurement
 from .base import TaskContext
 from .lora_penalty import LoraPenalty, gradient, same_shape, stack, work
 from .lora_sites import LoraPair
+from .shards import cut, local, sharded, whole
 
 # Entries of a chunk of B A. A megabyte stays in a core's cache, where the sign and both products read it again;
 # an accelerator wants few launches.
@@ -93,7 +94,7 @@ class ProductL1(_LoraL1):
             self._add_slopes(pair, dA, dB)
             for p, d in ((pair.A, dA), (pair.B, dB)):
                 if d is not None and p.grad is not None and d is not p.grad:
-                    p.grad.add_(d)
+                    local(p.grad).add_(cut(d, p))
 
     def terms(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor], float]]:
         for pair in self._pairs:
@@ -119,10 +120,13 @@ class ProductL1(_LoraL1):
 
 
 def _accumulator(p: nn.Parameter) -> Tensor | None:
-    """Where to add up p's gradient: `.grad` itself, or zeros in the working type beside a half-precision one."""
+    """Where to add up p's gradient: `.grad` itself, or zeros in the working type beside a half-precision or sharded
+    one."""
     if not p.requires_grad:
         return None
     grad = gradient(p)
+    if sharded(grad):
+        return torch.zeros_like(work(p))
     return grad if grad.dtype in (torch.float32, torch.float64) else torch.zeros_like(grad, dtype=torch.float32)
 
 
@@ -174,7 +178,7 @@ class FactorL1(_LoraL1):
     def terms(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor], float]]:
         params = [p for pair in self._pairs for p in (pair.A, pair.B)]
         if params:
-            yield params, torch._foreach_sign([p.detach() for p in params]), self.strength
+            yield params, torch._foreach_sign([whole(p) for p in params]), self.strength
 
     @torch.no_grad()
     def penalty(self) -> Tensor:

@@ -182,9 +182,12 @@ class SubspaceProjection(Rule):
             g = group.stacked(gradients)
             group.write(gradients, self._projected(group, g))
 
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return [site.weight for group in self._groups for site in group.sites]
+
     def watches(self) -> Sequence[nn.Parameter]:
         soft = self.strength < 1 and self.on != "gradient"
-        return [site.weight for group in self._groups for site in group.sites] if soft else ()
+        return self.parameters() if soft else ()
 
     @torch.no_grad()
     def on_update(self, before: Sequence[Tensor]) -> None:
@@ -231,7 +234,7 @@ class SubspaceProjection(Rule):
         Called before the first task with inputs of another kind (generic text, image-text pairs), it protects what the
         model could do before. LoRA and adapters, whose B is 0 then, are kept from reading these inputs: A M = 0 from
         the next `begin_task` on, and B is free in the first task. The tuner must be attached. Where several processes
-        train one model, each must be given all batches.
+        train one model, each may give its own: what they see is added up.
 
         Raises:
             RuleError: no batches, a layer that is not called, or layers that shared an input and no longer do.

@@ -14,6 +14,7 @@ from ..core.errors import ConfigError, RuleError
 from ..core.measurement import Measurement
 from .base import Rule, TaskContext
 from .lora_penalty import work
+from .shards import local, whole
 
 
 class Blocks(NamedTuple):
@@ -22,7 +23,7 @@ class Blocks(NamedTuple):
     Attributes:
         name: of the layer.
         layer: peft's.
-        adapter: its trained adapter.
+        adapter: its trained adapter; holder: the module that has Q.
         Q: r x b(b-1)/2, the entries of each block above the diagonal.
         start: values of Q when the task began.
         b: width of a block.
@@ -32,6 +33,7 @@ class Blocks(NamedTuple):
     name: str
     layer: Any
     adapter: str
+    holder: nn.Module
     Q: nn.Parameter
     start: Tensor
     b: int
@@ -80,6 +82,9 @@ class RotationBall(Rule):
             )
         self._groups = list(groups.values())
 
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return [blocks.Q for group in self._groups for blocks in group]
+
     def length(self, blocks: Blocks) -> float:
         """The largest |Q_i|_F of a layer."""
         return self.radius * blocks.b**2 / math.sqrt(len(blocks.Q))
@@ -87,7 +92,7 @@ class RotationBall(Rule):
     @torch.no_grad()
     def on_update(self, before: Sequence[Tensor]) -> None:
         for group in self._groups:
-            weights: list[Tensor] = [blocks.Q for blocks in group]
+            weights: list[Tensor] = [local(blocks.Q) for blocks in group]
             rows = work(torch.stack(weights))  # n x r x b(b-1)/2
             rows = rows * (self.length(group[0]) / _lengths(rows)).clamp_(max=1)  # 1 leaves a block to the bit
             torch._foreach_copy_(weights, rows.unbind())
@@ -101,12 +106,13 @@ class RotationBall(Rule):
         count = rest = edge = 0
         for blocks in (blocks for group in self._groups for blocks in group):
             length, eps = self.length(blocks), torch.finfo(blocks.Q.dtype).eps
-            shares = _lengths(blocks.Q.detach().cpu().double()) / length  # r x 1
+            Q = whole(blocks.Q)
+            shares = _lengths(Q.cpu().double()) / length  # r x 1
             inside.append((blocks.name, shares.max().item(), 1 + 8 * eps))
             bound = 1 + blocks.b * eps / (2 * length) if blocks.exact else None  # entries of R are rounded at 1
             turned.append((blocks.name, _turned(blocks) / (2 * length), bound))
             count += len(shares)
-            rest += int((blocks.Q == blocks.start).all(1).sum())
+            rest += int((Q == whole(blocks.start)).all(1).sum())
             edge += int((shares > 0.999).sum())
         exact = all(bound is not None for *_, bound in turned)
         unless = "" if exact else "Only observed: use_cayley_neumann=True makes rotations that are not exact ones."
@@ -135,7 +141,13 @@ def _lengths(rows: Tensor) -> Tensor:
 
 def _turned(blocks: Blocks) -> float:
     """The largest |R_i - I|_F of a layer, of the rotation as it is used."""
-    R = blocks.layer.get_delta_weight(blocks.adapter)  # d x d, of which the blocks on the diagonal are taken
+    holder = blocks.holder
+    kept = holder._parameters["weight"]
+    holder._parameters["weight"] = nn.Parameter(whole(blocks.Q), requires_grad=False)  # of shards, all
+    try:
+        R = blocks.layer.get_delta_weight(blocks.adapter)  # d x d, of which the blocks on the diagonal are taken
+    finally:
+        holder._parameters["weight"] = kept
     b = blocks.b
     on_diagonal = R.view(-1, b, len(R) // b, b).diagonal(dim1=0, dim2=2)  # b x b x d/b
     I = torch.eye(b, dtype=torch.float64).unsqueeze(-1)  # noqa: E741
@@ -169,4 +181,6 @@ def _oft_blocks(model: nn.Module) -> Iterator[Blocks]:
                         "leave `coft` off where RotationBall is used"
                     )
                 start = part.weight.detach().clone()
-                yield Blocks(name, layer, adapter, part.weight, start, part.block_size, not part.use_cayley_neumann)
+                yield Blocks(
+                    name, layer, adapter, part, part.weight, start, part.block_size, not part.use_cayley_neumann
+                )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import RuleError
+from ..core.processes import sum_
 from .bases import basis, check_energy, leading, squared_norm
 
 CHUNK = 8192  # rows that are converted to fp64 at a time
@@ -46,6 +47,10 @@ class InputMemory(ABC):
     @abstractmethod
     def merge(self, other: InputMemory) -> None:
         """Take up what another one of the same kind holds."""
+
+    @abstractmethod
+    def gather(self) -> None:
+        """Take up what this memory holds on every process: each saw its part of the data. A collective call."""
 
     @abstractmethod
     def scaled(self, weight: Tensor) -> InputMemory:
@@ -142,6 +147,9 @@ class SecondMoment(InputMemory):
             self.C = self.C.float().to(self.C)
         self.C = self.C.tril() + self.C.tril(-1).mT  # symmetric to the bit: the state holds one half
 
+    def gather(self) -> None:
+        sum_([self.C])
+
     def scaled(self, weight: Tensor) -> SecondMoment:
         new = SecondMoment(self.width, self.C.dtype, self.C.device, self.products)
         new.C = self.C * weight
@@ -190,6 +198,9 @@ class DiagonalMoment(InputMemory):
     def merge(self, other: InputMemory) -> None:
         assert isinstance(other, DiagonalMoment)
         self.c += other.c.to(self.c.device, self.c.dtype)
+
+    def gather(self) -> None:
+        sum_([self.c])
 
     def scaled(self, weight: Tensor) -> DiagonalMoment:
         new = DiagonalMoment(self.width, self.c.dtype, self.c.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError, RuleError
+from ..core.processes import from_all, together
 from .bases import check_energy, leading
 from .second_moments import CHUNK, DiagonalMoment, InputMemory, SecondMoment
 
@@ -58,6 +59,18 @@ class FrequentDirections(InputMemory):
         self.Delta += other.Delta.to(device, dtype)
         self._append(other.B.to(device, dtype))
         self._shrink()  # down to l rows: what is stored between tasks
+
+    def gather(self) -> None:
+        """The sketches of all processes in one, whose bound holds; not the one that a single process would make."""
+        if together() == 1:
+            return
+        first, *others = (restore(state) for state in from_all(self.state()))
+        assert isinstance(first, FrequentDirections)
+        for other in others:
+            first.merge(other)
+        device = self._buffer.device
+        self._buffer[: len(first.B)], self._filled = first.B.to(device), len(first.B)
+        self.total, self.Delta = first.total.to(device), first.Delta.to(device)
 
     def _append(self, x: Tensor) -> None:
         while len(x):

@@ -13,7 +13,8 @@ from ..core.errors import RuleError
 from ..core.measurement import Measurement
 from ..tuners.givens_rotations import from_identity
 from .base import Rule, TaskContext
-from .lora_penalty import add_gradients, check_strength, work
+from .lora_penalty import check_strength, gradient, work
+from .shards import local, whole
 
 
 @dataclass
@@ -54,19 +55,26 @@ class SoftOrthogonal(Rule):
             )
         self._groups = list(groups.values())
 
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return [p for params in self._groups for p in params]
+
     @torch.no_grad()
     def on_gradient(self) -> None:
         if self.strength == 0:
             return
         for params in self._groups:
-            g = _end_to_end(params)
+            rows = [local(p) for p in params]
+            g = _end_to_end(rows)
             slope = _products(g)[:, None, None] * g.flip(-1)  # <alpha, beta> (beta, alpha)
-            add_gradients(params, slope.split([len(p) for p in params]), 2 * self.strength)
+            grads = [local(gradient(p)) for p in params]
+            torch._foreach_add_(grads, list(slope.split([len(r) for r in rows])), alpha=2 * self.strength)
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
         """Value of the whole term, strength included: a scalar, for reports and tests. Not needed in training."""
-        found = [_products(_end_to_end(params).cpu().double()).square().sum() for params in self._groups]
+        found = [
+            _products(_end_to_end([whole(p) for p in params]).cpu().double()).square().sum() for params in self._groups
+        ]
         return self.strength * torch.stack(found).sum()
 
     @torch.no_grad()
@@ -76,7 +84,7 @@ class SoftOrthogonal(Rule):
             return []
         largest = 0.0
         for params in self._groups:
-            g = _end_to_end(params)
+            g = _end_to_end([whole(p) for p in params])
             lengths = g.norm(dim=1).prod(-1).clamp_(min=torch.finfo(g.dtype).tiny)  # a column of 0 has no angle
             largest = max(largest, (_products(g).abs() / lengths).max().item())
         return [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, RuleError
 from .base import Rule, TaskContext
-from .mask_bits import draw, pieces, restore
+from .mask_bits import draws, restore
 from .mask_selection import check_keep, mixed
 
 
@@ -27,7 +27,8 @@ class StepMask(Rule):
 
     It acts on every parameter of the model that trains, embeddings, norms and biases included. It supplies noise, and
     protects nothing of earlier tasks. The draws come from a generator of the rule's own, seeded by (seed, number of the
-    task): the global one is left alone.
+    task): the global one is left alone. Of sharded weights (FSDP2) each process draws the masks of all rows and takes
+    those of its own, so that masks are those of one process.
 
     Source: Child-Tuning-F, Xu et al., 2109.05687; the factor 1/keep is that of its code.
 
@@ -67,9 +68,11 @@ class StepMask(Rule):
     @torch.no_grad()
     def on_gradient(self) -> None:
         for p in self._params if self.on == "gradient" else ():
-            for g in () if p.grad is None else pieces(p.grad):
-                M = draw(g, self.keep, self._generators[g.device])
+            for g, M in () if p.grad is None else draws(p.grad, self.keep, self._generators[p.device]):
                 g.mul_(M).div_(self.keep)
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return self._params
 
     def watches(self) -> Sequence[nn.Parameter]:
         return self._params if self.on == "update" else ()
@@ -77,6 +80,8 @@ class StepMask(Rule):
     @torch.no_grad()
     def on_update(self, before: Sequence[Tensor]) -> None:
         for p, values in zip(self.watches(), before, strict=True):
-            for w, w_before in zip(pieces(p), pieces(values), strict=True):
-                M = draw(w, self.keep, self._generators[w.device])
+            start = 0
+            for w, M in draws(p.detach(), self.keep, self._generators[p.device]):
+                w_before = values[start : start + len(w)] if p.ndim else values
+                start += len(w) if p.ndim else 0
                 restore(w, w_before, inside=M.neg_())

@@ -10,10 +10,22 @@ from ..core.files import plain
 from ..streams.tokens import SOURCE
 
 UNWRITTEN = {"trainer": "perpetune"}  # what runs had that do not say
+BATCH = "per_device_train_batch_size"
+
+
+def together(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the batch of all its processes in place of that of each, and of their number."""
+    training = config.get("training") or {}
+    if BATCH not in training:
+        return config
+    count = config.get("processes", 1)  # not written by one
+    whole = {**config, "training": {**training, BATCH: count * training[BATCH]}}
+    return {key: value for key, value in whole.items() if key != "processes"}
 
 
 def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    for key, wanted in plain(new).items():
+    count, old, new = new.get("processes", 1), together(old), together(plain(new))
+    for key, wanted in new.items():
         if key in ("versions", "model_name", "in_memory"):
             continue
         if key == "stream":  # a stream may grow: what was there must still be the same
@@ -27,6 +39,11 @@ def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         was = old.get(key, UNWRITTEN.get(key))
         if was != wanted:
             where, a, b = _first_difference(key, was, wanted)
+            if where == f"training.{BATCH}" and a % count == 0 and count > 1:
+                raise RunError(
+                    f"{path} was made with {a} examples in a batch of all processes, now {count} processes take {b}: "
+                    f"give {BATCH} {a // count} (--batch-size), or another run directory (--out)"
+                )
             raise RunError(_different(path, where, a, b))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from ..core import processes
 from ..core.errors import RunError
 from ..core.files import file_digest, plain, sync, write_file, write_text, writing
 from .commit import MANIFEST, Commit, mend, standing
@@ -28,7 +29,7 @@ WORTH_LINKING = 4096  # bytes: a block of most disks
 
 
 class Run:
-    """One run directory, written by one process at a time.
+    """One run directory, written by one process at a time: of several that train together, by the first.
 
     Attributes:
         config: what run.yaml holds.
@@ -48,7 +49,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path, config: dict[str, Any]) -> Run:
-        """Create a run, or continue the one that is there.
+        """Create a run, or continue the one that is there. Of several processes all must call it, and see one folder.
 
         Args:
             config: what decides the result; must equal what the directory was made with. The keys "versions" and
@@ -58,7 +59,15 @@ class Run:
             RunError: the directory belongs to another configuration or base model, is damaged, is used by another
                 process, or cannot be written.
         """
-        path = Path(path)
+        path, opened = Path(path), []
+        processes.by_first(lambda: opened.append(cls._opened(path, config)))
+        run = opened[0] if opened else cls.read(path)
+        if processes.from_first(run.digest) != run.digest:
+            raise RunError(f"{path} is not the same folder on every machine: give one that all of them see (--out)")
+        return run
+
+    @classmethod
+    def _opened(cls, path: Path, config: dict[str, Any]) -> Run:
         with writing(path):
             (path / COMMITS).mkdir(parents=True, exist_ok=True)
             lock = _lock(path)
@@ -85,10 +94,16 @@ class Run:
                     file.write("\n")
         return cls(path, written, lock)
 
+    @property
+    def digest(self) -> str:
+        """Of the newest commit; empty before the first."""
+        return self.history[-1].digest if self.history else ""
+
     def grow(self, config: dict[str, Any]) -> None:
         """Write down that the stream has grown, once it is known that what was learned is still the same."""
         if self.config.get("stream") != plain(config).get("stream"):
-            self.config = _write_config(self.path, {**self.config, "stream": config["stream"]})
+            self.config = plain({**self.config, "stream": config["stream"]})
+            processes.by_first(lambda: _write_config(self.path, self.config))
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -101,6 +116,8 @@ class Run:
 
     def note(self, event: str, **facts: Any) -> None:
         """Append one line to the journal: what happened when. Clock times live here and nowhere else."""
+        if not processes.first():
+            return
         line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}, allow_nan=False)
         with writing(self.path / JOURNAL), open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(line + "\n")
@@ -109,8 +126,13 @@ class Run:
 
     def commit(self, task: str, files: dict[str, Any], facts: dict[str, Any]) -> Commit:
         """Write a finished task aside, sync it, rename it into place. `files` as in `Consolidation.files`."""
-        index = len(self.history)
-        name = f"{index:04d}-{task}"
+        name = f"{len(self.history):04d}-{task}"
+        processes.by_first(lambda: self._write(name, task, files, facts))
+        self.history.append(Commit.read(self.path / COMMITS / name))
+        self.commits = standing(self.history)
+        return self.history[-1]
+
+    def _write(self, name: str, task: str, files: dict[str, Any], facts: dict[str, Any]) -> None:
         aside, final = self.path / COMMITS / f".{name}", self.path / COMMITS / name
         with writing(final):
             if aside.exists():
@@ -121,7 +143,7 @@ class Run:
                     write_file(aside / file, content)
                     self._once(aside / file)
                 manifest = {
-                    "index": index,
+                    "index": len(self.history),
                     "task": task,
                     "parent": self.history[-1].digest if self.history else None,
                     **facts,
@@ -134,9 +156,6 @@ class Run:
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
-        self.history.append(Commit.read(final))
-        self.commits = standing(self.history)
-        return self.history[-1]
 
     def undo(self, reasons: Sequence[str]) -> Commit:
         """Throw the newest task away: a commit without files, after which the run is what it was before that task."""

@@ -1,0 +1,121 @@
+"""Several processes that train one model together, as `torchrun` and `accelerate launch` start them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import ConfigError, PerpetuneError, RunError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+OTHER_ENGINES = {  # what `accelerate launch` sets, and what it means
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+
+
+def launched() -> int:
+    """How many processes were started together: 1 where this is a lone one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if {"RANK", "LOCAL_RANK"} <= os.environ.keys() else 1
+
+
+def first() -> bool:
+    """Whether this is the process that alone writes and speaks."""
+    return launched() == 1 or int(os.environ["RANK"]) == 0
+
+
+def together() -> int:
+    """How many processes have joined, so that they must make collective calls alike; 1 where there is no group."""
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def join(device: str | torch.device | None) -> torch.device:
+    """Meet the other processes that were started, if there are any.
+
+    Args:
+        device: None takes an accelerator where there is one.
+
+    Returns:
+        The device of this process: of several accelerators the one that is its own.
+
+    Raises:
+        ConfigError: they were started for an engine that keeps weights where rules do not find them.
+    """
+    for name, engine in OTHER_ENGINES.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"accelerate was told to use {engine}, and runs train under DDP: take it out of accelerate's "
+                "configuration (FSDP2: pt.attach in a loop of your own, docs/how-to/several-processes.md)"
+            )
+    import torch
+
+    from .environment import default_device
+
+    device = default_device() if device is None else torch.device(device)
+    if launched() == 1:
+        return device
+    from accelerate import PartialState
+
+    PartialState(cpu=device.type == "cpu")
+    return device if device.type == "cpu" else torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+
+
+def from_first(found: T) -> T:
+    """What the first process found, on every one. A collective call."""
+    if together() == 1:
+        return found
+    from torch import distributed
+
+    box: list[Any] = [found if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all(found: T) -> list[T]:
+    """What every process found, in their order. A collective call."""
+    if together() == 1:
+        return [found]
+    from torch import distributed
+
+    box: list[Any] = [None] * together()
+    distributed.all_gather_object(box, found)
+    return box
+
+
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Add up over all processes, in place. A collective call."""
+    if together() == 1:
+        return
+    from torch import distributed
+
+    for t in tensors:
+        there = t.contiguous()
+        if distributed.get_backend() == "nccl" and there.device.type == "cpu":
+            there = there.cuda()
+        distributed.all_reduce(there)
+        t.copy_(there)
+
+
+def by_first(do: Callable[[], object]) -> None:
+    """Let the first process do something while the others wait; whatever keeps it from being done is raised on all."""
+    error: Exception | None = None
+    if together() == 1 or first():
+        try:
+            do()
+        except Exception as found:
+            error = found
+    told = from_first(error if error is None or isinstance(error, PerpetuneError) else RunError(first_line(error)))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told

@@ -1,0 +1,141 @@
+"""`torchrun … perpetune run` on two processes: what one process learns at the same effective batch, to rounding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from perpetune import Learner, Result, RunError, load_stream
+from perpetune.runs.directory import read_journal
+from tests.conftest import REPOSITORY
+
+RECIPES = ("lora", "olora", "nlora", "pegp_lora_fresh", "sotu", "routed", "frozen_ridge", "child_tuning_d")
+BATCH = {"num_train_epochs": 1, "per_device_train_batch_size": 8}
+SAME = 2e-5  # of fp32
+# where some gradients are 0 but for rounding (keys' biases), of which Adam makes whole steps
+SGD = ("sotu", "pegp_lora_fresh")
+TASKS = ["films", "news"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bert) -> Path:
+    return tiny_bert()
+
+
+@pytest.fixture(scope="module")
+def alone(model, word_stream, tmp_path_factory) -> Path:
+    """Runs of one process, one for each recipe, and `grows`, which has learned the first task."""
+    folder = tmp_path_factory.mktemp("alone")
+    for recipe in RECIPES:
+        training = {**BATCH, **({"optim": "sgd"} if recipe in SGD else {})}
+        Learner(model, recipe, folder / recipe, training=training).learn(load_stream(word_stream, tasks=TASKS))
+    Learner(model, "olora", folder / "grows", training=BATCH).learn(load_stream(word_stream, tasks=TASKS[:1]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(alone, model, word_stream, tmp_path_factory) -> tuple[Path, list[list[dict]]]:
+    """The same on two processes, which are started once, and what each said: for each recipe, for the run that was
+    begun on one process, for another batch, and for a command that does not train."""
+    folder = tmp_path_factory.mktemp("together")
+    shutil.copytree(alone / "grows", folder / "grows")
+
+    def run(recipe: str, out: str, batch: int) -> list[str]:
+        given = ["--model", str(model), "--stream", str(word_stream), "--tasks", ",".join(TASKS), "--recipe", recipe]
+        given += ["--set", "optim=sgd"] if recipe in SGD else []
+        return ["run", *given, "--out", str(folder / out), "--batch-size", str(batch), "--epochs", "1"]
+
+    commands = [run(recipe, recipe, 4) for recipe in RECIPES]
+    commands += [run("olora", "grows", 8), run("olora", "grows", 4), ["report", str(folder / "lora")]]
+    (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = ["-m", "tests.learning.ranks", str(folder / "found"), str(folder / "commands.json")]
+    done = subprocess.run([*start, *worker], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, [json.loads((folder / f"found.{rank}").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+def difference(one: Path, two: Path) -> float:
+    """The largest difference of a tensor of any commit, relative to its largest entry."""
+    files = sorted(p.relative_to(one) for p in (one / "commits").rglob("*.safetensors"))
+    assert files == sorted(p.relative_to(two) for p in (two / "commits").rglob("*.safetensors")) != []
+    worst = 0.0
+    for file in files:
+        a, b = load_file(one / file), load_file(two / file)
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            scale = value.double().abs().max().clamp_min(1e-3) if value.numel() else 1
+            change = (value.double() - b[key].double()).abs().max() / scale if value.numel() else 0
+            worst = max(worst, float(change))
+    return worst
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_learn_what_one_does(recipe, alone, ran):
+    folder, told = ran
+    number = RECIPES.index(recipe)
+    assert [rank[number]["code"] for rank in told] == [0, 0]
+    assert difference(alone / recipe, folder / recipe) <= SAME
+    one, two = Result(alone / recipe), Result(folder / recipe)
+    assert [r.final_accuracy for r in one.records()] == [r.final_accuracy for r in two.records()]
+    assert [(g["name"], g["holds"]) for g in one.guarantees] == [(g["name"], g["holds"]) for g in two.guarantees]
+
+
+def test_the_first_process_alone_speaks_and_writes(ran):
+    folder, (first, second) = ran
+    assert all(not each["out"] and not each["err"] for each in second)
+    assert "final accuracy" in first[0]["out"] and "learned in" in first[0]["err"]
+    events = [event["event"] for event in read_journal(folder / "lora")]
+    assert events == ["start", "task", "task"]
+    steps = [event["steps"] for event in read_journal(folder / "lora") if event["event"] == "task"]
+    assert steps == [6, 6]  # of 48 examples, 8 at a time
+
+
+def test_run_yaml_says_how_many_processes_trained(alone, ran):
+    one, two = (yaml.safe_load((path / "lora" / "run.yaml").read_text()) for path in (alone, ran[0]))
+    assert "processes" not in one and two["processes"] == 2
+    assert two["training"]["per_device_train_batch_size"] == 4
+
+
+def test_a_run_of_one_process_goes_on_on_two(alone, ran):
+    folder, told = ran
+    refused, resumed = told[0][len(RECIPES)], told[0][len(RECIPES) + 1]
+    assert refused["code"] == 2 and "give per_device_train_batch_size 4" in refused["err"]
+    assert resumed["code"] == 0 and len(Result(folder / "grows").tasks) == 2
+    assert difference(alone / "olora", folder / "grows") <= SAME
+
+
+def test_a_run_of_two_processes_opens_on_one(alone, ran, word_stream):
+    inputs = load_stream(word_stream).tasks[0].test["text"][:4]
+    one, two = Learner.open(alone / "lora"), Learner.open(ran[0] / "lora")
+    assert two.setup.training["per_device_train_batch_size"] == 8
+    assert one.predict(inputs) == two.predict(inputs)
+    assert len(two.learn(load_stream(word_stream, tasks=[*TASKS, "mood"])).tasks) == 3  # and goes on there
+
+
+def test_commands_for_one_process_are_refused_on_two(ran):
+    _, told = ran
+    assert [rank[-1]["code"] for rank in told] == [2, 2]
+    assert "start this command alone" in told[0][-1]["err"] and len(told[0][-1]["err"].splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_other_engines_of_accelerate_are_refused(name, engine, model, monkeypatch):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(Exception, match=engine):
+        Learner(model, "lora")
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(ran, monkeypatch):
+    monkeypatch.setattr("perpetune.learning.opening.launched", lambda: 3)
+    with pytest.raises(RunError, match="3 processes cannot divide"):
+        Learner.described(ran[0] / "lora")
