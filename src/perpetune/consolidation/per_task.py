@@ -44,11 +44,11 @@ class PerTask(AdapterPerTask):
         mass: no further candidate is tried once those before it hold this much probability.
         prior: weight w of what the router itself predicts among the classes of a task (`ClassRouter`, `PooledRouter`):
             p(c | x, t) ~ p_adapter(c | x, t) p_router(c | x, t)^w; 0 takes the adapter alone.
-        frozen: weight v of what the router predicts among the classes of all tasks (`Router.log_classes`), a product of
-            experts: p(c | x) ~ (sum_t p(t | x) p_adapter(c | x, t)) p_router(c | x)^v, over the tasks tried. It takes the
-            place of `prior`; 0 leaves it out. Where every class is one of several tasks (new domains), there is nothing
-            to route for, and the adapters alone decide; of language models, whose
-            answers no features predict, `prior` weighs as without.
+        frozen: weight v of what the router predicts among the classes of all tasks (`Router.log_classes`), a product
+            of experts over the tasks tried: p(c | x) ~ (sum_t p(t | x) p_adapter(c | x, t)) p_router(c | x)^v. It takes
+            the place of `prior`; 0 leaves it out. Where every class is one of several tasks (new domains), there is
+            nothing to route for, and the adapters alone decide. Language models, whose answers no features predict,
+            keep to `prior`.
         features: what the router reads: the frozen model's features, or those under the adapter of the first task
             ("first_adapted"; then the routes depend on which task came first).
 

@@ -119,8 +119,8 @@ class Router:
         return None
 
     def log_classes(self, features: Tensor) -> Tensor | None:
-        """The router's own prediction among the classes of all tasks, log p(c | x) = log sum_t p(t, c | x): (N x C), -inf
-        for classes that it has not seen; None where it makes none."""
+        """The router's own prediction among the classes of all tasks, log p(c | x) = log sum_t p(t, c | x): (N x C),
+        -inf for classes that it has not seen; None where it makes none."""
         return None
 
     def plain(self) -> tuple[dict[str, Any], State] | None:

@@ -23,8 +23,8 @@ class PooledRouter(Router):
     Either is better by far on some streams: tasks with a look of their own, or tasks that only their classes tell
     apart. The pool is about as good as the better one on those that we tried (docs/explanation/routing.md).
 
-    With `discriminants` a third takes part, p_L of `LDARouter` on features of length 1, and the exponent is 1/3. What the
-    pool predicts among the classes of all tasks is p(c | x) ~ (p_C(c | x) p_L(c | x))^(1/2), or p_C(c | x) without it.
+    With `discriminants` a third takes part, p_L of `LDARouter` on features of length 1, and the exponent is 1/3. Among
+    the classes of all tasks the pool then predicts p(c | x) ~ (p_C(c | x) p_L(c | x))^(1/2), and p_C(c | x) without.
 
     Args:
         features: random features of the `ClassRouter`; 0 for none.
@@ -104,8 +104,8 @@ class PooledRouter(Router):
         return torch.log_softmax(pooled, 1)
 
     def plain(self) -> tuple[dict[str, Any], State] | None:
-        """See `Router.plain`: both experts; names of tensors are preceded by `tasks.` and `classes.`. With discriminants
-        there is no such form."""
+        """See `Router.plain`: both experts; names of tensors are preceded by `tasks.` and `classes.`. None
+        with discriminants."""
         if self.discriminants:
             return None
         parts = {name: expert.plain() for name, expert in self._experts.items()}
