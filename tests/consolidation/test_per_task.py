@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -85,6 +87,54 @@ def test_a_class_of_several_tasks_gathers_from_all():
     torch.testing.assert_close(scores.exp(), torch.tensor([[0.55, 0.45]], dtype=torch.float64), atol=1e-7, rtol=0)
 
 
+def product(classes, offers=(), **settings):
+    """A consolidation of two tasks with these classes, whose router has its own opinion on all four."""
+
+    class Knows(Half):
+        tasks = (0, 1)
+        log_classes = staticmethod(lambda features: torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().double())
+        log_within = staticmethod(lambda features, task: torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().double())
+
+    made = PerTask(Knows(), 2, **settings)
+    made.backbone, made._classes = SimpleNamespace(offers=offers), classes
+    return made
+
+
+class Four:
+    """p(c | x, t) over four classes, the same under both adapters of a pair."""
+
+    def scores(self, features, task):
+        return torch.tensor([[0.9, 0.1, 0.6, 0.4], [0.3, 0.7, 0.5, 0.5]])[[task]].log()
+
+
+WEIGHTS = torch.tensor([[0.7, 0.3]]).log()
+
+
+def posterior(made):
+    return made.scores(Four(), 4, Reading(1, lambda t, rows: rows[:, None]), WEIGHTS).softmax(1)[0]
+
+
+@pytest.mark.parametrize("v", [0.5, 2.0])
+def test_the_product_multiplies_the_routed_posterior_with_that_of_frozen_features(v):
+    routed = torch.tensor([0.7 * 0.9, 0.7 * 0.1, 0.3 * 0.5, 0.3 * 0.5], dtype=torch.float64)
+    p = routed * torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64) ** v
+    found = posterior(product([(0, 1), (2, 3)], prior=0.5, frozen=v))
+    torch.testing.assert_close(found, p / p.sum(), atol=1e-6, rtol=0)
+
+
+def test_where_all_tasks_share_their_classes_the_adapters_alone_decide():
+    shared = [(0, 1), (0, 1)]
+    alone = posterior(product(shared))
+    assert torch.equal(posterior(product(shared, prior=0.5, frozen=0.5)), alone)
+    assert not torch.equal(posterior(product([(0, 1), (1, 2)], frozen=0.5)), posterior(product([(0, 1), (1, 2)])))
+
+
+def test_answers_of_a_language_model_are_weighed_by_the_prior_as_before():
+    tasks = [(0, 1), (2, 3)]
+    before = posterior(product(tasks, prior=0.5))
+    assert torch.equal(posterior(product(tasks, ("answers",), prior=0.5, frozen=0.5)), before)
+
+
 @pytest.mark.parametrize(
     ("candidates", "mass", "asked"), [(1, 0.95, [[0]]), (3, 0.95, [[0, 1]]), (2, 0.4, [[0]]), (3, 1.0, [[0, 1]])]
 )
@@ -97,7 +147,7 @@ def test_candidates_are_asked_until_they_hold_enough(candidates, mass, asked):
     assert [(row > -torch.inf).nonzero().flatten().tolist() for row in weights] == asked
 
 
-@pytest.mark.parametrize("recipe", ["color", "color_adapted", "routed"])
+@pytest.mark.parametrize("recipe", ["color", "color_adapted", "routed", "routed_product"])
 def test_a_run_predicts_as_one_that_is_opened_again(recipe, stream, model, tmp_path):
     first = learner(model, recipe, run=tmp_path / "run")
     result = first.learn(stream)
@@ -171,6 +221,8 @@ def test_adapters_are_exchanged_in_place(stream, model, tmp_path):
         {"router": RidgeRouter(), "mass": 1.5},
         {"features": "mine"},
         {"prior": -1.0},
+        {"frozen": -0.5},
+        {"frozen": float("nan")},
     ],
     ids=str,
 )
@@ -184,6 +236,9 @@ def test_a_recipe_with_a_router_is_plain_data_and_back():
     assert data["consolidation"]["router"]["type"] == "PooledRouter"
     again = Recipe.from_dict(data)
     assert again.to_dict() == data and again.consolidation.router == PooledRouter(many_tasks=True)
+    assert "frozen" not in data["consolidation"]  # which came later
+    product = make_recipe("routed_product")
+    assert Recipe.from_dict(product.to_dict()).consolidation == product.consolidation
 
 
 def test_only_adapters_can_be_kept_for_every_task(stream, model):

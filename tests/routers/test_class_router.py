@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perpetune.heads.ridge import in_holdout
-from perpetune.routers import ClassRouter, KMeansRouter, PooledRouter, RidgeRouter, RouterError
+from perpetune.routers import ClassRouter, KMeansRouter, LDARouter, PooledRouter, RidgeRouter, RouterError
 from perpetune.routers.classes import TEMPERATURES
 
 WIDTH, PER_TASK = 8, 4
@@ -124,3 +124,29 @@ def test_the_pool_is_the_geometric_mean_of_its_experts():
     b = router_of(tasks, ClassRouter(64)).log_posterior(x)
     expected = ((a + b) / 2).softmax(1)
     torch.testing.assert_close(router_of(tasks, PooledRouter(64)).log_posterior(x).exp(), expected, atol=1e-12, rtol=0)
+
+
+def test_a_third_expert_takes_part_in_the_pool_of_tasks_and_of_classes():
+    tasks, x = [(t, samples(t)) for t in range(3)], samples(1, seed=5)[0]
+    ridge, classes, lda = (router_of(tasks, r) for r in (RidgeRouter(), ClassRouter(64), LDARouter()))
+    pool = router_of(tasks, PooledRouter(64, discriminants=True))
+    of_tasks = (sum(r.log_posterior(x) for r in (ridge, classes, lda)) / 3).softmax(1)
+    torch.testing.assert_close(pool.log_posterior(x).exp(), of_tasks, atol=1e-12, rtol=0)
+    of_classes = ((classes.log_classes(x) + lda.log_classes(x)) / 2).softmax(1)
+    torch.testing.assert_close(pool.log_classes(x).exp(), of_classes, atol=1e-12, rtol=0)
+    assert torch.equal(router_of(tasks, PooledRouter(64)).log_classes(x), classes.log_classes(x).log_softmax(1))
+    assert pool.plain() is None
+
+
+def test_among_all_classes_the_posterior_is_summed_over_the_tasks_that_share_one():
+    def moved(task):
+        f, labels, ids = samples(0, seed=task)
+        return f + 3 * task, labels, ids
+
+    router = router_of([(0, moved(0)), (1, moved(1)), (2, samples(2))])
+    x = torch.cat([samples(0, seed=7)[0], samples(2, seed=8)[0]])
+    log_p = router.log_posterior(x)
+    expected = sum(log_p[:, [t]].exp() * router.log_within(x, t).exp() for t in range(3))
+    torch.testing.assert_close(router.log_classes(x).exp(), expected, atol=1e-12, rtol=0)
+    assert router_of([(2, samples(2))]).log_classes(x) is None  # one task: no temperature
+    assert router_of([(0, samples(0)), (1, samples(1))], KMeansRouter()).log_classes(x) is None

@@ -18,6 +18,7 @@ LABELS = ["ant", "bee"]
 WIDTH = 6
 KNOWING = [KMeansRouter(), RidgeRouter(), RidgeRouter(features=20), RidgeRouter(reading="sum")]
 KNOWING += [ClassRouter(0), ClassRouter(20), PooledRouter(20), LDARouter(), LDARouter(20, map="relu")]
+KNOWING += [PooledRouter(20, discriminants=True)]
 
 
 def samples(task, n=100, seed=0):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -42,6 +44,11 @@ class PerTask(AdapterPerTask):
         mass: no further candidate is tried once those before it hold this much probability.
         prior: weight w of what the router itself predicts among the classes of a task (`ClassRouter`, `PooledRouter`):
             p(c | x, t) ~ p_adapter(c | x, t) p_router(c | x, t)^w; 0 takes the adapter alone.
+        frozen: weight v of what the router predicts among the classes of all tasks (`Router.log_classes`), a product
+            of experts over the tasks tried: p(c | x) ~ (sum_t p(t | x) p_adapter(c | x, t)) p_router(c | x)^v. It takes
+            the place of `prior`; 0 leaves it out. Where every class is one of several tasks (new domains), there is
+            nothing to route for, and the adapters alone decide. Language models, whose answers no features predict,
+            keep to `prior`.
         features: what the router reads: the frozen model's features, or those under the adapter of the first task
             ("first_adapted"; then the routes depend on which task came first).
 
@@ -55,6 +62,7 @@ class PerTask(AdapterPerTask):
     mass: float = 0.95
     prior: float = 0.0
     features: Features = "frozen"
+    frozen: float = field(default=0.0, metadata={"unwritten": 0.0})
 
     def __post_init__(self) -> None:
         self.router: Router = make_router(self.router)
@@ -63,8 +71,9 @@ class PerTask(AdapterPerTask):
         if self.candidates > 1 and type(self.router).log_posterior is Router.log_posterior:
             kind = type(self.router).__name__
             raise ConfigError(f"PerTask: {kind} makes a hard choice: set candidates to 1, or use RidgeRouter")
-        if self.prior < 0:
-            raise ConfigError(f"PerTask: prior={self.prior}: a weight, 0 or more")
+        for name, weight in (("prior", self.prior), ("frozen", self.frozen)):
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"PerTask: {name}={weight}: a weight, 0 or more")
         if self.features not in ("frozen", "first_adapted"):
             raise ConfigError(f"PerTask: features=`{self.features}` must be frozen or first_adapted")
 
@@ -139,6 +148,7 @@ class PerTask(AdapterPerTask):
         """
         scores = torch.full((reading.count, classes), -torch.inf, dtype=torch.float64)
         shown = weights > -torch.inf
+        frozen = self._opinions()[1]
         for t in shown.any(0).nonzero().flatten().tolist():
             rows = shown[:, t].nonzero().flatten()
             own = torch.tensor(self.task_classes(t))
@@ -148,12 +158,21 @@ class PerTask(AdapterPerTask):
                 log_p = _log_softmax(log_p + prior[:, own].cpu())
             where = rows[:, None], own[None]
             scores[where] = torch.logaddexp(scores[where], weights[rows, t].double()[:, None] + log_p)
-        return scores
+        log_q = self.router.log_classes(reading.all(None)) if frozen else None
+        return scores if log_q is None else scores + frozen * log_q[:, :classes].cpu()
+
+    def _opinions(self) -> tuple[float, float]:
+        """The weights of what the router predicts: within a task, and among all classes. See `prior` and `frozen`."""
+        if not self.frozen or "answers" in self.backbone.offers:
+            return self.prior, 0.0
+        tasks = Counter(c for task in self.router.tasks for c in self._classes[task])
+        return 0.0, self.frozen if 1 in tasks.values() else 0.0
 
     def _prior(self, features: Callable[[], Tensor], task: int) -> Tensor | None:
         """w log p_router(c | x, task), (n x C); None where the adapter alone counts."""
-        log_p = self.router.log_within(features(), task) if self.prior else None
-        return None if log_p is None else self.prior * log_p
+        prior = self._opinions()[0]
+        log_p = self.router.log_within(features(), task) if prior else None
+        return None if log_p is None else prior * log_p
 
     def observed(self, reading: Reading) -> Tensor:
         return reading.all(len(self._adapters) - 1)

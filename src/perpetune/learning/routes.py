@@ -82,6 +82,7 @@ def _router(state: LearnerState, served: list[Served]) -> tuple[dict[str, Any] |
         "candidates": consolidation.candidates,
         "mass": consolidation.mass,
         "prior": consolidation.prior,
+        **({"frozen": consolidation.frozen} if consolidation.frozen else {}),
     }
     return {**settings, **how, "tensors": ROUTER}, placed
 

@@ -70,6 +70,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         routing.color_adapted,
         routing.color_oracle,
         routing.routed,
+        routing.routed_product,
         first_task.ranpac,
         first_task.aper,
         controls.anacp,

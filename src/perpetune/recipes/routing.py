@@ -76,3 +76,27 @@ def routed(
         PerTask(PooledRouter(many_tasks=True), candidates, mass, prior),
         training=LORA_TRAINING,
     )
+
+
+def routed_product(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    candidates: int = 3,
+    mass: float = 0.95,
+    frozen: float = 0.5,
+) -> Recipe:
+    """`routed` times what frozen features say about all classes: a wrong route need not decide. Ours.
+
+    p(c | x) ~ (sum_t p(t | x) p_adapter(c | x, t)) p_frozen(c | x)^frozen; p_frozen is the geometric mean of ridge on
+    random features and discriminant analysis, with temperatures from hold-out moments, and both route as well. Where
+    all tasks ask the same (new domains) p_frozen does not count; language models are read as under `routed`.
+    """
+    router = PooledRouter(many_tasks=True, discriminants=True)
+    return Recipe(
+        lora_config(rank, alpha, target, dropout),
+        [],
+        PerTask(router, candidates, mass, prior=0.5, frozen=frozen),
+        training=LORA_TRAINING,
+    )

@@ -118,6 +118,11 @@ class Router:
         it makes none."""
         return None
 
+    def log_classes(self, features: Tensor) -> Tensor | None:
+        """The router's own prediction among the classes of all tasks, log p(c | x) = log sum_t p(t, c | x): (N x C),
+        -inf for classes that it has not seen; None where it makes none."""
+        return None
+
     def plain(self) -> tuple[dict[str, Any], State] | None:
         """What a route needs where perpetune is not: settings as JSON-able data, and tensors. docs/how-to/serve.md says
         how they are used. `task_of` (K,) is the task of each centre or column. None: the router has no such form."""

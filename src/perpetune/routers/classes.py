@@ -157,3 +157,13 @@ class ClassRouter(SumsRouter):
         log_p = torch.full((len(features), len(self.labels)), -torch.inf, dtype=torch.float64)
         log_p[:, class_of[own]] = (self._scores(features)[:, own] / tau).log_softmax(1)
         return log_p
+
+    def log_classes(self, features: Tensor) -> Tensor | None:
+        _, _, class_of, tau = self.fit()
+        if tau is None:
+            return None
+        log_p = (self._scores(features) / tau).log_softmax(1)
+        summed = torch.full((len(features), len(self.labels)), -torch.inf, dtype=torch.float64)
+        for c in class_of.unique():
+            summed[:, c] = log_p[:, class_of == c].logsumexp(1)
+        return summed

@@ -1,4 +1,4 @@
-"""Two routers as one: the logarithmic opinion pool of ridge on tasks and ridge on classes."""
+"""Several routers as one: the logarithmic opinion pool of ridge on tasks, ridge on classes, discriminant analysis."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.measurement import Measurement
 from .base import Router, State
 from .classes import ClassRouter
+from .lda import LDARouter
 from .ridge import RidgeRouter
 
 
@@ -22,9 +23,13 @@ class PooledRouter(Router):
     Either is better by far on some streams: tasks with a look of their own, or tasks that only their classes tell
     apart. The pool is about as good as the better one on those that we tried (docs/explanation/routing.md).
 
+    With `discriminants` a third takes part, p_L of `LDARouter` on features of length 1, and the exponent is 1/3. Among
+    the classes of all tasks the pool then predicts p(c | x) ~ (p_C(c | x) p_L(c | x))^(1/2), and p_C(c | x) without.
+
     Args:
         features: random features of the `ClassRouter`; 0 for none.
         many_tasks: see `RidgeRouter` and `ClassRouter`.
+        discriminants: see above.
 
     Raises:
         ConfigError: an argument out of range.
@@ -32,6 +37,7 @@ class PooledRouter(Router):
 
     features: int = 1024
     many_tasks: bool = field(default=False, metadata={"unwritten": False})
+    discriminants: bool = field(default=False, metadata={"unwritten": False})
     _experts: dict[str, Router] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -39,6 +45,8 @@ class PooledRouter(Router):
             "tasks": RidgeRouter(many_tasks=self.many_tasks),
             "classes": ClassRouter(self.features, many_tasks=self.many_tasks),
         }
+        if self.discriminants:
+            self._experts["discriminants"] = LDARouter(many_tasks=self.many_tasks)
 
     def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
         for expert in self._experts.values():
@@ -91,12 +99,15 @@ class PooledRouter(Router):
 
     def log_posterior(self, features: Tensor) -> Tensor:
         self.check_observed()
-        pooled = sum(expert.log_posterior(features) / 2 for expert in self._experts.values())
+        pooled = sum(expert.log_posterior(features) / len(self._experts) for expert in self._experts.values())
         assert isinstance(pooled, Tensor)
         return torch.log_softmax(pooled, 1)
 
     def plain(self) -> tuple[dict[str, Any], State] | None:
-        """See `Router.plain`: both experts; names of tensors are preceded by `tasks.` and `classes.`."""
+        """See `Router.plain`: both experts; names of tensors are preceded by `tasks.` and `classes.`. None
+        with discriminants."""
+        if self.discriminants:
+            return None
         parts = {name: expert.plain() for name, expert in self._experts.items()}
         settings = {name: part[0] for name, part in parts.items() if part}
         tensors = {f"{name}.{k}": v for name, part in parts.items() if part for k, v in part[1].items()}
@@ -104,6 +115,11 @@ class PooledRouter(Router):
 
     def log_within(self, features: Tensor, task: int) -> Tensor | None:
         return self._experts["classes"].log_within(features, task)
+
+    def log_classes(self, features: Tensor) -> Tensor | None:
+        found = [e.log_classes(features) for name, e in self._experts.items() if name != "tasks"]
+        held = [log_p for log_p in found if log_p is not None]
+        return torch.stack(held).mean(0).log_softmax(1) if self.calibrated and len(held) == len(found) else None
 
     def guarantee(self) -> list[Measurement]:
         own = super().guarantee()
