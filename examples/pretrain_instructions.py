@@ -97,7 +97,7 @@ def batches(
     while True:
         some = [next(source) for _ in range(BATCH * 20)]
         read = tokens.prompts([prompt for prompt, _ in some], LONGEST)
-        pairs = [(torch.tensor(p), torch.tensor(tokens.answer(a))) for (p, _), (_, a) in zip(read, some, strict=True)]
+        pairs = [(torch.tensor(p.tokens), torch.tensor(tokens.answer(a))) for p, (_, a) in zip(read, some, strict=True)]
         pairs.sort(key=lambda pair: len(pair[0]))
         dealt = [pairs[first : first + BATCH] for first in range(0, len(pairs), BATCH)]
         for batch in draw.sample(dealt, len(dealt)):

@@ -114,7 +114,7 @@ def test_inputs_are_read_by_the_adapter_of_their_task_whatever_it_is(kind, strea
     for t in (0, None, 2, 1, None, 0):
         with consolidation.view(t):
             torch.testing.assert_close(learner.backbone.features(examples, 16), expected[t], rtol=1e-5, atol=1e-5)
-    assert consolidation._in_place
+    assert consolidation._slots.in_place
 
     route = consolidation.router.route(expected[None]).tolist()
     said = []

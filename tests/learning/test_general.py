@@ -58,7 +58,7 @@ def by_hand(old, new, prompts):
         return said
 
     kls, other = [], 0
-    for prompt, _ in old.tokens.prompts(prompts, 100):
+    for prompt, *_ in old.tokens.prompts(prompts, 100):
         said = answer(old, prompt)
         other += answer(new, prompt) != said
         p, q = (logits(m, prompt, said).log_softmax(-1) for m in (old, new))
