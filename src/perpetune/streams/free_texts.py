@@ -10,6 +10,7 @@ from datasets import Dataset, Features, Value
 
 from ..core.errors import ConfigError, nearest
 from ..metrics.text import LIKELIHOOD, metric
+from .quiet import without_bars
 from .task import Stream, Task
 
 Responses = Literal["exact", "stripped"]
@@ -105,7 +106,8 @@ def as_free_texts(
                 data = data.add_column("response", texts, feature=Value("string"))
             return data
 
-        train, test, validation = (rows(data) for data in (task.train, task.test, task.validation))
+        with without_bars():  # rows that a limit chose are copied
+            train, test, validation = (rows(data) for data in (task.train, task.test, task.validation))
         assert train is not None and test is not None
         classes = () if free else tuple(number[c] for c in task.classes)
         splits = {"train": train, "test": test, "validation": validation}

@@ -147,6 +147,8 @@ def load_stream(
             folder=(path if path.is_dir() else path.parent) if local else None,
             origins=origins,
         )
+        own_metrics = BUILTINS[text].metrics if text in BUILTINS else {}
+        drafts = [replace(draft, metric=own_metrics.get(draft.name)) for draft in drafts]
         names = [draft.name for draft in drafts]
         drafts = [drafts[i] for i in choose(tasks, names, [set()] * len(names), text)]
     drafts = in_one_form(drafts)
