@@ -29,7 +29,8 @@ WEEKS = ("week-1-answers", "week-2-words", "week-3-orders")
 PLAIN, KEPT = "lora", "routed"
 SHOWN = 6  # questions
 LONGEST = 16  # tokens of an answer that is shown
-TRAINING: dict[str, Any] = {"num_train_epochs": 4, "per_device_train_batch_size": 12, "learning_rate": 4e-3}
+ORDER = 32  # tokens of an order, the longest of the answers that are scored, and some more
+TRAINING: dict[str, Any] = {"num_train_epochs": 4, "per_device_train_batch_size": 6, "learning_rate": 4e-3}
 STREAM = StreamConfig(source="support-weeks", tasks=list(WEEKS), train_limit=48, test_limit=12)
 
 
@@ -66,6 +67,7 @@ def run_language_demo(
         "model": str(instead.get("model") or smollm2()),
         "stream": STREAM,
         "recipes": [{"name": PLAIN, "rank": 8}, {"name": KEPT, "rank": 8}],
+        "heads": [{"type": "language", "longest": ORDER}],
         "controls": False,
         "max_length": 64,
         "dtype": "float32",

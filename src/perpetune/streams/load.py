@@ -85,8 +85,8 @@ def load_stream(
             or `image`, or `image` and `caption`; for language models `prompt` and `response`, with `image` or without,
             or `messages` (lists of {role, content}, the last of which is the answer). Paths of images start where the
             file is.
-        pose: make instructions of texts to be classified, by this template: "instruction" or "published"; or learn
-            texts without labels as they are: "language"; see `pose`.
+        pose: make instructions of texts to be classified, by this template: "instruction", "chat" or "published"; or
+            learn texts without labels as they are: "language"; see `pose`.
         relabel: new label texts, {"very positive": "positive", "neutral": None}: tasks that say the same in other words
             share their classes; rows of a label that becomes None are left out.
         training: settings of single tasks, {"news": {"num_train_epochs": 5}}: over those of their task.json, and over
