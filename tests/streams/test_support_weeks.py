@@ -32,7 +32,8 @@ def test_no_test_question_is_a_training_question_and_every_fact_is_trained() -> 
 
 
 def test_the_same_rows_every_time_and_only_orders_follow_the_seed() -> None:
-    first, again, other = load_stream("support-weeks"), load_stream("support-weeks"), load_stream("support-weeks", seed=1)
+    first, again = load_stream("support-weeks"), load_stream("support-weeks")
+    other = load_stream("support-weeks", seed=1)
 
     def prints(stream: Stream) -> list[str]:
         return [str(fingerprint(task)) for task in stream]
@@ -60,4 +61,4 @@ def test_an_order_is_json_that_its_sentence_says() -> None:
         month, day = order["due"].split(".")
         name = next(n for n, number in MONTHS.items() if number == int(month))
         assert order["item"] in question and f"{int(day)} {name}" in question and str(order["count"]) in question
-    assert not exact_match('{"item": "lamp", "count": 2, "due": "03.04"}', '{"item": "lamp", "count": 2, "due": "03.05"}')
+    assert not exact_match(task.test["response"][0], task.test["response"][0].replace("kettle", "lamp"))

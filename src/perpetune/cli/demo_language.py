@@ -1,4 +1,4 @@
-"""The demo with a language model: three weeks of a made-up support desk, and what it answers to questions of the first."""
+"""The demo with a language model: three weeks of a made-up support desk, and what it answers to old questions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run_language_demo(
         typer.echo(f"failed: {label}: {reason}", err=True)
     if failed:
         raise typer.Exit(1)
-    runs = [Path(record.run) for record in records if record.seed == seeds[0]]
+    runs = [Path(r.run) for r in records if r.seed == seeds[0] and r.run]
     first = stream.tasks[0]
     first = replace(first, test=first.test.select(range(min(SHOWN, len(first.test)))))
     found = past_answers(runs, first, [WEEKS[0], WEEKS[-1]], LONGEST)

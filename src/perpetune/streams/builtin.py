@@ -94,7 +94,8 @@ def _dataset(images: np.ndarray, labels: np.ndarray, conditions: np.ndarray | No
 
 
 class Builtin(NamedTuple):
-    """splits: (seed, test_share) -> the dataset's splits; metrics: of tasks of free texts; the rest as in `load_stream`."""
+    """splits: (seed, test_share) -> the dataset's splits; metrics: of tasks of free texts, by name; the rest as in
+    `load_stream`."""
 
     splits: Callable[[int, float], dict[str, Dataset]]
     split_by: str
