@@ -156,7 +156,7 @@ def test_adapters_are_exchanged_in_place(stream, model, tmp_path):
     own.learn(stream)
     consolidation = own.recipe.consolidation
     with consolidation.view(0):
-        assert consolidation._in_place  # else every exchange would go through peft's loading
+        assert consolidation._slots.in_place  # else every exchange would go through peft's loading
         found = consolidation.tuner.tensors(own.backbone.model)
     assert all(torch.equal(found[k], v) for k, v in consolidation._adapters[0].items())
 

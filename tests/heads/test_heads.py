@@ -19,7 +19,7 @@ TASKS = ([0, 1], [1, 2, 3])
 
 
 def make(name):
-    return make_head(name, **({"features": 16} if name == "ridge" else {}))
+    return make_head(name, **({"features": 16} if name in ("ridge", "klda", "closed_form", "anacp") else {}))
 
 
 def opened(name, labels=LABELS, width=WIDTH, seed=3):

@@ -19,7 +19,8 @@ from tests.learning.test_one_class import Heard
 
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 12}
 TASKS = ["films", "news", "mood"]
-STORED = ("adapter_model.safetensors", "head.safetensors", "rules.safetensors", "memory.parquet")
+HEADS = ("head_added.safetensors", "head_sums.safetensors")
+STORED = ("adapter_model.safetensors", *HEADS, "rules.safetensors", "memory.parquet")
 
 
 @pytest.fixture(scope="module")

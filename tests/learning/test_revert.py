@@ -104,6 +104,12 @@ def test_of_ten_tasks_one_is_taken_out_and_the_model_loads_where_perpetune_canno
     assert found != digests(load_file(pt.Learner.open(ten).export(tmp_path / "all") / "model.safetensors"))
 
 
+def heads_of(path):
+    """The states of all heads of a run, as opening it puts them together."""
+    state = pt.Learner.open(path).state
+    return {f"{name}.{key}": t for name, head in state.named_heads() for key, t in head.state().items()}
+
+
 @pytest.mark.parametrize("out", [0, 3])
 def test_heads_have_the_bits_of_a_run_that_never_learned_the_task(out, four, model, weeks, tmp_path):
     path, left = copied(four, tmp_path), [w for w in WEEKS[:4] if w != WEEKS[out]]
@@ -120,7 +126,7 @@ def test_heads_have_the_bits_of_a_run_that_never_learned_the_task(out, four, mod
         "learned": left,
         "heads": ["linear", "ncm_refresh"],
     }
-    ours, theirs = newest.tensors("head.safetensors"), Run.read(never.path).commits[-1].tensors("head.safetensors")
+    ours, theirs = heads_of(path), heads_of(never.path)
     assert ours.keys() == theirs.keys()
     slots = out != 3  # the tasks after it have kept the slots of their masks, so the weights are others
     same = [k for k in ours if not (slots and k.startswith("ncm"))]
@@ -163,7 +169,7 @@ def test_the_run_goes_on_with_the_folder_or_without_in_one_go_or_in_two(four, mo
     assert slots == [0, 2, 3, 1]  # the new task has taken the slot that was freed
     alone = learner_of(model, tmp_path / "alone", pt.SparseSum(0.25, "disjoint"))
     alone.learn(stream_of(weeks, [new]))
-    heads = [c.tensors("head.safetensors") for c in (found[-1], Run.read(alone.path).commits[-1])]
+    heads = [heads_of(path), heads_of(alone.path)]
     assert torch.equal(heads[0]["linear.tasks.3.weight"], heads[1]["linear.tasks.0.weight"])
     with pytest.raises(pt.ConfigError, match="at most B tasks can be disjoint"):
         learner.learn(stream_of(weeks, WEEKS[:6]))
@@ -214,7 +220,7 @@ def test_an_adapter_of_its_own_is_taken_out_with_what_the_router_knows(model, we
         results.append(learner.learn(stream_of(weeks, tasks)))
         if name == "all":
             results[0] = learner.revert(stream_of(weeks, WEEKS[:3]), WEEKS[1])
-    heads = [r.commits[-1].tensors("head.safetensors") for r in results]
+    heads = [heads_of(r.path) for r in results]
     assert all(torch.equal(heads[0][k], heads[1][k]) for k in heads[1]) and heads[0].keys() == heads[1].keys()
     for scenario in ("class", "task"):
         a, b = (r.matrix("linear", scenario).values[-1].tolist() for r in results)
@@ -231,7 +237,7 @@ def test_heads_over_features_that_never_move_are_exact(model, weeks, tmp_path):
         learner.learn(stream_of(weeks, WEEKS[:3]))
         result = learner.revert(stream_of(weeks, WEEKS[1:3]), WEEKS[0])  # its data is gone already
         never = pt.Learner(model, recipe, tmp_path / f"never-{recipe}").learn(stream_of(weeks, WEEKS[1:3]))
-        a, b = (r.commits[-1].tensors("head.safetensors") for r in (result, never))
+        a, b = (heads_of(r.path) for r in (result, never))
         close = torch.allclose if recipe == "frozen_label_text" else torch.equal  # embedded in other batches
         assert a.keys() == b.keys() and all(close(a[k], b[k]) for k in b)
 

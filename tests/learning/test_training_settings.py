@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -70,6 +72,8 @@ def test_an_optimizer_works_or_says_what_it_needs(texts, value):
         assert not found
     elif "xla" in value or "npu" in value:
         assert value in found
+    elif find_spec("bitsandbytes") and re.search("^ademamix|bnb|lion|^paged|^adamw_8bit", value):
+        assert not found
     else:
         assert f"`{value}`" in found and ("pip install" in found or "is not supported: " in found)
 
@@ -116,11 +120,23 @@ def test_what_a_constructor_would_refuse_is_refused_before(texts, settings, expe
         ({"per_device_train_batch_size": 2.5}, "whole number above 0, not 2.5"),
         ({"num_train_epochs": True}, "`num_train_epochs` must be a number above 0"),
         ({"learning_rte": 1}, "did you mean `learning_rate`"),
+        ({"learning_rate": True}, "`learning_rate` must be a number"),
+        ({"max_steps": 0}, "`max_steps` must be a whole number above 0"),
+        ({"neftune_noise_alpha": -1}, "`neftune_noise_alpha` must be a number, 0 or above"),
+        ({"warmup_ratio": 0.1}, "use warmup_steps, where a number below 1"),
+        ({"group_by_length": True}, "use train_sampling_strategy: group_by_length"),
+        ({"early_stopping_patience": 3}, "has no `early_stopping_patience`: choose num_train_epochs"),
     ],
 )
 def test_a_value_of_another_kind_is_named(settings, expected):
     with pytest.raises(ConfigError, match=expected):
         resolve_training(settings)
+
+
+def test_a_batch_that_is_dropped_is_refused(tiny_bert, stream, tmp_path):
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 64}
+    with pytest.raises(ConfigError, match="drops the only batch of a task of 8 examples"):
+        Learner(tiny_bert(), "lora", tmp_path / "run", training=settings).learn(stream)
 
 
 def test_what_is_for_texts_is_refused_for_images(images):

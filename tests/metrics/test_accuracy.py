@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from perpetune.core.errors import ConfigError, RunError
 from perpetune.metrics import accuracy
-from perpetune.metrics.accuracy import FORMULAS, AccuracyMatrix, flips, flips_share, intransigence, summary
+from perpetune.metrics.accuracy import FORMULAS, AccuracyMatrix, intransigence, summary
+from perpetune.metrics.flips import flips, flips_share
 
 NAN = float("nan")
 

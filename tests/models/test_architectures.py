@@ -283,3 +283,9 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(tiny_bert, tmp_
 def test_a_length_without_room_for_a_text_is_refused(tiny_bert):
     with pytest.raises(ConfigError, match="max_length 2 leaves no room.*at least 3"):
         load_backbone(tiny_bert(), "text", max_length=2)
+
+
+def test_a_path_that_leads_nowhere_is_no_name_on_the_hub(tmp_path):
+    for load in (lambda path: load_backbone(path, "text"), load_language_model):
+        with pytest.raises(ModelError, match="no such file or folder"):
+            load(tmp_path / "nowhere")

@@ -7,6 +7,7 @@ from perpetune.routers import (
     ROUTERS,
     ClassRouter,
     KMeansRouter,
+    LDARouter,
     OracleRouter,
     PooledRouter,
     RidgeRouter,
@@ -16,7 +17,7 @@ from perpetune.routers import (
 LABELS = ["ant", "bee"]
 WIDTH = 6
 KNOWING = [KMeansRouter(), RidgeRouter(), RidgeRouter(features=20), RidgeRouter(reading="sum")]
-KNOWING += [ClassRouter(0), ClassRouter(20), PooledRouter(20)]
+KNOWING += [ClassRouter(0), ClassRouter(20), PooledRouter(20), LDARouter(), LDARouter(20, map="relu")]
 
 
 def samples(task, n=100, seed=0):
@@ -44,7 +45,7 @@ def router(request):
 
 
 def test_they_are_found_by_name():
-    assert set(ROUTERS) == {"KMeansRouter", "RidgeRouter", "ClassRouter", "PooledRouter", "OracleRouter"}
+    assert set(ROUTERS) == {"KMeansRouter", "RidgeRouter", "ClassRouter", "LDARouter", "PooledRouter", "OracleRouter"}
     assert all(ROUTERS[type(r).__name__] is type(r) for r in KNOWING)
     assert [name for name, r in ROUTERS.items() if r.needs_task] == ["OracleRouter"]
 

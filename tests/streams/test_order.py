@@ -89,7 +89,7 @@ def test_a_run_goes_on_in_the_order_that_it_began_with(
     learner(tmp_path / "half").learn(load_stream(weeks))
     assert learned(tmp_path / "half") == learned(tmp_path / "whole") == alphabetical
     for commit_ in sorted((tmp_path / "whole" / "commits").iterdir()):
-        for file in ("head.safetensors", "predictions.safetensors"):
+        for file in ("head_added.safetensors", "head_sums.safetensors", "predictions.safetensors"):
             if (commit_ / file).exists():
                 assert (commit_ / file).read_bytes() == (tmp_path / "half/commits" / commit_.name / file).read_bytes()
 

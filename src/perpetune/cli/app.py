@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import PerpetuneError, first_line
-from . import generate, inspect, manage, predict, run
+from . import generate, inspect, manage, predict, run, verify
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -27,7 +27,14 @@ for panel, commands in {
     "Train": (run.demo, run.run, run.compare),
     "Look": (inspect.report, inspect.log, inspect.diff, inspect.gate),
     "Use": (predict.predict, generate.generate),
-    "Make something of a run": (manage.adopt, manage.export, manage.serve_config, manage.revert, manage.tune_scale),
+    "Make something of a run": (
+        manage.adopt,
+        manage.export,
+        manage.serve_config,
+        manage.revert,
+        manage.tune_scale,
+        verify.verify,
+    ),
     "Choose": (inspect.list_,),
 }.items():
     for command in commands:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..core.environment import cache_folder
 from ..core.errors import ModelError
 from ..models import pretraining as pretrain
 from ..models.pretraining import PretrainedViT, Pretraining, pretrain_vit, progress_bar, versions
@@ -70,7 +71,7 @@ def demo_vit(
         facts = {"data": "sklearn.datasets.load_digits, first half, upright", "train_images": len(train)}
         return replace(vit, facts={**facts, "held_out_images": len(test), "held_out_accuracy": accuracy})
 
-    root = Path(cache_dir or os.environ.get("PERPETUNE_CACHE") or Path.home() / ".cache" / "perpetune")
+    root = Path(cache_dir) if cache_dir else cache_folder()
     return _cached(root.expanduser() / f"digits-vit-{key.hexdigest()[:16]}", make)
 
 

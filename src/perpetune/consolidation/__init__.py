@@ -4,6 +4,7 @@ from .base import Consolidation, Session
 from .concatenate import Concatenate
 from .continue_ import Continue
 from .delta_merge import DeltaMerge, SparseSum
+from .first_task import FirstTask
 from .joint import Joint
 from .merge import Merge
 from .per_task import PerTask
@@ -12,7 +13,8 @@ from .stack import Stack
 from .states import PerTaskStates
 
 CONSOLIDATIONS = {
-    c.__name__: c for c in (Continue, Merge, Stack, DeltaMerge, SparseSum, PerTask, Concatenate, Replay, Joint)
+    c.__name__: c
+    for c in (Continue, Merge, Stack, DeltaMerge, SparseSum, PerTask, Concatenate, FirstTask, Replay, Joint)
 }
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Consolidation",
     "Continue",
     "DeltaMerge",
+    "FirstTask",
     "Joint",
     "Merge",
     "PerTask",

@@ -13,6 +13,7 @@ from ..core.errors import ConfigError
 from ..models.backbone import Backbone
 from ..tuners import PeftTuner, Tuner, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
+from .slots import Slots
 from .states import PerTaskStates
 
 ADAPTER, CLASSES = "adapter_model.safetensors", "classes.json"
@@ -34,8 +35,7 @@ class AdapterPerTask(Consolidation, PerTaskStates):
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _active: int | None = field(default=None, init=False, repr=False, compare=False)
     _labels: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
-    _slots: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _in_place: bool = field(default=False, init=False, repr=False, compare=False)
+    _slots: Slots | None = field(default=None, init=False, repr=False, compare=False)
 
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """
@@ -81,7 +81,7 @@ class AdapterPerTask(Consolidation, PerTaskStates):
         if hasattr(self.backbone.model, "peft_config"):
             self.backbone.model = self.tuner.detach(self.backbone.model)
         self.backbone.model = self.tuner.attach(self.backbone.model)
-        self._slots, self._active = {}, None
+        self._slots, self._active = None, None
         earlier = None if session is None else self.goes_on_from(session)
         if earlier is not None:
             self._activate(earlier)
@@ -164,16 +164,10 @@ class AdapterPerTask(Consolidation, PerTaskStates):
 
     @torch.no_grad()
     def _activate(self, task: int) -> None:
-        """There is one adapter in the model, whose values are exchanged: any tuner can be kept, however many."""
+        """There is one adapter in the model, whose values are exchanged: see `Slots`."""
         if task == self._active:
             return
-        if not self._slots:  # a newly attached model
-            self._slots = self.tuner.tensors(self.backbone.model)
-            own = {t.data_ptr() for t in (*self.backbone.model.parameters(), *self.backbone.model.buffers())}
-            self._in_place = all(t.data_ptr() in own for t in self._slots.values())
-        values = self._adapters[task]
-        if self._in_place:
-            torch._foreach_copy_([self._slots[name] for name in values], list(values.values()))
-        else:
-            self.tuner.load(self.backbone.model, values)
+        if self._slots is None:  # a newly attached model
+            self._slots = Slots(self.tuner, self.backbone.model)
+        self._slots.put(self._adapters[task])
         self._active = task

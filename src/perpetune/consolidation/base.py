@@ -56,7 +56,8 @@ class StoredFiles(Protocol):
 
 @dataclass
 class Consolidation:
-    """Owns the backbone's weights between tasks. Order of calls per task: `begin_task`, training, `end_task`, `files`.
+    """Owns the backbone's weights between tasks. Order of calls per task: `begin_task`, training, `end_task`, `files`,
+    `committed`.
 
     A resumed run calls `open` on a fresh backbone, then `restore` with all commits so far: from then on every bit is as
     if it had never stopped.
@@ -94,6 +95,10 @@ class Consolidation:
         """Which session's own head reads a task in the task-incremental reading: the one that learned it."""
         return learned_in
 
+    def adapts(self, session: Session) -> bool:
+        """Whether the model is trained in this session; where it is not, nothing but a head that is read is."""
+        return True
+
     def begin_task(self, session: Session) -> None:
         """Make the backbone trainable for this session."""
         raise NotImplementedError
@@ -105,6 +110,9 @@ class Consolidation:
     def files(self) -> Files:
         """What the commit of the session just ended must hold."""
         raise NotImplementedError
+
+    def committed(self, commit: StoredFiles) -> None:
+        """What `files` gave is on disk, in this commit: it can be read there, and need not be held."""
 
     def restore(self, commits: Sequence[StoredFiles]) -> None:
         """Put the untouched backbone into the state after these commits: those of the tasks that were learned and not

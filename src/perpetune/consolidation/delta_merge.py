@@ -17,7 +17,7 @@ from ..deltas.combine import merge
 from ..deltas.delta import Delta
 from ..deltas.extract import extract
 from ..deltas.keep import KEEPS, Keep
-from ..deltas.overlap import overlap
+from ..deltas.overlap import Meetings
 from ..models.backbone import Backbone
 from ..runs.earlier import delta_merge
 from ..tuners import Additive, AllWeights, Tuner, check_base_kept
@@ -34,6 +34,12 @@ class DeltaMerge(Consolidation):
     Each task is tuned from the base, so that d_t does not depend on the tasks before it; only their combination does.
     A commit holds m_t * d_t, and the seed of m_t or its bits. The combination is made in fp32 from all commits, in the
     order of the tasks' keys and a stretch of one tensor at a time, and added to the untouched base once.
+
+    Memory: one copy of the base beside the model, the tensor that is being combined, and two bits for each weight to
+    count where tasks meet: 2.1 model sizes between tasks, however many there are (with `sequential` one more while a
+    task is trained). Deltas are mapped from the files of their commits, and read a stretch at a time. A task costs a
+    pass through all deltas: sums of fp32 numbers in the order of learning would not have the same bits in any order of
+    tasks, nor those of a run that never learned a task that is taken out; for `ElectSign` there is no running form.
 
     Args:
         keep: what a task keeps, a `Keep`: `Everything`, `RandomMask`, `TopMagnitude`; its name, or
@@ -56,6 +62,7 @@ class DeltaMerge(Consolidation):
     _base: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _start: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _deltas: list[Delta] = field(default_factory=list, init=False, repr=False, compare=False)
+    _meetings: Meetings | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.keep: Keep = _made(self.keep, KEEPS, Keep, "keep")
@@ -80,7 +87,7 @@ class DeltaMerge(Consolidation):
             raise ConfigError(f"DeltaMerge adds up changes of weights, and that of this {kind} is none: use Continue")
         super().open(backbone, tuner, labels)
         self._base = _copy(self._state())
-        self._deltas = []
+        self._keep_deltas([])
 
     def begin_task(self, session: Session) -> None:
         if not self.sequential:
@@ -92,18 +99,22 @@ class DeltaMerge(Consolidation):
         tuned = self._tuned()
         mask = self.keep.mask(session.tasks[0].name, [delta.mask.slot for delta in self._deltas])
         kept = self.keep(self._start, tuned)
-        self._deltas.append(
-            extract(
-                self._start,
-                tuned,
-                mask,
-                fingerprint=self.backbone.fingerprint,
-                storage=self.storage,
-                dense=kept.dense,
-                bits=kept.masks,
-            )
-        )
+        settings: dict[str, Any] = {"fingerprint": self.backbone.fingerprint, "storage": self.storage}
+        self._deltas.append(extract(self._start, tuned, mask, dense=kept.dense, bits=kept.masks, **settings))
+        self._count()
+        del tuned, kept
         self._combine()
+
+    def _count(self) -> None:
+        """Where the newest delta meets the others."""
+        new = self._deltas[-1:]
+        if self._meetings is None:
+            self._meetings, new = Meetings(), self._deltas
+        for delta in new:
+            self._meetings.add(delta)
+
+    def _keep_deltas(self, deltas: Sequence[Delta]) -> None:
+        self._deltas, self._meetings = list(deltas), None  # counted when a task is added: opening does not need it
 
     def _state(self) -> dict[str, Tensor]:
         return dict(self.backbone.model.state_dict(keep_vars=True))
@@ -112,7 +123,7 @@ class DeltaMerge(Consolidation):
     def _tuned(self) -> dict[str, Tensor]:
         """theta_t, and the model without the tuner."""
         if isinstance(self.tuner, AllWeights):
-            return _copy(self._state())
+            return self._state()  # read before anything is written to it
         change = self.tuner.change(self.backbone.model)
         deltas = change.deltas() if isinstance(change, Additive) else {}
         self.backbone.model = self.tuner.detach(self.backbone.model)
@@ -121,7 +132,10 @@ class DeltaMerge(Consolidation):
     def _combine(self, factors: Sequence[float] | None = None) -> None:
         scales = [s * factor for s, factor in zip(self._scales(), factors or [1.0] * len(self._deltas), strict=True)]
         merged = merge(self._base, self._deltas, scales, fingerprint=self.backbone.fingerprint, combine=self.combine)
-        self._load(dict(merged))
+        state = self._state()
+        for name, tensor in merged:
+            state[name].data.copy_(tensor)
+            del tensor
         self.backbone.version += 1
 
     def _scales(self) -> list[float]:
@@ -138,8 +152,11 @@ class DeltaMerge(Consolidation):
     def files(self) -> Files:
         return {VALUES: self._deltas[-1].to_tensors(), SETTINGS: self._deltas[-1].metadata()}
 
+    def committed(self, commit: StoredFiles) -> None:
+        self._deltas[-1] = stored_delta(commit)
+
     def restore(self, commits: Sequence[StoredFiles]) -> None:
-        self._deltas = [stored_delta(commit) for commit in commits]
+        self._keep_deltas([stored_delta(commit) for commit in commits])
         if commits:
             self._combine()
             self.backbone.version = len(commits)
@@ -167,16 +184,19 @@ class DeltaMerge(Consolidation):
             "entries kept of a task's delta", newest.count / max(1, entries), None, "share", source,
             f"{newest.count:,} values of {entries:,}",
         )  # fmt: skip
-        if len(self._deltas) < 2:
+        if len(self._deltas) < 2 or self._meetings is None:
             return [kept]
-        met = overlap(self._deltas)
-        hits = int(met.hits[1:].sum())
         bound = 0.0 if self.keep.never_meets else None
         note = "share of the entries that any task keeps; masks that are disjoint never meet"
         return [
             kept,
             Measurement(
-                "kept entries in which tasks meet", met.collisions / max(1, hits), bound, "share", source, note
+                "kept entries in which tasks meet",
+                self._meetings.met / max(1, self._meetings.kept),
+                bound,
+                "share",
+                source,
+                note,
             ),
         ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from ..models.backbone import Backbone
 from ..models.precision import check_base, precision, quantised, reduced
 from ..tuners import Additive, Multiplicative, Tuner, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
+from .slots import Slots
 from .stack import Stack, stackable
 
 
@@ -41,6 +42,9 @@ class Merge(Consolidation):
 
     On a base that is quantised or of half precision, merging would round what tasks have learned: there the past stays
     beside the weights as the low-rank factors that it is (`Stack`), and an export merges them into the fp32 base.
+
+    Memory: of the weights that the tuner touches, and of no others, the base and the sum (or the product) beside the
+    model's own: two more copies in fp32, however many tasks there are.
     """
 
     branch = "fresh"
@@ -86,29 +90,35 @@ class Merge(Consolidation):
         read = self.backbone.responses if free else self.backbone.outputs
         change = relative_change if free else self.backbone.change
         unmerged = read(probe, len(probe))
-        self._absorb()
+        touched = self._gather(self.tuner.change(self.backbone.model), 1.0)
+        self._write(touched)
+        self.backbone.version += 1
         self._merge_error = change(read(probe, len(probe)), unmerged)
 
     def _probe(self, session: Session) -> list:
         return self.backbone.prepare(session.tasks[0].test.select(range(min(16, len(session.tasks[0].test)))))
 
     @torch.no_grad()
-    def _absorb(self, scale: float = 1.0) -> None:
-        change = self.tuner.change(self.backbone.model)
-        turned = change.turn(self._product) if isinstance(change, Multiplicative) else {}
+    def _gather(self, change: Additive | Multiplicative | None, scale: float) -> list[str]:
+        """Add the change of the adapter that is in the model to the sum, or to the product; the weights it touches."""
+        if isinstance(change, Multiplicative):
+            turned = change.turn(self._product)
+            self._product |= turned
+            return list(turned)
         deltas = change.deltas() if isinstance(change, Additive) else {}
-        self.backbone.model = self.tuner.detach(self.backbone.model)
-        parameters = dict(self.backbone.model.named_parameters())
-        for name in (*turned, *deltas):
-            self._base.setdefault(name, parameters[name].detach().clone())
         for name, delta in deltas.items():
             total = self._sum.setdefault(name, torch.zeros_like(delta))
             total.add_(delta, alpha=scale)
-            parameters[name].copy_(self._base[name].float() + total)
-        self._product |= turned
-        for name, weight in turned.items():
-            parameters[name].copy_(weight)
-        self.backbone.version += 1
+        return list(deltas)
+
+    @torch.no_grad()
+    def _write(self, touched: Collection[str]) -> None:
+        """Take the tuner off, and bring these weights up to date."""
+        self.backbone.model = self.tuner.detach(self.backbone.model)
+        parameters = dict(self.backbone.model.named_parameters())
+        for name in touched:
+            base = self._base.setdefault(name, parameters[name].detach().clone())
+            parameters[name].copy_(self._product[name] if name in self._product else base.float() + self._sum[name])
 
     def files(self) -> Files:
         return self._files if self._beside is None else self._beside.files()
@@ -116,8 +126,7 @@ class Merge(Consolidation):
     def restore(self, commits: Sequence[StoredFiles]) -> None:
         if self._beside is not None:
             return self._beside.restore(commits)
-        for commit in commits:
-            self._add(commit, 1.0)
+        self._add((commit, 1.0) for commit in commits)
 
     def compose(self, commits: Mapping[str, StoredFiles], scales: Mapping[str, float]) -> None:
         """See `Consolidation.compose`. An adapter was trained on top of those merged before it: without them, it may do
@@ -130,9 +139,7 @@ class Merge(Consolidation):
             raise ConfigError(
                 "rotations follow one another, so no task can be chosen, left out or scaled: export the model as it is"
             )
-        for task, commit in commits.items():
-            if task in scales:
-                self._add(commit, scales[task])
+        self._add((commit, scales[task]) for task, commit in commits.items() if task in scales)
 
     def separable(self, tuner: Tuner) -> bool:
         return not tuner.rotates
@@ -140,10 +147,19 @@ class Merge(Consolidation):
     def keeps_base(self, tuner: Tuner) -> bool:
         return stackable(tuner)
 
-    def _add(self, commit: StoredFiles, scale: float) -> None:
-        self.backbone.model = self.tuner.attach(self.backbone.model)
-        self.tuner.load(self.backbone.model, stored_adapter(commit))
-        self._absorb(scale)
+    def _add(self, parts: Iterable[tuple[StoredFiles, float]]) -> None:
+        """Add what commits hold, each times a factor: one adapter is put on, takes the values of one after the other,
+        and every weight is written once."""
+        slots, touched = None, dict[str, None]()
+        for commit, scale in parts:
+            if slots is None:
+                self.backbone.model = self.tuner.attach(self.backbone.model)
+                slots, change = Slots(self.tuner, self.backbone.model), self.tuner.change(self.backbone.model)
+            slots.put(stored_adapter(commit))
+            touched |= dict.fromkeys(self._gather(change, scale))
+            self.backbone.version += 1
+        if slots is not None:
+            self._write(touched)
 
     def guarantee(self) -> list[Measurement]:
         if self._beside is not None:

@@ -58,6 +58,10 @@ class PerTaskStates(ABC):
     def goes_on_from(self, session: Session) -> int | None:
         """The earlier session whose state, and rows of the head, this one goes on training; None: no earlier one."""
 
+    def read_width(self, width: int) -> int:
+        """The width of what heads that gather read, where the features of one state have this width."""
+        return width
+
     @abstractmethod
     def weights(self, reading: Reading, task: int | None = None) -> Tensor:
         """log p(task | x), (N x T), -inf for states that an input is not shown to.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -16,6 +21,11 @@ def default_device() -> torch.device:
     )
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$PERPETUNE_CACHE`, or else `~/.cache/perpetune`."""
+    return Path(os.environ.get("PERPETUNE_CACHE") or Path.home() / ".cache" / "perpetune").expanduser()
+
+
 def peak_memory(device: torch.device) -> int:
     """Largest memory in use so far, bytes: of the accelerator where there is one, else of the process."""
     if device.type == "cuda":
@@ -23,6 +33,34 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which would look at all that is alive again and again while millions of small
+    objects are made that no cycle holds."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def quick_collection() -> Iterator[None]:
+    """What is alive now is not looked at by the garbage collector any more: a full collection, as the Trainer asks for
+    before every task, then looks at what was made since, and not at all of torch and transformers (half a second)."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def versions() -> dict[str, str]:

@@ -12,10 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..core.errors import RunError
+
+HEADER = TypeAdapter(dict[str, Any])
+ARRAYS = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4",
+        "F64": "<f8",
+    }.items()
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -49,6 +60,29 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def read_arrays(content: bytes) -> dict[str, np.ndarray]:
+    """What a safetensors file holds, as read-only views of its content: of a file of a thousand small arrays, a third
+    of the time of `safetensors.numpy.load`, which makes a copy of each.
+
+    Raises:
+        RunError: numbers of a kind that predictions never have.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = HEADER.validate_json(content[8:start])  # faster than json
+    header.pop("__metadata__", None)
+    whole: dict[str, np.ndarray] = {}
+    found = {}
+    for name, about in header.items():
+        kind, (first, last) = about["dtype"], about["data_offsets"]
+        if kind not in whole:
+            if kind not in ARRAYS:
+                raise RunError(f"`{name}` holds numbers of kind {kind}: was it written by a newer perpetune?")
+            whole[kind] = np.frombuffer(content, ARRAYS[kind], (len(content) - start) // ARRAYS[kind].itemsize, start)
+        size = ARRAYS[kind].itemsize  # tensors are stored by the size of their numbers, the widest first: none is split
+        found[name] = whole[kind][first // size : last // size].reshape(about["shape"])
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,5 +134,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [v if type(v) in (str, int) else plain(v) for v in value]  # names of all tasks, in every commit
     return value

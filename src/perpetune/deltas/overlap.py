@@ -36,6 +36,36 @@ class Overlap:
         return int(self.hits[2:].sum())
 
 
+class Meetings:
+    """Counts the entries that deltas keep, and those that two or more keep, one delta after the other: two bits are
+    held for each entry, and no delta.
+
+    Attributes:
+        kept: entries kept by at least one; met: by two or more. Tensors kept whole do not count.
+    """
+
+    def __init__(self) -> None:
+        self.kept = self.met = 0
+        self._bits: dict[str, NDArray[np.uint8]] = {}  # (2, bytes): kept by one at least, by two at least
+
+    def add(self, delta: Delta) -> None:
+        for name, part in delta.parts.items():
+            if part.mask == "dense":
+                continue
+            bits = self._bits.setdefault(name, np.zeros((2, -(-part.size // 8)), dtype=np.uint8))
+            walk = delta.walk(name)
+            for start in range(0, part.size, CHUNK):
+                stop = min(start + CHUNK, part.size)
+                new = np.zeros(stop - start, dtype=np.bool_)
+                new[walk.until(stop)[0]] = True
+                held = bits[:, start // 8 : -(-stop // 8)]
+                once, twice = np.unpackbits(held, axis=1, count=stop - start).astype(np.bool_)
+                self.kept += int(np.count_nonzero(new & ~once))
+                self.met += int(np.count_nonzero(new & once & ~twice))
+                held[1] |= np.packbits(new & once)
+                held[0] |= np.packbits(new)
+
+
 def overlap(deltas: Sequence[Delta]) -> Overlap:
     """Count the collisions of deltas.
 

@@ -9,10 +9,13 @@ from typing import Any
 from ..core.errors import ConfigError, nearest
 from ..core.plugins import with_installed
 from ..core.validation import call_checked
+from .anacp import AnaCPHead
 from .base import Head
+from .closed_form import ClosedFormHead
 from .contrastive import ContrastiveHead
 from .label_text import LabelTextHead
 from .language import LONGEST, LanguageHead, Read
+from .lda import KLDAHead, LDAHead
 from .linear import LinearHead
 from .own_classifier import OwnClassifierHead
 from .prototype import PrototypeHead
@@ -62,6 +65,10 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
     "ncm_refresh": ncm_refresh,
     "ridge": RidgeHead,
     "ridge_refresh": ridge_refresh,
+    "lda": LDAHead,
+    "klda": KLDAHead,
+    "closed_form": ClosedFormHead,
+    "anacp": AnaCPHead,
     "ease": SubspaceHead,
 }
 
@@ -92,8 +99,12 @@ def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
 
 __all__ = [
     "HEADS",
+    "AnaCPHead",
+    "ClosedFormHead",
     "ContrastiveHead",
     "Head",
+    "KLDAHead",
+    "LDAHead",
     "LabelTextHead",
     "LanguageHead",
     "LinearHead",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class Head(nn.Module):
     reads: Reads = "features"
     blocks: bool = False
     weighs: bool = False  # whether its loss may weigh classes, see `weigh`
+    # Of the saved state: parts with a row for every class in `labels`, and the axis of the rows; the beginning of the
+    # names of parts that one finished task alone has. A commit holds of these what is new (`heads.increments`).
+    class_axis: ClassVar[Mapping[str, int]] = {}
+    task_parts: ClassVar[str] = ""
     starts_from_own: bool = False  # takes rows from the own head of a fine-tuned classifier, see `start_from`
 
     @property
@@ -152,6 +156,15 @@ class Head(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as tensors."""
         raise NotImplementedError
+
+    @property
+    def finished(self) -> int:
+        """Of how many finished tasks the state has `task_parts`."""
+        return 0
+
+    def recent_state(self, task: int) -> dict[str, Tensor]:
+        """`state` without the parts of the first finished tasks, so many of them."""
+        return self.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`, after `open`.

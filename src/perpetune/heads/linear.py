@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class LinearHead(TrainedHead):
 
     name = "linear"
     weighs = True
+    class_axis: ClassVar[Mapping[str, int]] = {"seen": 0, "weight": 0, "bias": 0}
+    task_parts = "tasks."
     weight: Tensor  # W, (C, L)
     bias: Tensor  # b, (C,)
     active_weight: nn.Parameter  # (classes in training, L); None outside of a task
@@ -143,12 +146,19 @@ class LinearHead(TrainedHead):
 
     def state(self) -> dict[str, Tensor]:
         """A row that was never in a loss is not saved: it follows from seed and label text."""
+        return self.recent_state(0)
+
+    @property
+    def finished(self) -> int:
+        return len(self.tasks)
+
+    def recent_state(self, task: int) -> dict[str, Tensor]:
         state = super().state()
         kept = self.seen.nonzero().flatten()
         state |= {"weight": self.weight.cpu()[kept], "bias": self.bias.cpu()[kept]}
         place = torch.full((len(self.labels),), -1, dtype=torch.long)
         place[kept] = torch.arange(len(kept))
-        for j, (own, weight, bias) in enumerate(self.tasks):
+        for j, (own, weight, bias) in enumerate(self.tasks[task:], start=task):
             state[f"tasks.{j}.classes"] = place[own.cpu()]
             state |= {f"tasks.{j}.weight": weight.cpu().clone(), f"tasks.{j}.bias": bias.cpu().clone()}
         return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -26,7 +26,7 @@ class PrototypeHead(StatisticsHead):
     """
 
     name = "ncm"
-    class_axis: ClassVar[dict[str, int]] = {"sums": 0, "counts": 0}
+    class_axis: ClassVar[Mapping[str, int]] = {"sums": 0, "counts": 0}
 
     def shapes(self, classes: int) -> dict[str, Shape]:
         return {

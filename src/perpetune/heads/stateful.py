@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class OpenedHead(Head):
     class that the head knows.
     """
 
+    unwritten: ClassVar[dict[str, Any]] = {}  # settings that came later, and what was so before: left out where it is
+
     def __init__(self) -> None:
         super().__init__()
         self.width = 0
@@ -30,7 +32,8 @@ class OpenedHead(Head):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, by name: `type(head)(**head.config())` is the same head, unopened."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {k: v for k, v in values.items() if k not in self.unwritten or v != self.unwritten[k]}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())

@@ -39,11 +39,10 @@ class ObservingHead(OpenedHead):
 class StatisticsHead(ObservingHead):
     """A head made of sums over samples, `self.statistics`, in fixed point (see `moments`), on the CPU.
 
-    Subclasses say what the sums are (`shapes`), which axis runs over classes (`class_axis`), and which are symmetric
-    matrices (`symmetric`: only the upper triangle is saved).
+    Subclasses say what the sums are (`shapes`), which axis runs over classes (`Head.class_axis`), and which are
+    symmetric matrices (`symmetric`: only the upper triangle is saved).
     """
 
-    class_axis: ClassVar[dict[str, int]] = {}
     symmetric: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, refresh: bool = False) -> None:
@@ -60,6 +59,11 @@ class StatisticsHead(ObservingHead):
         if width > WIDEST:
             raise HeadError(f"head `{self.name}`: features of width {width}; exact sums allow {WIDEST}")
         self.clear()
+
+    @staticmethod
+    def kind_of(name: str) -> str:
+        """What a sum is: its name without the prefix of a map."""
+        return name.rpartition(".")[2]
 
     def clear(self) -> None:
         """As if nothing had been observed."""
@@ -113,10 +117,10 @@ class StatisticsHead(ObservingHead):
         seen = self.class_counts().nonzero().flatten()
         state = self.header(seen)
         for name, tensor in self.statistics.items():
-            if name in self.symmetric:
+            if self.kind_of(name) in self.symmetric:
                 state[name] = tensor[..., _upper(tensor.shape[-1])]
-            elif name in self.class_axis:
-                state[name] = tensor.index_select(self.class_axis[name], seen)
+            elif self.kind_of(name) in self.class_axis:
+                state[name] = tensor.index_select(self.class_axis[self.kind_of(name)], seen)
             else:
                 state[name] = tensor.clone()
         return state
@@ -166,14 +170,16 @@ class StatisticsHead(ObservingHead):
         columns = self.columns(state)
         read = {}
         for name, (dtype, shape) in self.shapes(len(columns)).items():
-            if name in self.symmetric:
+            if self.kind_of(name) in self.symmetric:
                 m = shape[-1]
                 upper = torch.zeros(shape, dtype=dtype)
                 upper[..., _upper(m)] = self.take(state, name, (*shape[:-2], m * (m + 1) // 2)).to(dtype)
                 read[name] = upper + upper.triu(1).mT
-            elif name in self.class_axis:
+            elif self.kind_of(name) in self.class_axis:
                 ours = torch.zeros(self.shapes(len(self.labels))[name][1], dtype=dtype)
-                read[name] = ours.index_copy(self.class_axis[name], columns, self.take(state, name, shape).to(dtype))
+                read[name] = ours.index_copy(
+                    self.class_axis[self.kind_of(name)], columns, self.take(state, name, shape).to(dtype)
+                )
             else:
                 read[name] = self.take(state, name, shape).to(dtype).clone()
         return read

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class TrainedHead(OpenedHead):
     """
 
     trains = True
+    class_axis: ClassVar[Mapping[str, int]] = {"seen": 0}
     contrasts = True  # whether the loss is a choice among classes, and nothing is left of it with one
 
     def __init__(self, loss: Classes) -> None:

@@ -36,6 +36,12 @@ def suited(recipe: Recipe, backbone: Backbone, given: bool, captions: bool = Fal
             f"head `{unfit[0]}` reads the features under an adapter for every task, and {keeper} keeps no such: use "
             "the recipe ease, or another head"
         )
+    trained = [head.name for head in recipe.heads if head.trains]
+    if states is not None and states.read_width(1) > 1 and trained:
+        raise ConfigError(
+            f"{keeper} puts features side by side for heads that gather, and `{trained[0]}` is trained: use ncm, lda "
+            "or ridge"
+        )
     strange = [head for head in recipe.heads if (head.reads == "answers") != speaks]
     if strange and not speaks:
         raise ConfigError(

@@ -17,6 +17,7 @@ from ..core.errors import ConfigError, ModelError, nearest
 from ..core.files import write_text
 from ..heads import LinearHead
 from ..models.backbone import Backbone
+from ..models.language_loading import quiet
 from ..models.precision import reduced
 from ..runs.commit import active
 from ..runs.directory import Run, write_folder
@@ -89,7 +90,8 @@ def export(
     saved: Any = exported.model.to(dtype=getattr(torch, dtype))
 
     def write(aside: Path) -> None:
-        saved.save_pretrained(str(aside))
+        with quiet():
+            saved.save_pretrained(str(aside))
         backbone.save_processors(str(aside))
         if exported.beside and exported.readout is not None:
             write_beside(aside, exported.readout, exported.labels, backbone)

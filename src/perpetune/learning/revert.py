@@ -47,7 +47,7 @@ def revert(setup: Setup, stream: Stream, task: str) -> LearnerState:
                 "not_evaluated": [task.name for task in stream if not len(task.test)],
                 "heads": [head.name for head in state.heads],
             }
-            commit = run.commit(name, state.files(predictions), facts)
+            commit = run.commit(name, state.files(predictions, whole=True), facts)
             run.note("revert", task=name, evaluate_seconds=round(perf_counter() - started, 3), disk_bytes=commit.size)
     finally:
         run.close()
@@ -58,7 +58,8 @@ def revert(setup: Setup, stream: Stream, task: str) -> LearnerState:
 def _forget(run: Run, own: Commit, state: LearnerState, stream: Stream) -> None:
     """Heads without the task of a commit; `stream` has the tasks that remain."""
     number, position = run.commits.index(own), active(run.commits).index(own)
-    before, after = head_states(run.commits[number - 1]), head_states(own)
+    heads = dict(state.named_heads())
+    before, after = (head_states(run.commits[: number + end], heads) for end in (0, 1))
     left = {c for task in stream for c in task.classes}
     classes = [c for c in run.commits[-1].manifest["classes"] if c not in left]
     for name, head in state.named_heads():

@@ -32,12 +32,14 @@ class Training:
     Attributes:
         examples: the rows as model inputs, while the session lasts; none where nothing reads them.
         trainable: number of parameters that training changes.
+        learns: whether there is anything to train: the model, or a head that is read.
     """
 
     def __init__(self, state: LearnerState, session: Session) -> None:
         self.state, self.session = state, session
-        reads = state.recipe.tuner.trains or state.training_head.trains
-        self.examples: Examples = self._prepared() if reads else []
+        adapts = state.recipe.tuner.trains and state.consolidation.adapts(session)
+        self.learns = adapts or state.heads[0].trains
+        self.examples: Examples = self._prepared() if self.learns else []
         self.trainable = 0
 
     def _prepared(self) -> Examples:
@@ -63,7 +65,7 @@ class Training:
         if weights := self.state.setup.training_of(self.session.tasks).get(SETTING):
             drawn = consolidation.rows(self.session)["label"][:]
             trained.weigh(class_weights(weights, drawn, self.state.known.labels))
-        if isinstance(trained, TrainedHead) and trained.contrasts and len(trained.task_classes) == 1:
+        if self.learns and isinstance(trained, TrainedHead) and trained.contrasts and len(trained.task_classes) == 1:
             self._tell_one(trained)
 
     def _tell_one(self, head: TrainedHead) -> None:
@@ -83,7 +85,8 @@ class Training:
         state, session = self.state, self.session
         setup, backbone, head = state.setup, state.backbone, state.training_head
         self.trainable = sum(p.numel() for m in (backbone, head) for p in m.parameters() if p.requires_grad)
-        if not self.trainable:
+        if not self.trainable or not self.learns:
+            self.trainable = 0
             return TrainingLog(0, None, None)
         settings = setup.training_of(session.tasks)
         steps = step_budget(session, setup.training)

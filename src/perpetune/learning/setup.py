@@ -13,6 +13,7 @@ from ..core.environment import versions
 from ..core.errors import ConfigError, RunError
 from ..core.progress import Progress
 from ..models.backbone import Backbone
+from ..models.fingerprint import loaded_from
 from ..models.in_memory import InMemory
 from ..models.language_model import LanguageBackbone
 from ..models.loading import load_model
@@ -80,7 +81,8 @@ class Setup:
         loading, keeps = self.loading_of(modality), self.recipe.consolidation.keeps_base(self.recipe.tuner)
         asked = loading.dtype if loading.dtype in HALF else None
         check_base(keeps, loading.quantization is not None, asked, self.recipe.name)
-        backbone = load_model(self.model, modality, loading)
+        with loaded_from(None if isinstance(self.model, InMemory) else self.model):
+            backbone = load_model(self.model, modality, loading)
         if isinstance(backbone, LanguageBackbone) and self.response_prefix is not None:
             backbone.tokens.prefix = None if self.response_prefix == AUTO else self.response_prefix
         found = precision(backbone.model)

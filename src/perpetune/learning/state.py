@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..consolidation import Consolidation
 from ..heads import Head
+from ..heads.increments import combined, increment
 from ..models.backbone import Backbone
 from ..recipes.recipe import Recipe
 from ..runs.commit import Commit, active
 from .evaluator import Evaluator
 from .general import General
 from .setup import Setup
+
+# Heads in a commit: whole states; or what was added since the commit before, and all that does not grow with the tasks.
+HEAD, ADDED, SUMS = "head.safetensors", "head_added.safetensors", "head_sums.safetensors"
 
 
 class Known(NamedTuple):
@@ -53,12 +57,18 @@ class LearnerState:
             embeddings = None
             if head.needs_label_embeddings:
                 embeddings = backbone.label_embeddings(head.label_prompts(labels))
-            head.open(backbone.width, labels, seed=setup.seed, label_embeddings=embeddings)
+            width = backbone.width
+            if self.consolidation.states is not None and head is not self.trainer and not head.blocks:
+                width = self.consolidation.states.read_width(width)
+            head.open(width, labels, seed=setup.seed, label_embeddings=embeddings)
             if head.starts_from_own:
                 own = backbone.own_head()
                 head.start_from(own.weight, own.bias, own.labels)
             head.to(setup.device)
         self.consolidation.open(backbone, self.recipe.tuner, labels)
+        self._committed: dict[str, dict[str, Tensor]] = {}  # states of heads, as the newest commit leaves them
+        self._finished: dict[str, int] = {}  # tasks that heads keep something of, by then
+        self._whole_heads = False
         self.known = Known(labels, (), inputs, ())
         self.general: General | None = None
 
@@ -70,10 +80,12 @@ class LearnerState:
             self.backbone.to(self.setup.device)
         if not commits:
             return self
-        newest = commits[-1]
-        states = head_states(newest)
-        for name, head in self.named_heads() if states else ():
+        newest, heads = commits[-1], dict(self.named_heads())
+        self._committed = states = head_states(commits, heads)
+        self._whole_heads = any(commit.has(HEAD) and "reverts" not in commit.manifest for commit in commits[1:2])
+        for name, head in heads.items() if states else ():
             head.load_state(states.get(name, {}))
+            self._finished[name] = head.finished
         if newest.has("rules.safetensors"):
             stored = newest.tensors("rules.safetensors")
             for i, rule in enumerate(self.recipe.rules):
@@ -106,21 +118,57 @@ class LearnerState:
     def all_heads(self) -> list[Head]:
         return [head for _, head in self.named_heads()]
 
-    def files(self, predictions: dict[str, Tensor]) -> dict[str, Any]:
-        """What a commit holds besides what the consolidation stores: heads, rules, predictions."""
+    def files(self, predictions: dict[str, Tensor], whole: bool = False) -> dict[str, Any]:
+        """What a commit holds besides what the consolidation stores: heads, rules, predictions.
+
+        Args:
+            whole: the state of heads, and not what was added to it since the last commit. A run that began with whole
+                states, as earlier versions did, goes on with them.
+        """
         rules = {f"{i}.{k}": v for i, rule in enumerate(self.recipe.rules) for k, v in rule.state().items()}
-        heads = {f"{name}.{k}": v for name, head in self.named_heads() for k, v in head.state().items()}
+        whole = whole or self._whole_heads
+        before, done = self._committed, {} if whole else self._finished
+        states = {name: head.recent_state(done.get(name, 0)) for name, head in self.named_heads()}
+        self._committed, self._finished = states, {name: head.finished for name, head in self.named_heads()}
+        if whole:
+            heads = {HEAD: _named(states)}
+        else:
+            parts = {name: increment(head, before.get(name, {}), states[name]) for name, head in self.named_heads()}
+            heads = {ADDED: _named({n: added for n, (added, _) in parts.items()})}
+            heads[SUMS] = _named({n: sums for n, (_, sums) in parts.items()})
         return {
-            "head.safetensors": heads,
+            **{file: held for file, held in heads.items() if held or file == HEAD},
             **({"rules.safetensors": rules} if rules else {}),
             "predictions.safetensors": predictions,
         }
 
 
-def head_states(commit: Commit) -> dict[str, dict[str, Tensor]]:
-    """What a commit holds of each head, by name; nothing before the first task."""
+def head_states(commits: Sequence[Commit], heads: Mapping[str, Head]) -> dict[str, dict[str, Tensor]]:
+    """The states of heads after the last of these commits, by name; nothing before the first task.
+
+    Args:
+        commits: of a run, from its first; heads: by the names under which they are stored.
+    """
+    last = next((i for i in reversed(range(len(commits))) if commits[i].has(HEAD)), None)
+    start = _by_head(commits[last], HEAD) if last is not None else {}
+    since = [commit for commit in commits[0 if last is None else last + 1 :] if commit.has(ADDED) or commit.has(SUMS)]
+    if not since:
+        return start
+    added = [_by_head(commit, ADDED) for commit in since]
+    sums = _by_head(since[-1], SUMS)
+    return {
+        name: combined(head, [start.get(name, {}), *(of.get(name, {}) for of in added)], sums.get(name, {}))
+        for name, head in heads.items()
+    }
+
+
+def _named(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+
+
+def _by_head(commit: Commit, file: str) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in commit.tensors("head.safetensors").items() if commit.has("head.safetensors") else ():
+    for key, tensor in commit.tensors(file).items() if commit.has(file) else ():
         name, _, part = key.partition(".")
         found.setdefault(name, {})[part] = tensor
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.trainer_utils import set_seed
 
 from ..consolidation import Session
-from ..core.environment import peak_memory
+from ..core.environment import peak_memory, quick_collection
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement, finite
 from ..models.language_model import LanguageBackbone
@@ -52,6 +52,7 @@ class TaskLoop:
         self.sessions = self.state.consolidation.schedule(self.stream)
         self.phases: dict[str, float] = {}
         self.log = TrainingLog(0, None, None)
+        self._untested = {task.name for task in self.stream if not len(task.test)}
 
     # ---- the order in which things happen ----
 
@@ -116,6 +117,7 @@ class TaskLoop:
         with self._phase("commit"):
             files = {**consolidation.files(), **state.files(predictions | before)}
             commit = self.run.commit(session.name, files, self._facts(session, measured, training.trainable))
+            consolidation.committed(commit)
         state.learned(commit.manifest["classes"], commit.manifest["learned"])
         self._note(commit, session)
         report(self.run.path, self.setup.training, state.backbone)
@@ -164,7 +166,7 @@ class TaskLoop:
     def _stale_statistics(self, session: Session) -> list[Measurement]:
         state = self.state
         stale = [head for head in state.heads if head.observes and not head.refresh]
-        if not stale or not state.recipe.tuner.trains:
+        if not stale or not state.recipe.tuner.trains or not state.consolidation.adapts(session):
             return []
         note = "tasks whose class statistics were gathered with features that have changed since (order-dependent)"
         name = "tasks with stale statistics"
@@ -192,7 +194,7 @@ class TaskLoop:
             "sizes": {task.name: {"train": len(task.train), "test": len(task.test)} for task in session.tasks},
             "splits": {task.name: split_fingerprints(task) for task in session.tasks},
             "task_classes": {task.name: list(task.classes) for task in session.tasks},
-            "not_evaluated": [task.name for task in learned if not len(task.test)],
+            "not_evaluated": [task.name for task in learned if task.name in self._untested],
             "training": {task.name: dict(task.training) for task in session.tasks if task.training},
             **({"retried": True} if self._tried_before(session) else {}),
             "guarantees": [{**m.to_dict(), "task": session.name} for m in measured],
@@ -235,7 +237,7 @@ def learn(setup: Setup, stream: Stream, accept: Accept | None = None, retry: str
     """See `Learner.learn` and `Learner.retry`; the state after the newest commit."""
     opened = open_run(setup, stream, retry=retry)
     try:
-        with setup.progress:
+        with setup.progress, quick_collection():
             stays = TaskLoop(opened).learn_all(accept)
     except KeyboardInterrupt:
         setup.progress.say("stopped: every finished task is safe; start again with the same run directory to go on")

@@ -21,6 +21,7 @@ from ..core.validation import number
 from ..models.backbone import Backbone
 from . import trainer_choice as trl
 from .class_weights import SETTING, checked
+from .earlier_names import CALLED
 from .token_masking import STM
 
 DEFAULTS: dict[str, Any] = {
@@ -39,7 +40,7 @@ _STEP = (
     "learning_rate head_learning_rate class_weights weight_decay warmup_steps lr_scheduler_type lr_scheduler_kwargs "
     "stm max_grad_norm optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha"
 )
-_NUMBERS = "bf16 fp16 tf32 full_determinism debug torch_empty_cache_steps accelerator_config"
+_NUMBERS = "bf16 fp16 tf32 full_determinism torch_empty_cache_steps accelerator_config"
 _MEMORY = (
     "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
     "per_device_eval_batch_size"
@@ -89,6 +90,7 @@ _REASONS = {
     "the batch size decides the number of steps, which rules count on": "auto_find_batch_size",
     "inputs are prepared by the backbone": "remove_unused_columns length_column_name include_num_input_tokens_seen",
     "training keeps no cache": "use_cache",
+    "a loss that is not finite stops the task, and the error names its step": "debug",
     "the journal holds the peak of memory of every task": "skip_memory_metrics",
 }
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
@@ -108,6 +110,7 @@ _PACKAGES = {  # parts of the names of optimizers, and of integrations: what has
 }  # fmt: skip
 
 
+_NOT_BELOW_ZERO = "learning_rate head_learning_rate weight_decay max_grad_norm warmup_steps neftune_noise_alpha".split()
 _OWN = ("head_learning_rate", SETTING, STM)  # settings that are no one else's
 
 
@@ -128,7 +131,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
             if key in refused:
                 raise ConfigError(f"`{key}` has no effect here: {refused[key]}")
             if key not in known:
-                near = nearest(key, (HONOURED | trl.HONOURED) & known)
+                near = CALLED.get(key) or nearest(key, (HONOURED | trl.HONOURED) & known)
                 raise ConfigError(f"transformers.TrainingArguments has no `{key}`: {near}")
             if key not in HONOURED | trl.HONOURED:
                 raise ConfigError(f"`{key}` is new in transformers, and not known to have an effect here: leave it out")
@@ -143,9 +146,11 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
         if key in settings:
             settings[key] = _above_zero(key, settings[key], whole=True)
     _above_zero("num_train_epochs", settings["num_train_epochs"])
-    for key in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-        value = settings.get(key, 0.0)
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if settings.get("max_steps", -1) != -1:
+        settings["max_steps"] = _above_zero("max_steps", settings["max_steps"], whole=True)
+    for key in _NOT_BELOW_ZERO:
+        value = settings.get(key) or 0.0
+        if not isinstance(value, (int, float)) or value is True or not 0 <= value < math.inf:
             raise ConfigError(f"`{key}` must be a number, 0 or above, not {value!r}")
     return settings
 
@@ -269,9 +274,19 @@ def one_line(what: str = "training settings") -> Iterator[None]:
 
 
 def count_steps(examples: int, settings: dict[str, Any]) -> int:
-    """Optimizer steps of one task with this many examples."""
+    """Optimizer steps of one task with this many examples.
+
+    Raises:
+        ConfigError: incomplete batches are dropped, and there is no other.
+    """
+    size = int(settings["per_device_train_batch_size"])
+    if settings.get("dataloader_drop_last") and 0 < examples < size:
+        raise ConfigError(
+            f"dataloader_drop_last drops the only batch of a task of {examples} examples: leave it out, or set "
+            f"per_device_train_batch_size to at most {examples}"
+        )
     if settings.get("max_steps", -1) > 0:
         return int(settings["max_steps"])
-    batches = -(-examples // int(settings["per_device_train_batch_size"]))
+    batches = -(-examples // size)
     per_epoch = max(1, -(-batches // int(settings.get("gradient_accumulation_steps", 1))))
     return max(1, int(-(-per_epoch * float(settings["num_train_epochs"]) // 1)))

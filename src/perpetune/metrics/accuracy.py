@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..core.errors import ConfigError, RunError, nearest
 
-RIGHT = 0.5  # a score from which on an example counts as right
 Predictions = Sequence["Mapping[str, np.ndarray] | None"]
 
 FORMULAS: dict[str, str] = {
@@ -144,7 +143,23 @@ def class_scores(
     for task in found or {}:
         if task not in targets:
             raise RunError(f"predictions {when} name an unknown task `{task}`: {nearest(task, targets)}")
-    return {task: _right(x, targets[task], f"{when} for `{task}`").astype(float) for task, x in (found or {}).items()}
+    if not found:
+        return {}
+    known = [targets[task] for task in found]
+    fits = [
+        getattr(x, "shape", None) == t.shape and t.ndim == 1 and len(t)
+        for x, t in zip(found.values(), known, strict=True)
+    ]
+    if not all(fits):
+        return {task: _right(x, targets[task], f"{when} for `{task}`").astype(float) for task, x in found.items()}
+    right = (np.concatenate(list(found.values())) == np.concatenate(known)).astype(float)
+    return dict(zip(found, cut(right, [len(t) for t in known]), strict=True))
+
+
+def cut(joined: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Views of the parts that were concatenated."""
+    ends = np.cumsum(sizes).tolist()
+    return [joined[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _means(found: Mapping[str, np.ndarray], sizes: Mapping[str, int], tasks: Sequence[str], when: str) -> np.ndarray:
@@ -154,7 +169,10 @@ def _means(found: Mapping[str, np.ndarray], sizes: Mapping[str, int], tasks: Seq
             raise RunError(f"predictions {when} name an unknown task `{task}`: {nearest(task, tasks)}")
         if scores.shape != (sizes[task],):
             raise RunError(f"scores {when} of `{task}` have shape {scores.shape}, it has {sizes[task]} test examples")
-        row[place[task]] = scores.sum() / len(scores)
+    if found:
+        counts = np.array([len(scores) for scores in found.values()])
+        starts = np.cumsum(counts) - counts
+        row[[place[task] for task in found]] = np.add.reduceat(np.concatenate(list(found.values())), starts) / counts
     return row
 
 
@@ -246,55 +264,3 @@ def summary(matrix: AccuracyMatrix, reference: Mapping[str, float | None] | None
         plasticity,
     )
     return {f.__name__: f(matrix) for f in figures} | {"intransigence": intransigence(matrix, reference)}
-
-
-class Flips(NamedTuple):
-    """Examples of one task that were right at some point since it was learned and are wrong at the end.
-
-    Attributes:
-        share: of the task's test examples; None where the task was not evaluated both since and at the end.
-        indices: positions in the task's test set, ascending.
-    """
-
-    share: float | None
-    indices: np.ndarray
-
-
-def flips(predictions: Predictions, targets: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Flips]:
-    """`score_flips` of predicted classes.
-
-    Args:
-        predictions: as for `AccuracyMatrix.from_predictions`; the last entry is the end.
-        targets: the true classes of every task, (n_j,).
-        tasks: names, in the order of learning.
-
-    Raises:
-        RunError: predictions of another number of examples than there are targets.
-    """
-    return score_flips([class_scores(x, targets, f"in row {i}") for i, x in enumerate(predictions)], tasks)
-
-
-def score_flips(scores: Sequence[Mapping[str, np.ndarray]], tasks: Sequence[str]) -> dict[str, Flips]:
-    """Per task, the examples right at some point since it was learned (any stored one) and wrong at the last.
-
-    An example is right where its score is at least `RIGHT`. Predictions from before a task was learned do not
-    count: what is right by chance cannot be forgotten.
-
-    Args:
-        scores: as for `AccuracyMatrix.from_scores`; the last entry is the end.
-    """
-    out = {}
-    for j, task in enumerate(tasks):
-        *earlier, last = [found[task] >= RIGHT if task in found else None for found in scores or [{}]]
-        known = [right for right in earlier[j:] if right is not None]
-        if last is None or not known:
-            out[task] = Flips(None, np.array([], dtype=int))
-            continue
-        flipped = np.any(known, axis=0) & ~last
-        out[task] = Flips(float(flipped.mean()), np.flatnonzero(flipped))
-    return out
-
-
-def flips_share(flipped: Mapping[str, Flips]) -> float | None:
-    """The figure `flips`: mean of the shares, over the tasks that have one; None where none has."""
-    return measured_mean([f.share for f in flipped.values() if f.share is not None])

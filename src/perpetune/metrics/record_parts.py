@@ -33,8 +33,17 @@ class TaskCost(TypedDict):
     disk_bytes: int | None
 
 
+def finite_or_none(values: np.ndarray) -> list[Any]:
+    """The values as nested lists, None where one is not finite."""
+    found = values.astype(object)
+    found[~np.isfinite(values)] = None
+    return found.tolist()
+
+
 def plain(value: Any) -> Any:
     """The value in JSON's own types; numbers that are not finite become None."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return finite_or_none(value)
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from ..core.tensors import relative_change
 from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 from .classifier import Classifier
+from .fingerprint import fingerprint
 from .pooling import Pooling, in_full, pool
 from .tokenizer_check import check_ids, embedding_rows, spare_token
 
@@ -282,16 +282,3 @@ class Backbone(nn.Module):
     def save_processors(self, folder: str) -> None:
         """Write the tokenizer or image processor beside an exported model."""
         self.processor.save_pretrained(folder)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all parameters and persistent buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            if tensor.numel()
-            else b""
-        )
-    return digest.hexdigest()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbone import Backbone, Examples, fingerprint
+from .backbone import Backbone, Examples
+from .fingerprint import fingerprint
 
 FEW = 100  # classes whose texts are all read with every batch
 

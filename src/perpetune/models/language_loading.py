@@ -98,10 +98,17 @@ def _read(name: str, loading: Loading) -> tuple[Any, Any, Collection[str]]:
         SafetensorError,
     ) as error:
         raise ModelError(
-            f"cannot load `{name}` as a language model with a tokenizer ({first_line(error)}): give a hub id or a "
+            f"cannot load `{name}` as a language model with a tokenizer ({said(error, name)}): give a hub id or a "
             "folder with config.json, weights and the files of the tokenizer, or of the processor where it reads "
             "images (one that reads videos, too, as Qwen2-VL's, needs the package torchvision)"
         ) from error
+
+
+def said(error: Exception, source: object) -> str:
+    """What an error of loading says, or that a path leads nowhere, where transformers speaks of names on the Hub."""
+    name = str(source)
+    is_path = name.startswith(("/", "~", ".")) or "\\" in name or name.count("/") > 1
+    return "there is no such file or folder" if is_path and not Path(name).exists() else first_line(error)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from ..metrics.text import normalised, rouge_l
 from . import answer_scoring as scoring
 from . import prompt_examples
 from .answer_scoring import LONGEST, PromptsRead, Read, last_logits, log_p_of, positions
-from .backbone import Backbone, Examples, fingerprint
+from .backbone import Backbone, Examples
+from .fingerprint import fingerprint
 from .prompt_tokens import Prompt, PromptTokenizer, pad_rows
 from .tokenizer_check import check_ids, embedding_rows, longest_text
 

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..core.errors import ConfigError, ModelError, first_line
+from ..core.errors import ConfigError, ModelError
 from ..streams.task import Modality
 from .backbone import Backbone
 from .classifier import classifier_labels, load_classifier
 from .dual_encoder import DualBackbone, is_dual
 from .in_memory import InMemory
-from .language_loading import load_language_model, quiet
+from .language_loading import load_language_model, quiet, said
 from .pooling import Pooling
 from .precision import Loading
 from .tokenizer_check import check_room, check_vocabulary, embedding_rows, longest_text, settle_padding
@@ -121,7 +121,7 @@ def _read_encoder(source: str, modality: str, loading: Loading) -> tuple[Any, An
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         kind = "tokenizer" if modality == "text" else "image processor"
         raise ModelError(
-            f"cannot load `{source}` as a transformers model with a {kind} ({first_line(error)}): give a hub id or a "
+            f"cannot load `{source}` as a transformers model with a {kind} ({said(error, source)}): give a hub id or a "
             "folder with config.json, weights and the processor's files"
         ) from error
 

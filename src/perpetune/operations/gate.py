@@ -10,7 +10,8 @@ import numpy as np
 from ..core.errors import ConfigError, RunError, nearest
 from ..core.measurement import broken_promise
 from ..learning.language_losses import LOSS
-from ..metrics.accuracy import RIGHT, AccuracyMatrix, measured_mean
+from ..metrics.accuracy import AccuracyMatrix, measured_mean
+from ..metrics.flips import RIGHT
 from ..metrics.uncertainty import coarseness
 from ..runs.result import BEFORE, Result
 from .verdict import MOST_CLASSES, Before, Loss, Verdict, nats

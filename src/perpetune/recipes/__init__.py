@@ -9,7 +9,7 @@ from typing import Any
 from ..core import plugins
 from ..core.errors import ConfigError, nearest
 from ..core.validation import call_checked
-from . import controls, deltas, ensembles, lora_family, masks, projection, rotations, routing
+from . import controls, deltas, ensembles, first_task, lora_family, masks, projection, rotations, routing
 from .recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -57,12 +57,17 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         routing.color_adapted,
         routing.color_oracle,
         routing.routed,
+        first_task.ranpac,
+        first_task.aper,
+        controls.anacp,
         ensembles.ease,
         ensembles.ease_released,
         controls.replay,
         controls.joint,
         controls.frozen_ncm,
         controls.frozen_ridge,
+        controls.frozen_lda,
+        controls.frozen_best,
         controls.frozen_label_text,
         controls.tfidf_ridge,
         controls.pixels_ridge,

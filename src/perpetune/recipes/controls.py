@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..consolidation import Continue, Joint, Replay
-from ..heads import LabelTextHead, LinearHead, PrototypeHead, RidgeHead
+from ..heads import AnaCPHead, ClosedFormHead, LabelTextHead, LDAHead, LinearHead, PrototypeHead, RidgeHead
+from ..heads.feature_maps import Kind
 from ..tuners import QUERY_VALUE, AllWeights, Frozen, NoNetwork
 from .lora_family import LORA_TRAINING, lora_config
 from .recipe import Recipe
@@ -35,6 +36,27 @@ def frozen_ncm() -> Recipe:
 def frozen_ridge(features: int = 1024) -> Recipe:
     """RanPAC's head on frozen features: McDonnell et al., 2307.02251 (published: 10,000 random features)."""
     return Recipe(Frozen(), head=RidgeHead(features=features))
+
+
+def frozen_lda(map: Kind = "normalised") -> Recipe:
+    """Discriminant analysis of frozen features: what class means leave out is how the features of a class spread."""
+    return Recipe(Frozen(), head=LDAHead(map))
+
+
+def frozen_best(features: int | None = None, memory: float = 256.0) -> Recipe:
+    """The best head of sums on frozen features, chosen on hold-out moments: what needs no training, at its best.
+
+    `frozen_ridge` is one of the heads that it chooses among, with its features at length 1.
+    """
+    return Recipe(Frozen(), head=ClosedFormHead(features=features, memory=memory))
+
+
+def anacp(features: int = 1024, layers: int = 3, regularisation: float = 100.0) -> Recipe:
+    """AnaCP on frozen features: contrastive projection in closed form, Momeni et al., 2511.13880.
+
+    Published: 5,000 random features, after adaptation to the first task, which is left out here.
+    """
+    return Recipe(Frozen(), head=AnaCPHead(features, layers, regularisation))
 
 
 def frozen_label_text() -> Recipe:

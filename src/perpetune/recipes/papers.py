@@ -91,6 +91,14 @@ PAPERS = {
     "2411.02813": Paper(
         "Ning, Kun-Peng and others", "Sparse Orthogonal Parameters Tuning for Continual Learning (SoTU)"
     ),
+    "2412.15571": Paper(
+        "Momeni, Saleh and Mazumder, Sahisnu and Liu, Bing",
+        "Continual Learning Using a Kernel-Based Method Over Foundation Models (KLDA)",
+    ),
+    "2511.13880": Paper(
+        "Momeni, Saleh and Xiao, Changnan and Liu, Bing",
+        "AnaCP: Toward Upper-Bound Continual Learning via Analytic Contrastive Projection",
+    ),
 }
 
 

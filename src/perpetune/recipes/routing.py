@@ -73,6 +73,6 @@ def routed(
     return Recipe(
         lora_config(rank, alpha, target, dropout),
         [],
-        PerTask(PooledRouter(), candidates, mass, prior),
+        PerTask(PooledRouter(many_tasks=True), candidates, mass, prior),
         training=LORA_TRAINING,
     )

@@ -44,7 +44,7 @@ def check_head(head: Head) -> None:
     kind, config = type(head), head.config()
     various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # of torch's Module
     for name, parameter in inspect.signature(kind).parameters.items():
-        if name not in config and parameter.kind not in various:
+        if name not in {*config, *getattr(kind, "unwritten", ())} and parameter.kind not in various:
             raise ConfigError(
                 f"{kind.__name__} takes `{name}`, which its config() does not tell, and so it would be lost in "
                 "run.yaml: return every argument of the constructor there"

@@ -96,7 +96,7 @@ def _flips(result: Result) -> list[dict[str, Any]] | None:
     """A few test examples that were right at some point and are wrong at the end; None where the stream is gone."""
     from ..core.errors import PerpetuneError
     from ..learning.gone_data import unchanged
-    from ..metrics.accuracy import flips
+    from ..metrics.flips import flips
     from ..streams import load_again
 
     if not result.readings:

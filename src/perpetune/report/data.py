@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from ..core.errors import RunError
+from ..metrics.record_parts import finite_or_none
 from ..metrics.uncertainty import mean_error, standard_error
 
 FIGURES = (
@@ -196,7 +199,8 @@ def _square(index: int, rows: Sequence[Any], size: int, joint: bool) -> Matrix:
         raise RunError(f"result {index}: a matrix of {shape} does not fit {size} tasks")
     absent: list[list[Any]] = [[None] * size for _ in range(size - len(rows))]
     rows = absent + rows if joint else rows + absent
-    return tuple(tuple(number(v) for v in row) for row in rows)
+    known = np.array(rows, dtype=float).reshape(size, size)
+    return tuple(map(tuple, finite_or_none(known)))
 
 
 def _plain(item: Any) -> Mapping[str, Any]:

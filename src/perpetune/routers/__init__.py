@@ -12,12 +12,13 @@ from .base import Router, RouterError
 from .classes import ClassRouter
 from .detector import Detector, Segment
 from .kmeans import KMeansRouter
+from .lda import LDARouter
 from .oracle import OracleRouter
 from .pooled import PooledRouter
 from .ridge import RidgeRouter
 
 ROUTERS: dict[str, type[Router]] = {
-    r.__name__: r for r in (KMeansRouter, RidgeRouter, ClassRouter, PooledRouter, OracleRouter)
+    r.__name__: r for r in (KMeansRouter, RidgeRouter, ClassRouter, LDARouter, PooledRouter, OracleRouter)
 }
 
 
@@ -46,6 +47,7 @@ __all__ = [
     "ClassRouter",
     "Detector",
     "KMeansRouter",
+    "LDARouter",
     "OracleRouter",
     "PooledRouter",
     "RidgeRouter",

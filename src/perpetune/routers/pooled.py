@@ -24,16 +24,21 @@ class PooledRouter(Router):
 
     Args:
         features: random features of the `ClassRouter`; 0 for none.
+        many_tasks: see `RidgeRouter` and `ClassRouter`.
 
     Raises:
         ConfigError: an argument out of range.
     """
 
     features: int = 1024
+    many_tasks: bool = field(default=False, metadata={"unwritten": False})
     _experts: dict[str, Router] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._experts = {"tasks": RidgeRouter(), "classes": ClassRouter(self.features)}
+        self._experts = {
+            "tasks": RidgeRouter(many_tasks=self.many_tasks),
+            "classes": ClassRouter(self.features, many_tasks=self.many_tasks),
+        }
 
     def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
         for expert in self._experts.values():
@@ -47,14 +52,20 @@ class PooledRouter(Router):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_state(state)
-        for name, expert in self._experts.items():
-            parts = {task: _part(self.known[task], name) for task in self.tasks}
-            expert.load_state({f"{task}.{k}": v for task, part in parts.items() for k, v in part.items()})
+        for expert in self._experts.values():
+            expert.load_state({})
+        for task in self.tasks:
+            self._load(task, self.known[task])
 
     def load_task_state(self, task: int, state: Mapping[str, Tensor]) -> None:
-        super().load_task_state(task, state)
+        self._load(task, state)
+        self.changed()
+
+    def _load(self, task: int, state: Mapping[str, Tensor]) -> None:
+        """What is known of a task is held once, by the experts."""
         for name, expert in self._experts.items():
-            expert.load_task_state(task, _part(self.known[task], name))
+            expert.load_task_state(task, _part(state, name))
+        self.known[task] = self._held(task)
 
     def check_state(self, state: State) -> None:
         for name, expert in self._experts.items():

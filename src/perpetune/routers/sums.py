@@ -1,4 +1,8 @@
-"""What routers by ridge share: sums over the samples of each task, exact in any order, from which they are fitted."""
+"""What routers by ridge share: sums over the samples of each task, exact in any order, from which they are fitted.
+
+The sum over all tasks is held: a new task is added to it, and one that is forgotten or observed again is taken out.
+Since sums are exact, the bits are those of a sum made anew.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..heads.exact_sums import FEATURES, GAUSSIAN
+from ..heads.moments import MomentsHead
 from ..heads.ridge import RidgeHead
 from .base import Router, RouterError, State
 
 
 @dataclass
 class SumsRouter(Router):
-    """Stores of each task the state of a `RidgeHead` that has seen this task alone.
+    """Stores of each task the state of a `RidgeHead`, or of another head on moments, that has seen this task alone.
 
     A subclass has the settings `features`, `holdout` and `bits` of that head, names the `kinds` that it counts apart
     within a task, and fits itself in `fit`.
@@ -27,7 +32,9 @@ class SumsRouter(Router):
     holdout: Any = field(init=False, repr=False, compare=False)
     bits: Any = field(init=False, repr=False, compare=False)
     _fitted: Any = field(default=None, init=False, repr=False, compare=False)
-    _one: RidgeHead = field(init=False, repr=False, compare=False)  # for one task at a time
+    _one: MomentsHead = field(init=False, repr=False, compare=False)  # for one task at a time
+    _total: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _added: dict[int, tuple[State, bytes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._one = self._head()  # checks the settings
@@ -39,11 +46,12 @@ class SumsRouter(Router):
     def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
         super().open(width, labels, seed=seed)
         self._one = self._opened(self.kinds(labels))
+        self._total, self._added = {name: self._one.statistics[name].clone() for name in ("gram", "clipped")}, {}
 
-    def _head(self) -> RidgeHead:
+    def _head(self) -> MomentsHead:
         return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
 
-    def _opened(self, names: Sequence[str]) -> RidgeHead:
+    def _opened(self, names: Sequence[str]) -> MomentsHead:
         head = self._head()
         head.open(self.width, names, seed=self.seed)
         return head
@@ -66,7 +74,7 @@ class SumsRouter(Router):
     def changed(self) -> None:
         self._fitted = None
 
-    def _plain(self, head: RidgeHead, task_of: Sequence[int]) -> tuple[dict[str, Any], State]:
+    def _plain(self, head: MomentsHead, task_of: Sequence[int]) -> tuple[dict[str, Any], State]:
         """See `Router.plain`: scores s = round(h / grid[1]) theta, h = relu(f `projection`), or f where there is none,
         of features f on the grid of steps grid[0].
 
@@ -80,8 +88,45 @@ class SumsRouter(Router):
 
     def _order(self) -> list[int]:
         """The tasks in an order of their own, by what is stored of them: sums of features, and of squares."""
-        return sorted(self.tasks, key=lambda task: _digest(self.known[task]))
+        self._add_up()
+        return sorted(self.tasks, key=lambda task: self._added[task][1])
+
+    def _add_up(self) -> None:
+        """Bring the sum over all tasks up to date: what is known of a task is never changed in place."""
+        for task in [t for t, (state, _) in self._added.items() if self.known.get(t) is not state]:
+            self._count(self._added.pop(task)[0], -1)
+        for task in self.known.keys() - self._added.keys():
+            self._count(self.known[task], 1)
+            self._added[task] = self.known[task], _digest(self.known[task])
+
+    def _count(self, state: State, sign: int) -> None:
+        self._one.load_state(state)
+        self._total = {name: total + sign * self._one.statistics[name] for name, total in self._total.items()}
+
+    def _fit_head(self, names: Sequence[str], states: Sequence[State]) -> MomentsHead:
+        """A head of these classes that has seen the samples of all tasks.
+
+        Args:
+            states: of each task, its classes in order; their classes together are the names.
+        """
+        head = self._opened(names)
+        axes = {name: axis for name, axis in head.class_axis.items() if name in head.statistics}
+        rows = {name: torch.cat([state[name] for state in states], axis) for name, axis in axes.items()}
+        head.check_samples(int(rows["counts"].sum()))
+        head.statistics = {**self._total, **rows}
+        head.changed()
+        return head
+
+    def _squares(self, task: int, fold: int) -> Tensor:
+        """G_t, (M x M), in steps^2."""
+        self._one.load_state(self.known[task])
+        return self._one.statistics["gram"][fold]
 
 
 def _digest(state: State) -> bytes:
     return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in ("cross", "gram"))).digest()
+
+
+def holds_for_most(enough: Tensor, many_tasks: bool) -> bool:
+    """Whether tasks (T,) have samples enough for a posterior: all of them, or at least half where there are many."""
+    return bool(enough.all()) if not many_tasks else 2 * int(enough.sum()) >= len(enough)

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..core.errors import ConfigError, RunError, nearest
-from ..core.files import file_digest
+from ..core.files import file_digest, read_arrays
 
 MANIFEST = "commit.json"
 
@@ -51,9 +51,13 @@ class Commit:
     def _checked(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file() or file_digest(path) != self.manifest["files"][name]:
-            state = "missing" if not path.is_file() else "damaged (truncated or changed since it was written)"
-            raise RunError(f"{path} is {state}: {mend(self.path)}")
+            raise self._damaged(name)
         return path
+
+    def _damaged(self, name: str) -> RunError:
+        path = self.path / name
+        state = "missing" if not path.is_file() else "damaged (truncated or changed since it was written)"
+        return RunError(f"{path} is {state}: {mend(self.path)}")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -61,10 +65,12 @@ class Commit:
         return load_file(self._checked(name))
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The tensors of a file, which must be of kinds that numpy knows."""
-        from safetensors.numpy import load_file
-
-        return load_file(self._checked(name))
+        """The tensors of a file, which must be of kinds that numpy knows; read-only."""
+        path = self.path / name
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self.manifest["files"][name]:
+            raise self._damaged(name)
+        return read_arrays(content)
 
     def rows(self, name: str) -> datasets.Dataset:
         import pyarrow.parquet as parquet
@@ -117,4 +123,7 @@ def commit_of(commits: Sequence[Commit], task: str) -> Commit:
 
 
 def mend(commit: Path) -> str:
-    return f"restore it from a copy, or delete {commit} and all later commits, and start again to learn from there"
+    back = f"perpetune verify {commit.parent.parent} --repair"
+    return (
+        f"restore it from a copy, or go back to the last whole commit with `{back}` and start again to learn from there"
+    )

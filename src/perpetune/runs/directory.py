@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from .commit import MANIFEST, Commit, mend, standing
 from .config_check import check_same
 from .earlier import in_todays_words
 
-CONFIG, JOURNAL, COMMITS = "run.yaml", "journal.jsonl", "commits"
+CONFIG, JOURNAL, COMMITS, DAMAGED = "run.yaml", "journal.jsonl", "commits", "damaged"
 WORTH_LINKING = 4096  # bytes: a block of most disks
 
 
@@ -160,6 +161,27 @@ class Run:
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()
+
+
+def set_aside(path: Path, commits: Sequence[Path]) -> Path:
+    """Move commits out of a run, the newest first, into a new folder in it; nothing is deleted.
+
+    Raises:
+        RunError: another process uses the run, or it cannot be written.
+    """
+    with writing(path):
+        lock = _lock(path)
+        try:
+            number = next(n for n in itertools.count(1) if not (path / f"{DAMAGED}-{n}").exists())
+            folder = path / f"{DAMAGED}-{number}"
+            folder.mkdir()
+            for commit in sorted(commits, reverse=True):  # stopped half way, the run is one with fewer commits
+                os.rename(commit, folder / commit.name)
+            sync(path / COMMITS)
+            sync(folder)
+        finally:
+            lock.release()
+    return folder
 
 
 def _learned(path: Path) -> bool:

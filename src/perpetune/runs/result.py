@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.accuracy import AccuracyMatrix, class_scores, flips_share, score_flips, summary
+from ..core.environment import uncollected
+from ..metrics.accuracy import AccuracyMatrix, class_scores, summary
+from ..metrics.flips import flips_share, score_flips
 from ..metrics.per_class import ClassAccuracy, class_accuracies, final_accuracy_macro, worst_first
 from ..metrics.records import ResultRecord, make_record
 from ..metrics.routing import Routing
@@ -42,11 +44,11 @@ class Result:
         self.config, self.commits = run.config, run.commits
         self.journal = read_journal(self.path)
         self.history = run.history
-        self.active = active(self.commits)
-        self.reverted = reverted(self.commits)
-        self._matrices: dict[tuple[str, str], AccuracyMatrix] = {}
+        self.active, self.reverted = active(self.commits), reverted(self.commits)
+        self._once: dict[tuple[str, str, str], Any] = {}  # what was made of all predictions
 
     @cached_property
+    @uncollected()
     def _predictions(self) -> dict[Path, dict[str, dict[str, np.ndarray]]]:
         """By commit, prefix and task, of the commits that count: the untouched model, tasks that were not taken out,
         the two newest."""
@@ -89,9 +91,12 @@ class Result:
     def scores(self, head: str, scenario: str) -> list[dict[str, np.ndarray]]:
         """Per task learned: the score in [0, 1] of every test example (n_j,) of every task evaluated then; rows as in
         `predictions`."""
-        rows, targets = self.predictions(head, scenario)
-        free, _ = self.predictions(f"{SCORE}{head}", scenario)
-        return [class_scores(a, targets, f"in row {i}") | b for i, (a, b) in enumerate(zip(rows, free, strict=True))]
+        if ("scores", head, scenario) not in self._once:
+            rows, targets = self.predictions(head, scenario)
+            free, _ = self.predictions(f"{SCORE}{head}", scenario)
+            both = enumerate(zip(rows, free, strict=True))
+            self._once["scores", head, scenario] = [class_scores(a, targets, f"in row {i}") | b for i, (a, b) in both]
+        return self._once["scores", head, scenario]
 
     def scores_at(self, commit: Commit, head: str, scenario: str, prefix: str = "") -> dict[str, np.ndarray]:
         """The scores (n_j,) that a commit stored of each task; with `BEFORE`, those of the model before it."""
@@ -113,11 +118,16 @@ class Result:
         which its own commit holds (that of the task before it, in older runs). A task that was taken out has neither
         row nor column; rows before it was taken out are of models that knew it.
         """
+        if ("rows", head, scenario) not in self._once:
+            self._once["rows", head, scenario] = self._predicted(head, scenario)
+        return self._once["rows", head, scenario]
+
+    def _predicted(self, head: str, scenario: str) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         rows: list[dict[str, np.ndarray]] = [{} for _ in self.tasks]
         targets: dict[str, np.ndarray] = {}
         for commit in self.active:
-            row = max(self._place[task] for task in commit.manifest["learned"] if task in self._place)
-            rows[row] |= self.found(commit, f"{head}/{scenario}/")
+            newest = next(task for task in reversed(commit.manifest["learned"]) if task in self._place)
+            rows[self._place[newest]] |= self.found(commit, f"{head}/{scenario}/")
             targets |= self.found(commit, "target/")
             for task, before in self.found(commit, f"{BEFORE}{head}/{scenario}/").items():
                 if self._place[task]:  # not the first, now that others were taken out
@@ -133,23 +143,24 @@ class Result:
             commit: that of an active task, the first, or one of the two newest.
         """
         stored = self._predictions[commit.path].get(prefix, {})
-        return {task: v for task, v in stored.items() if task in self._place}
+        whole = stored.keys() <= self._place.keys()
+        return stored if whole else {task: v for task, v in stored.items() if task in self._place}
 
     def baseline(self, head: str, scenario: str) -> dict[str, np.ndarray]:
         """Predictions of the untouched model on each task that it could be evaluated on, when the run began or when the
         task had joined the stream."""
-        found = self.found(self.commits[0], f"{head}/{scenario}/")
+        found = dict(self.found(self.commits[0], f"{head}/{scenario}/"))
         for commit in self.active:
             found |= self.found(commit, f"{JOINED}{head}/{scenario}/")
         return found
 
     def matrix(self, head: str, scenario: str) -> AccuracyMatrix:
         """a(i, j): accuracy on task j after learning task i."""
-        if (head, scenario) not in self._matrices:
+        if ("matrix", head, scenario) not in self._once:
             scores, baseline = self.scores(head, scenario), self.baseline_scores(head, scenario)
             sizes = {task: len(found) for row in [baseline, *scores] for task, found in row.items()}
-            self._matrices[head, scenario] = AccuracyMatrix.from_scores(scores, sizes, self.tasks, baseline)
-        return self._matrices[head, scenario]
+            self._once["matrix", head, scenario] = AccuracyMatrix.from_scores(scores, sizes, self.tasks, baseline)
+        return self._once["matrix", head, scenario]
 
     def per_class(self, head: str, scenario: str, tasks: Sequence[str] | None = None) -> list[ClassAccuracy]:
         """The accuracy at the end of every class (by its text) in the test data of these tasks, or of all; the worst
