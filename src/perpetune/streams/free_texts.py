@@ -9,7 +9,7 @@ from typing import Literal
 from datasets import Dataset, Features, Value
 
 from ..core.errors import ConfigError, nearest
-from ..metrics.text import LIKELIHOOD, metric
+from ..metrics.text import LIKELIHOOD, metric, rouge_l, scorer
 from .quiet import without_bars
 from .task import Stream, Task
 
@@ -32,7 +32,8 @@ def metrics_of(tasks: Sequence[Task], chosen: str | Mapping[str, str] | None) ->
             raise ConfigError(f"metric: no task `{task}`: {nearest(task, names)}")
     found = {**own, **given}
     for name in set(found.values()) - {LIKELIHOOD}:
-        metric(name)
+        if metric(name) is rouge_l:
+            scorer()  # before anything is trained
     return found
 
 
