@@ -23,7 +23,7 @@ help:
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "== $(VENV): made once, with $$($(PYTHON) --version); downloads about 1 GB"
+	@echo "== $(VENV): made once, with $$($(PYTHON) --version); downloads about 1.3 GB"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== 1/3 $(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"

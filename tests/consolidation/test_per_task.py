@@ -183,7 +183,7 @@ def test_a_recipe_with_a_router_is_plain_data_and_back():
     data = make_recipe("routed").to_dict()
     assert data["consolidation"]["router"]["type"] == "PooledRouter"
     again = Recipe.from_dict(data)
-    assert again.to_dict() == data and again.consolidation.router == PooledRouter()
+    assert again.to_dict() == data and again.consolidation.router == PooledRouter(many_tasks=True)
 
 
 def test_only_adapters_can_be_kept_for_every_task(stream, model):
