@@ -39,6 +39,7 @@ _HOME = {
     "RotationBall": "rules",
     "SoftOrthogonal": "rules",
     "InfLoRA": "rules",
+    "WeightProjection": "rules",
     "Continue": "consolidation",
     "Merge": "consolidation",
     "Stack": "consolidation",

@@ -19,6 +19,7 @@ from perpetune.rules import (
     SoftOrthogonal,
     StepMask,
     SubspaceProjection,
+    WeightProjection,
 )
 from perpetune.tuners import GivensConfig
 
@@ -41,6 +42,7 @@ CASES = {
     "OrthogonalToPast": (lora, lambda: OrthogonalToPast(0.5), "fresh"),
     "SubspaceProjection": (lora, lambda: SubspaceProjection(0.9, branch="fresh"), "fresh"),
     "InfLoRA": (lora, lambda: InfLoRA(0.5, 0.9), "fresh"),
+    "WeightProjection": (pt.AllWeights, WeightProjection, "kept"),
     "StepMask": (pt.AllWeights, lambda: StepMask(0.3, "update"), "kept"),
     "FixedMask": (pt.AllWeights, lambda: FixedMask(0.3, batch=4), "kept"),
     "RotationBall": (oft, lambda: RotationBall(1e-2), "fresh"),

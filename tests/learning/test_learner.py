@@ -81,6 +81,7 @@ RESUMED = (
     "routed",
     "sotu",
     "pegp_lora_fresh",
+    "osf",
     "olora_nlora",
     "olora_released",
     "sequential",

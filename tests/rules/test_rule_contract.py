@@ -26,6 +26,7 @@ from perpetune.rules import (
     StepMask,
     SubspaceProjection,
     TaskContext,
+    WeightProjection,
     attach,
     lora_pairs,
 )
@@ -71,6 +72,7 @@ CASES = {
     "FixedMask each task": Case(lambda: FixedMask(0.3, "absolute", each_task=True), any_weights=True),
     "RotationBall": Case(lambda: RotationBall(1e-2), config=exact_oft),
     "InfLoRA": Case(lambda: InfLoRA(0.5, 0.9), hooks=False),
+    "WeightProjection": Case(lambda: WeightProjection(2, branch="fresh")),
     "SoftOrthogonal": Case(lambda: SoftOrthogonal(0.1), config=quasi),
 }
 SHAPES = [(8, 8), (16, 16), (8, 8)]  # square, for the released form

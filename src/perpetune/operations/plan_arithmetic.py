@@ -15,7 +15,7 @@ from ..models.gguf import located
 from ..models.in_memory import InMemory
 from ..models.language_loading import quiet
 from ..models.precision import Loading
-from ..rules import FixedMask, InfLoRA, Rule, SubspaceProjection
+from ..rules import FixedMask, InfLoRA, Rule, SubspaceProjection, WeightProjection
 from ..rules.layer_memory import bytes_of_input
 from ..streams import Stream
 from ..tuners import AllWeights
@@ -196,6 +196,8 @@ def _remembered(rule: Rule, model: nn.Module) -> tuple[int, int, int]:
         entries = sum(p.numel() for p in model.parameters() if p.requires_grad)  # free ones too: at most
         bits = -(-entries // 8)  # of the mask; in training, values at the start and a byte for each entry beside them
         return entries * 5, 0 if rule.each_task else bits, bits if rule.each_task else 0
+    if isinstance(rule, WeightProjection):
+        return rule.bytes_held(model), 0, 0
     if isinstance(rule, SubspaceProjection | InfLoRA):
         widths = _inputs(model)
         wide, rows, exact = max(widths, default=0), 0, False

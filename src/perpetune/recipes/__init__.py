@@ -9,7 +9,18 @@ from typing import Any
 from ..core import plugins
 from ..core.errors import ConfigError, nearest
 from ..core.validation import call_checked
-from . import controls, deltas, ensembles, first_task, lora_family, masks, projection, rotations, routing
+from . import (
+    controls,
+    deltas,
+    ensembles,
+    first_task,
+    lora_family,
+    masks,
+    projection,
+    rotations,
+    routing,
+    weight_spectra,
+)
 from .recipe import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -37,6 +48,8 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         projection.pegp_ia3,
         projection.gpm,
         projection.gpm_released,
+        weight_spectra.osf,
+        weight_spectra.oplora,
         masks.child_tuning_f,
         masks.child_tuning_f_update,
         masks.child_tuning_d,

@@ -95,6 +95,14 @@ PAPERS = {
         "Momeni, Saleh and Mazumder, Sahisnu and Liu, Bing",
         "Continual Learning Using a Kernel-Based Method Over Foundation Models (KLDA)",
     ),
+    "2504.07097": Paper(
+        "Nayak, Nikhil Shivakumar and others",
+        "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning (OSF)",
+    ),
+    "2510.13003": Paper(
+        "Xiong, Yifeng and Xie, Xiaohui",
+        "OPLoRA: Orthogonal Projection LoRA Prevents Catastrophic Forgetting during Parameter-Efficient Fine-Tuning",
+    ),
     "2511.13880": Paper(
         "Momeni, Saleh and Xiao, Changnan and Liu, Bing",
         "AnaCP: Toward Upper-Bound Continual Learning via Analytic Contrastive Projection",

@@ -12,6 +12,7 @@ from .projection import SubspaceProjection
 from .rotation_ball import RotationBall
 from .soft_orthogonal import SoftOrthogonal
 from .step_mask import StepMask
+from .weight_projection import WeightProjection
 
 RULES: dict[str, type[Rule]] = {
     "product_l1": ProductL1,
@@ -24,6 +25,7 @@ RULES: dict[str, type[Rule]] = {
     "rotation_ball": RotationBall,
     "soft_orthogonal": SoftOrthogonal,
     "inflora": InfLoRA,
+    "weight_projection": WeightProjection,
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "StepMask",
     "SubspaceProjection",
     "TaskContext",
+    "WeightProjection",
     "attach",
     "lora_pairs",
 ]
