@@ -102,3 +102,13 @@ def _half(answer, response):
 
 def _two(answer, response):
     return 2
+
+
+def test_replay_keeps_examples_of_every_task(folder, model, tmp_path):
+    stream = pt.load_stream(folder, metric="token_f1")
+    recipe = {"name": "replay", "per_class": 3}
+    learner = pt.Learner(model, recipe, tmp_path / "run", training={**TRAINING, "num_train_epochs": 2})
+    learner.learn(stream)
+    kept = [rows["response"] for rows in learner.recipe.consolidation._kept]
+    assert [len(texts) for texts in kept] == [3, 3]
+    assert set(kept[0]) <= set(DATES.values()) and set(kept[1]) <= set(FAQ.values())

@@ -20,7 +20,7 @@ def test_the_halves_are_disjoint_and_stratified() -> None:
     assert not np.array_equal(digits_halves(seed=1)[0].images, a.images)
 
 
-@pytest.mark.parametrize("name", BUILTINS)
+@pytest.mark.parametrize("name", [name for name in BUILTINS if name.startswith("digits")])
 def test_no_stream_shows_an_image_of_the_pretraining_half(name: str) -> None:
     stream = load_stream(name, seed=3)
     seen = {image.tobytes() for image in digits_halves()[0].images}

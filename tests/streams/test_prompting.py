@@ -78,6 +78,16 @@ def test_a_posed_stream_loads_again_and_another_template_is_other_data(news):
     assert fingerprint(other.tasks[0]) != fingerprint(stream.tasks[0])
 
 
+def test_a_chat_pose_is_the_instruction_as_a_users_turn(news):
+    chat, plain = load_stream(news, pose="chat"), load_stream(news, pose="instruction")
+    assert chat.inputs == ("messages",) and chat.labels == plain.labels
+    for task, other in zip(chat, plain, strict=True):
+        ((turn,), *_) = [json.loads(talk) for talk in task.train["messages"]]
+        assert turn["role"] == "user" and turn["content"] + "\nAnswer:" == other.train["prompt"][0]
+        assert task.train["label"][:] == other.train["label"][:]
+    assert load_stream(**chat.source).inputs == ("messages",)
+
+
 def test_what_cannot_be_posed(news):
     with pytest.raises(StreamError, match="has images: only texts"):
         load_stream("digits", pose="instruction", train_limit=20, test_limit=20)

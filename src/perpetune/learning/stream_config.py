@@ -168,10 +168,10 @@ class StreamConfig(pydantic.BaseModel):
         panel="Data",
         example="'very positive=positive,neutral=null'",
     )
-    pose: Literal["instruction", "published", "language"] | None = setting(
+    pose: Literal["instruction", "chat", "published", "language"] | None = setting(
         None,
-        "For language models: turn texts and labels into prompts and responses, by this template; or learn texts "
-        "without labels as they are (language).",
+        "For language models: turn texts and labels into prompts and responses, by this template; into turns of a "
+        "conversation (chat); or learn texts without labels as they are (language).",
         panel="Data",
         example="instruction",
     )

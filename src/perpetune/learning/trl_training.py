@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..models.backbone import Backbone, Examples
 from ..models.loading import quiet
 from ..rules import Attached, Rule, attach
+from ..streams.quiet import without_bars
 from ..tuners.decay import decays
 
 IGNORED = -100
@@ -93,7 +94,7 @@ def sft_trainer(
     tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
     rows = token_rows(examples, settings)
     trained = [(p, p.data) for p in backbone.model.parameters() if p.requires_grad]
-    with _quiet_datasets():
+    with without_bars():
         trainer: UnderRules = kind(
             model=backbone.model,
             args=arguments,
@@ -137,7 +138,7 @@ def packed_count(backbone: Backbone, examples: Examples, strategy: str) -> int:
     from trl import pack_dataset
 
     ids = [[*e["input_ids"], *e["answer"]] for e in examples]
-    with _quiet_datasets():
+    with without_bars():
         return len(
             pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), longest_row(backbone, examples), strategy)
         )
@@ -175,15 +176,3 @@ def lent(backbone: Backbone) -> Iterator[None]:
                 for key in [key for key in now if key not in then]:
                     del now[key]
         base.model_tags, tokenizer.pad_token = tags, pad
-
-
-@contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Without the progress bars of `datasets`."""
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()

@@ -60,6 +60,8 @@ class ReportData:
             stop, task (a number), detected_at}, `told`, `window`, and `figures`, see `metrics.boundaries`.
         headline: (scenario, head) to show first; None lets the page choose.
         losses: of the tasks of a run that were trained, {task, steps, points: (step, training loss)}.
+        answers: of language models to test questions of one task, {task, titles: of the states that answered, lines:
+            {question, expected, answers: {text, score} of each state}}.
     """
 
     title: str
@@ -80,6 +82,7 @@ class ReportData:
     drift: Mapping[str, Any] | None = None
     headline: tuple[str, str] | None = None
     losses: Sequence[Mapping[str, Any]] = ()
+    answers: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

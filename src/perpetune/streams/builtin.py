@@ -1,13 +1,15 @@
-"""Streams made of scikit-learn's handwritten digits (1797 images of 8x8): no download."""
+"""Streams that need no download: made of scikit-learn's handwritten digits (1797 images of 8x8), or written here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 
+from . import support_weeks
 from .sampling import generator, stratified
 
 
@@ -92,12 +94,14 @@ def _dataset(images: np.ndarray, labels: np.ndarray, conditions: np.ndarray | No
 
 
 class Builtin(NamedTuple):
-    """splits: (seed, test_share) -> the dataset's splits; the rest as in `load_stream`."""
+    """splits: (seed, test_share) -> the dataset's splits; metrics: of tasks of free texts, by name; the rest as in
+    `load_stream`."""
 
     splits: Callable[[int, float], dict[str, Dataset]]
     split_by: str
     classes_per_task: int | None
     about: str
+    metrics: Mapping[str, str] = MappingProxyType({})
 
 
 BUILTINS: dict[str, Builtin] = {
@@ -105,5 +109,12 @@ BUILTINS: dict[str, Builtin] = {
     "digits-transposed": Builtin(transposed, "class", 2, "the same, rows and columns exchanged"),
     "digits-drift": Builtin(
         drift, "domain", None, "all ten digits under one new condition a task: " + ", ".join(DRIFT)
+    ),
+    "support-weeks": Builtin(
+        support_weeks.weeks,
+        "week",
+        None,
+        "conversations for language models: four weeks of a made-up support desk, of facts, words and formats",
+        MappingProxyType(support_weeks.METRICS),
     ),
 }

@@ -9,7 +9,8 @@ from typing import Literal
 from datasets import Dataset, Features, Value
 
 from ..core.errors import ConfigError, nearest
-from ..metrics.text import LIKELIHOOD, metric
+from ..metrics.text import LIKELIHOOD, metric, rouge_l, scorer
+from .quiet import without_bars
 from .task import Stream, Task
 
 Responses = Literal["exact", "stripped"]
@@ -31,7 +32,8 @@ def metrics_of(tasks: Sequence[Task], chosen: str | Mapping[str, str] | None) ->
             raise ConfigError(f"metric: no task `{task}`: {nearest(task, names)}")
     found = {**own, **given}
     for name in set(found.values()) - {LIKELIHOOD}:
-        metric(name)
+        if metric(name) is rouge_l:
+            scorer()  # before anything is trained
     return found
 
 
@@ -105,7 +107,8 @@ def as_free_texts(
                 data = data.add_column("response", texts, feature=Value("string"))
             return data
 
-        train, test, validation = (rows(data) for data in (task.train, task.test, task.validation))
+        with without_bars():  # rows that a limit chose are copied
+            train, test, validation = (rows(data) for data in (task.train, task.test, task.validation))
         assert train is not None and test is not None
         classes = () if free else tuple(number[c] for c in task.classes)
         splits = {"train": train, "test": test, "validation": validation}

@@ -85,8 +85,8 @@ def load_stream(
             or `image`, or `image` and `caption`; for language models `prompt` and `response`, with `image` or without,
             or `messages` (lists of {role, content}, the last of which is the answer). Paths of images start where the
             file is.
-        pose: make instructions of texts to be classified, by this template: "instruction" or "published"; or learn
-            texts without labels as they are: "language"; see `pose`.
+        pose: make instructions of texts to be classified, by this template: "instruction", "chat" or "published"; or
+            learn texts without labels as they are: "language"; see `pose`.
         relabel: new label texts, {"very positive": "positive", "neutral": None}: tasks that say the same in other words
             share their classes; rows of a label that becomes None are left out.
         training: settings of single tasks, {"news": {"num_train_epochs": 5}}: over those of their task.json, and over
@@ -147,6 +147,8 @@ def load_stream(
             folder=(path if path.is_dir() else path.parent) if local else None,
             origins=origins,
         )
+        own_metrics = BUILTINS[text].metrics if text in BUILTINS else {}
+        drafts = [replace(draft, metric=own_metrics.get(draft.name)) for draft in drafts]
         names = [draft.name for draft in drafts]
         drafts = [drafts[i] for i in choose(tasks, names, [set()] * len(names), text)]
     drafts = in_one_form(drafts)

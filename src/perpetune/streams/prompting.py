@@ -10,11 +10,12 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from ..core.errors import ConfigError, StreamError, nearest
+from .conversations import Conversation
 from .passage import mark
 from .rows import Rows
 from .task import Stream, Task
 
-Template = Literal["instruction", "published", "language"]
+Template = Literal["instruction", "chat", "published", "language"]
 INSTRUCTION = "Choose the option that fits the following text."  # where a task does not say what to decide
 
 # `Task.name` -> what stands behind `Task:` and `Dataset:` in the prompts of the O-LoRA and N-LoRA code
@@ -54,6 +55,9 @@ def pose(stream: Stream, template: Template = "instruction") -> Stream:
     question; the published template tells the name of the dataset as well, at test time, too. The text is marked as
     what may be cut where the prompt is too long for a model.
 
+    "chat" is the instruction as a user's turn, without its last line: the model's chat template writes it, and the
+    assistant answers with the label text.
+
     "language" poses nothing: the rows are texts that answer nothing, all of whose tokens are learned; their column
     `text` is read as responses without prompts (see `as_texts`).
 
@@ -74,7 +78,8 @@ def pose(stream: Stream, template: Template = "instruction") -> Stream:
     if "text" not in stream.inputs:
         raise StreamError(f"stream `{stream.name}` has {stream.inputs[0]}s: only texts can be posed as instructions")
     tasks = tuple(_posed(task, stream.labels, template) for task in stream)
-    return replace(stream, tasks=tasks, inputs=("prompt",), source={**stream.source, "pose": template})
+    inputs = ("messages",) if template == "chat" else ("prompt",)
+    return replace(stream, tasks=tasks, inputs=inputs, source={**stream.source, "pose": template})
 
 
 def as_texts(columns: Mapping[str, str] | None, template: Template | None) -> dict[str, str]:
@@ -104,8 +109,11 @@ def _posed(task: Task, labels: tuple[str, ...], template: Template) -> Task:
         columns = [[mark(keep(text)) for text in data["text"]]]
         if "text_pair" in data.column_names:
             columns.append([keep(text) for text in data["text_pair"]])
-        posed = ["\n".join((*head, *texts, "Answer:")) for texts in zip(*columns, strict=True)]
-        made = Dataset.from_dict({"prompt": posed}, features=Features({"prompt": Value("string")}))
+        tail = () if template == "chat" else ("Answer:",)
+        posed, name = ["\n".join((*head, *texts, *tail)) for texts in zip(*columns, strict=True)], "prompt"
+        if template == "chat":
+            posed, name = [Conversation([{"role": "user", "content": text}]).written() for text in posed], "messages"
+        made = Dataset.from_dict({name: posed}, features=Features({name: Value("string")}))
         texts = np.array([labels[y] for y in data["label"]], dtype=object)
         rows = Rows(f"the {split} split of task `{task.name}`", made, np.arange(len(made)), texts)
         return rows.finish({label: c for c, label in enumerate(labels)})
