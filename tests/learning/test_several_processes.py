@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from perpetune import Learner, Result, RunError, load_stream
+from perpetune import ConfigError, Learner, Result, RunError, load_stream
 from perpetune.runs.directory import read_journal
 from tests.conftest import REPOSITORY
 
@@ -139,3 +139,15 @@ def test_a_batch_that_cannot_be_divided_is_refused(ran, monkeypatch):
     monkeypatch.setattr("perpetune.learning.opening.launched", lambda: 3)
     with pytest.raises(RunError, match="3 processes cannot divide"):
         Learner.described(ran[0] / "lora")
+
+
+def test_a_loss_that_is_no_mean_over_examples_is_refused(model, tiny_lm, word_stream, tmp_path, monkeypatch):
+    monkeypatch.setattr("perpetune.learning.opening.launched", lambda: 2)
+    stream = load_stream(word_stream, tasks=TASKS)
+    with pytest.raises(
+        ConfigError, match="`class_weights` makes a loss that is no mean over examples, and 2 processes"
+    ):
+        Learner(model, "lora", tmp_path / "run", training={**BATCH, "class_weights": "balanced"}).learn(stream)
+    prompts = load_stream(word_stream, tasks=TASKS, pose="instruction")
+    with pytest.raises(ConfigError, match="`trainer: perpetune` on a language model"):
+        Learner(tiny_lm("llama"), "lora", tmp_path / "run", training=BATCH, trainer="perpetune").learn(prompts)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.environment import versions
 from ..core.errors import ConfigError, RunError, StreamError
 from ..core.processes import launched
+from ..models.backbone import Backbone
 from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
 from ..runs.commit import active, reverted
@@ -83,6 +84,24 @@ def _share(path: Path, config: dict[str, Any]) -> int:
     return whole // launched()
 
 
+def _check_loss(setup: Setup, settings: dict[str, Any], backbone: Backbone) -> None:
+    """
+    Raises:
+        ConfigError: the loss of a batch is no mean over its examples, so that several processes would learn another.
+    """
+    sides = {
+        f"`{SETTING}`": settings.get(SETTING) is not None,
+        "`trainer: perpetune` on a language model": "answers" in backbone.offers and (setup.trainer or OLD) == OLD,
+        "a head that tells the pairs of a batch apart": setup.recipe.heads[0].reads == "pairs",
+    }
+    found = [what for what, there in sides.items() if there and launched() > 1]
+    if found and setup.recipe.tuner.trains:
+        raise ConfigError(
+            f"{found[0]} makes a loss that is no mean over examples, and {launched()} processes would each take their "
+            "own: start one process, or use `trainer: trl` on a language model"
+        )
+
+
 def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: str | None = None) -> Opened:
     """Create the run of this setup and stream, or continue the one that is there.
 
@@ -109,6 +128,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
             raise ConfigError(f"task `{each.name}` has a {BATCH} of its own, which is for one process: leave it out")
         settings = task_settings(setup.training, each)
         if settings not in checked:
+            _check_loss(setup, settings, backbone)
             check_trl_settings(settings, setup.trainer, stream)
             check_training(settings, backbone, setup.trainer or OLD)
             checked.append(settings)
