@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.processes import sum_
 from ..tuners.linear_map import LinearMap
 from .linear_sites import Batches, see_inputs
 from .lora_penalty import work
@@ -100,4 +101,8 @@ def layer_importance(model: nn.Module, sites: Sequence[LinearMap], batches: Batc
         tokens[site.name] = tokens.get(site.name, 0) + len(rows)
 
     see_inputs(model, sites, batches(), see)
-    return {name: float(total) / tokens[name] for name, total in totals.items() if tokens[name]}
+    zero = torch.zeros((), dtype=torch.float64)
+    names = [site.name for site in sites]
+    sums = torch.stack([torch.stack([totals.get(n, zero), torch.tensor(tokens.get(n, 0)).double()]) for n in names])
+    sum_([sums])  # each process has seen inputs of its own
+    return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}

@@ -31,6 +31,10 @@ class Whole:
     def dtype(self) -> torch.dtype:
         return self.site.weight.dtype
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.site.weight]
+
     def gradient(self) -> None:
         if self.site.weight.grad is not None:
             g = self.site.matrix(self.site.weight.grad)
@@ -62,6 +66,10 @@ class Factors:
     @property
     def dtype(self) -> torch.dtype:
         return self.pair.B.dtype
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.pair.A, self.pair.B]
 
     def gradient(self) -> None:
         for p, outside in self._outside():

@@ -177,6 +177,9 @@ class WeightProjection(Rule):
 
     # ---- the step ----
 
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return [p for part in self._parts for p in part.parameters]
+
     @torch.no_grad()
     def on_gradient(self) -> None:
         for part in self._parts if self.on != "update" else ():
