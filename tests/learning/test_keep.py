@@ -60,6 +60,7 @@ def tokens(base, week):
     """The rows of a week, as `Learner` reads them."""
     pieces = pt.Learner(base, "lora", device="cpu").setup.load_backbone("language")
     pieces.open((), ())
+    pieces.tokens.prefix = ""  # as a run that begins now: nothing stands between prompt and response
     rows = datasets.Dataset.from_dict(
         {
             "prompt": [p for p, _ in WEEKS[week]],
