@@ -56,7 +56,8 @@ def commits(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in ("pixels_ridge", "frozen_label_text")])
 def test_every_recipe_learns_predicts_and_opens_again(recipe, stream, model, learned, tmp_path):
-    small = {"name": recipe, "words": 64} if recipe == "tfidf_ridge" else recipe
+    fewer = {"tfidf_ridge": {"words": 64}, "frozen_best": {"features": 64}, "anacp": {"features": 64}}
+    small = {"name": recipe, **fewer[recipe]} if recipe in fewer else recipe
     learner = learned(recipe) if recipe in SHARED else Learner(model, small, tmp_path / "r", training=TRAINING)
     result = learner.learn(stream)
     records = result.records()
