@@ -134,8 +134,7 @@ class Adoption(TaskLoop):
             trainable = sum(t.numel() for t in tensors.values())
             facts = self._facts(session, measured, trainable)
             facts["adopted"] = {"kind": "model" if whole else "adapter", "name": folder.name, "unknown": unknown}
-            commit = self.run.commit(session.name, {**consolidation.files(), **state.files(predictions)}, facts)
-        state.learned(commit.manifest["classes"], commit.manifest["learned"])
+            commit = self._commit(session, {**consolidation.files(), **state.files(predictions)}, facts)
         self.log = TrainingLog(0, None, None)
         self._note(commit, session)
         for text in unknown:

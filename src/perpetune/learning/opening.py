@@ -94,8 +94,8 @@ def _check_loss(setup: Setup, settings: dict[str, Any], backbone: Backbone) -> N
         "`trainer: perpetune` on a language model": "answers" in backbone.offers and (setup.trainer or OLD) == OLD,
         "a head that tells the pairs of a batch apart": setup.recipe.heads[0].reads == "pairs",
     }
-    found = [what for what, there in sides.items() if there and launched() > 1]
-    if found and setup.recipe.tuner.trains:
+    found = [what for what, there in sides.items() if there]
+    if launched() > 1 and found and setup.recipe.tuner.trains:
         raise ConfigError(
             f"{found[0]} makes a loss that is no mean over examples, and {launched()} processes would each take their "
             "own: start one process, or use `trainer: trl` on a language model"

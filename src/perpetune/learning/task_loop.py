@@ -116,9 +116,7 @@ class TaskLoop:
             measured += language_losses(state, evaluated, untouched, self._due(session))
         with self._phase("commit"):
             files = {**consolidation.files(), **state.files(predictions | before)}
-            commit = self.run.commit(session.name, files, self._facts(session, measured, training.trainable))
-            consolidation.committed(commit)
-        state.learned(commit.manifest["classes"], commit.manifest["learned"])
+            commit = self._commit(session, files, self._facts(session, measured, training.trainable))
         self._note(commit, session)
         report(self.run.path, self.setup.training, state.backbone)
         return commit
@@ -204,6 +202,13 @@ class TaskLoop:
 
     def _tried_before(self, session: Session) -> bool:
         return any(commit.manifest.get("undoes") == session.name for commit in self.run.history)
+
+    def _commit(self, session: Session, files: dict[str, Any], facts: dict[str, Any]) -> Commit:
+        """What the session leaves, written down, and the state told that it is."""
+        commit = self.run.commit(session.name, files, facts)
+        self.state.consolidation.committed(commit)
+        self.state.learned(commit.manifest["classes"], commit.manifest["learned"])
+        return commit
 
     def _note(self, commit: Commit, session: Session) -> None:
         evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)

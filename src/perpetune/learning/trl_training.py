@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..models.backbone import Backbone, Examples
+from ..models.language_model import IGNORED
 from ..models.loading import quiet
 from ..rules import Attached, Rule, attach
 from ..streams.quiet import without_bars
 from ..tuners.decay import decays
-
-IGNORED = -100
 
 
 class UnderRules(Trainer):

@@ -21,6 +21,7 @@ from .hashing import file_digest
 from .image_folders import read_images
 from .labels import label_text
 from .origin import Origin
+from .quiet import without_bars
 from .text_files import decoded, read_texts
 
 SPLITS = ("train", "test", "validation")
@@ -101,16 +102,13 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """No progress bars and no chatter of `datasets`, for as long as it lasts."""
-    bars = datasets.are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         datasets.logging.set_verbosity(verbosity)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def read_files(paths: list[Path], place: str) -> datasets.Dataset:
