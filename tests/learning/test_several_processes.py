@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from perpetune import ConfigError, Learner, Result, RunError, load_stream
 from perpetune.runs.directory import read_journal
 from tests.conftest import REPOSITORY
+from tests.learning.ranks import counted
 
 RECIPES = ("lora", "olora", "nlora", "pegp_lora_fresh", "sotu", "routed", "frozen_ridge", "child_tuning_d")
-BATCH = {"num_train_epochs": 1, "per_device_train_batch_size": 8}
+BATCH = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
 SAME = 2e-5  # of fp32
 # where some gradients are 0 but for rounding (keys' biases), of which Adam makes whole steps
 SGD = ("sotu", "pegp_lora_fresh")
@@ -32,10 +33,13 @@ def model(tiny_bert) -> Path:
 @pytest.fixture(scope="module")
 def alone(model, word_stream, tmp_path_factory) -> Path:
     """Runs of one process, one for each recipe, and `grows`, which has learned the first task."""
-    folder = tmp_path_factory.mktemp("alone")
+    folder, read = tmp_path_factory.mktemp("alone"), {}
     for recipe in RECIPES:
         training = {**BATCH, **({"optim": "sgd"} if recipe in SGD else {})}
-        Learner(model, recipe, folder / recipe, training=training).learn(load_stream(word_stream, tasks=TASKS))
+        with counted() as found:
+            Learner(model, recipe, folder / recipe, training=training).learn(load_stream(word_stream, tasks=TASKS))
+        read[recipe] = sum(found)
+    (folder / "read.json").write_text(json.dumps(read), encoding="utf-8")
     Learner(model, "olora", folder / "grows", training=BATCH).learn(load_stream(word_stream, tasks=TASKS[:1]))
     return folder
 
@@ -49,11 +53,13 @@ def ran(alone, model, word_stream, tmp_path_factory) -> tuple[Path, list[list[di
 
     def run(recipe: str, out: str, batch: int) -> list[str]:
         given = ["--model", str(model), "--stream", str(word_stream), "--tasks", ",".join(TASKS), "--recipe", recipe]
-        given += ["--set", "optim=sgd"] if recipe in SGD else []
+        given += ["--set", "per_device_eval_batch_size=8", *(["--set", "optim=sgd"] if recipe in SGD else [])]
         return ["run", *given, "--out", str(folder / out), "--batch-size", str(batch), "--epochs", "1"]
 
     commands = [run(recipe, recipe, 4) for recipe in RECIPES]
     commands += [run("olora", "grows", 8), run("olora", "grows", 4), ["report", str(folder / "lora")]]
+    saves = [*run("lora", "killed", 4), "--set", "save_steps=2"]
+    commands += [["dies", "news", "5", *saves], saves]
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = ["-m", "tests.learning.ranks", str(folder / "found"), str(folder / "commands.json")]
@@ -86,6 +92,27 @@ def test_two_processes_learn_what_one_does(recipe, alone, ran):
     one, two = Result(alone / recipe), Result(folder / recipe)
     assert [r.final_accuracy for r in one.records()] == [r.final_accuracy for r in two.records()]
     assert [(g["name"], g["holds"]) for g in one.guarantees] == [(g["name"], g["holds"]) for g in two.guarantees]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_evaluation_is_divided(recipe, alone, ran):
+    """Each example is read by one of the processes, in the batches of one process."""
+    folder, told = ran
+    shares = [rank[RECIPES.index(recipe)]["read"] for rank in told]
+    assert sum(shares) == json.loads((alone / "read.json").read_text(encoding="utf-8"))[recipe]
+    assert min(shares) > 0.25 * sum(shares)
+
+
+def test_what_is_not_trained_is_predicted_to_the_bit(alone, ran):
+    assert difference(alone / "frozen_ridge", ran[0] / "frozen_ridge") == 0
+
+
+def test_two_processes_go_on_within_a_task(ran):
+    folder, told = ran
+    assert [rank[-1]["code"] for rank in told] == [0, 0]
+    tasks = [event for event in read_journal(folder / "killed") if event["event"] == "task"]
+    assert [task.get("resumed_at") for task in tasks] == [None, 4]
+    assert difference(folder / "lora", folder / "killed") == 0 and not (folder / "killed" / "unfinished").exists()
 
 
 def test_the_first_process_alone_speaks_and_writes(ran):
@@ -122,8 +149,9 @@ def test_a_run_of_two_processes_opens_on_one(alone, ran, word_stream):
 
 def test_commands_for_one_process_are_refused_on_two(ran):
     _, told = ran
-    assert [rank[-1]["code"] for rank in told] == [2, 2]
-    assert "start this command alone" in told[0][-1]["err"] and len(told[0][-1]["err"].splitlines()) == 1
+    first, second = (rank[len(RECIPES) + 2] for rank in told)
+    assert first["code"] == second["code"] == 2
+    assert "start this command alone" in first["err"] and len(first["err"].splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ConfigError, PerpetuneError, RunError, first_line
@@ -104,6 +106,38 @@ def sum_(tensors: Sequence[Tensor]) -> None:
             there = there.cuda()
         distributed.all_reduce(there)
         t.copy_(there)
+
+
+_dividing: ContextVar[bool] = ContextVar("dividing", default=False)
+
+
+@contextmanager
+def divided(whether: bool = True) -> Iterator[None]:
+    """Inside, batches that are read without gradients are dealt to the processes, which all come here alike."""
+    token = _dividing.set(whether)
+    try:
+        yield
+    finally:
+        _dividing.reset(token)
+
+
+def dealt(number: int) -> bool:
+    """Whether the batch of this number is this process's own to read; outside of `divided` each reads all."""
+    return not _dividing.get() or together() == 1 or number % together() == int(os.environ["RANK"])
+
+
+def joined(rows: Tensor) -> None:
+    """Put together, in place, what each process has read of `rows` (fp32), which are 0 where it has not: to the bit,
+    since they are added up as whole numbers. A collective call inside of `divided`."""
+    if _dividing.get():
+        import torch
+
+        sum_([rows.view(torch.int32)])
+
+
+def parts(found: T) -> list[T]:
+    """What each process has found of batches dealt to it. A collective call inside of `divided`."""
+    return from_all(found) if _dividing.get() else [found]
 
 
 def by_first(do: Callable[[], object]) -> None:
