@@ -56,6 +56,16 @@ def counted() -> Iterator[list[int]]:
         yield found
 
 
+def engine_of_fsdp() -> str:
+    """What Accelerate makes of a plugin for FSDP2 here."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    made = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    return str(made.distributed_type.value)
+
+
 def main(found: Path, commands: list[list[str]]) -> None:
     from perpetune.cli import main as perpetune
 
@@ -72,6 +82,7 @@ def main(found: Path, commands: list[list[str]]) -> None:
             except SystemExit as end:
                 code = end.code
         told.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "read": sum(read)})
+    told[-1]["engine"] = engine_of_fsdp()
     found.with_name(f"{found.name}.{os.environ.get('RANK', 0)}").write_text(json.dumps(told), encoding="utf-8")
 
 

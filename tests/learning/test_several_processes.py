@@ -155,12 +155,30 @@ def test_commands_for_one_process_are_refused_on_two(ran):
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+    ("name", "value", "engine"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP, and runs train under DDP: take it out .*FSDP2: pt.attach"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed, and runs train under DDP"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "tensor or context parallelism, and runs train under DDP"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile the model .*: take it out"),
+    ],
 )
-def test_other_engines_of_accelerate_are_refused(name, engine, model, monkeypatch):
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(Exception, match=engine):
+def test_other_engines_of_accelerate_are_refused(name, value, engine, model, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=engine) as refused:
         Learner(model, "lora")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("setting", ["fsdp", "deepspeed", "parallelism_config", "torch_compile"])
+def test_other_engines_of_the_trainer_are_refused(setting, model):
+    with pytest.raises(ConfigError, match=f"`{setting}` has no effect here: "):
+        Learner(model, "lora", training={setting: True})
+
+
+def test_accelerate_shards_nothing_on_cpus(ran):
+    """Why FSDP is refused rather than passed on: on two gloo processes it would be DDP, without a word."""
+    assert [rank[-1]["engine"] for rank in ran[1]] == ["MULTI_CPU", "MULTI_CPU"]
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(ran, monkeypatch):

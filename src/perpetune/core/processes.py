@@ -51,7 +51,7 @@ def join(device: str | torch.device | None) -> torch.device:
         The device of this process: of several accelerators the one that is its own.
 
     Raises:
-        ConfigError: they were started for an engine that keeps weights where rules do not find them.
+        ConfigError: they were started for an engine that keeps weights where rules do not find them, or compiled.
     """
     for name, engine in OTHER_ENGINES.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
@@ -59,6 +59,11 @@ def join(device: str | torch.device | None) -> torch.device:
                 f"accelerate was told to use {engine}, and runs train under DDP: take it out of accelerate's "
                 "configuration (FSDP2: pt.attach in a loop of your own, docs/how-to/several-processes.md)"
             )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
+        raise ConfigError(
+            "accelerate was told to compile the model (dynamo_backend), and compiled code follows no adapters that "
+            "come and go with tasks: take it out of accelerate's configuration"
+        )
     import torch
 
     from .environment import default_device
