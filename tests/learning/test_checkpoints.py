@@ -128,13 +128,19 @@ def test_a_killed_task_goes_on_to_the_same_bits(recipe, model, stream, tmp_path,
     check(lambda run: Learner(model, recipe, run, training=BASE).learn(stream), tmp_path, dying, task, RECIPES[recipe])
 
 
-@pytest.mark.parametrize("step", [5, 7])
-def test_all_that_is_drawn_is_drawn_again(step, model, stream, tmp_path, dying):
-    """Dropout, noise on embeddings, an order of rows that is drawn in every epoch, accumulated batches, a schedule."""
+def test_all_that_is_drawn_is_drawn_again(model, stream, tmp_path, dying):
+    """Dropout, noise on embeddings, an order of rows that is drawn in every epoch, accumulated batches, a schedule:
+    killed in an epoch, between two, and in one that began with a checkpoint."""
     settings = {**BASE, "num_train_epochs": 3, "gradient_accumulation_steps": 2, "neftune_noise_alpha": 5}
-    settings |= {"train_sampling_strategy": "group_by_length", "lr_scheduler_type": "cosine", "save_steps": 2}
+    settings |= {"train_sampling_strategy": "group_by_length", "lr_scheduler_type": "cosine", "save_steps": 1}
     recipe = {"tuner": DROPOUT, "heads": ["linear"], "consolidation": "Merge"}
-    check(lambda run: Learner(model, recipe, run, training=settings).learn(stream), tmp_path, dying, "news", step)
+
+    def learn(run: Path) -> None:
+        Learner(model, recipe, run, training=settings).learn(stream)
+
+    for step in (2, 6):  # of 9, 3 in an epoch
+        dying(lambda: learn(tmp_path / "killed"), "news", step)
+    check(learn, tmp_path, dying, "news", 8)
 
 
 @pytest.mark.parametrize("by", ["trl", "perpetune"])

@@ -98,13 +98,15 @@ class Resumable(Trainer):
         for name in UNLOGGED:
             held = getattr(self, name, None)
             losses[name] = held.cpu() if isinstance(held, Tensor) else held
+        ends = float(self.state.epoch or 0).is_integer()  # the next epoch begins with what this one has left
+        begun = random_state() if ends else self.epoch_begun
         parts = {
             "model": dict(self._trained()),
             "optimizer": self.optimizer.state_dict(),  # type: ignore[union-attr]
             "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": from_all(random_state()),
-            "epoch": from_all(self.epoch_begun),
+            "epoch": from_all(begun),
             "rules": [rule.state() for rule in self.checkpoints.rules],
             "losses": from_all(losses),
         }
