@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from perpetune import ConfigError, Learner, Result, RunError, load_stream
+from perpetune.core import processes
+from perpetune.learning.state import LearnerState
 from perpetune.runs.directory import read_journal
 from tests.conftest import REPOSITORY
-from tests.learning.ranks import counted
+from tests.learning.ranks import counted, sharded_steps
 
 RECIPES = ("lora", "olora", "nlora", "pegp_lora_fresh", "sotu", "routed", "frozen_ridge", "child_tuning_d")
 BATCH = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
@@ -179,6 +182,40 @@ def test_other_engines_of_the_trainer_are_refused(setting, model):
 def test_accelerate_shards_nothing_on_cpus(ran):
     """Why FSDP is refused rather than passed on: on two gloo processes it would be DDP, without a word."""
     assert [rank[-1]["engine"] for rank in ran[1]] == ["MULTI_CPU", "MULTI_CPU"]
+
+
+def test_the_steps_of_the_learner_on_shards(ran, model, word_stream):
+    """What the loop does for a task, on a model that `fully_shard` has sharded: the same files, to rounding."""
+    folder, told = ran
+    sharded = load_file(folder / "found.sharded.safetensors")
+    alone = sharded_steps(str(model), str(word_stream), shards=False)
+    assert sharded.keys() == alone["tensors"].keys() and any("lora_A" in key for key in sharded)
+    for key, value in alone["tensors"].items():
+        assert (value - sharded[key]).abs().max() <= SAME * value.abs().max().clamp_min(1e-3), key
+    assert told[0][-1]["measured"] == told[1][-1]["measured"] == pytest.approx(alone["measured"], rel=1e-3)
+
+
+def test_what_a_language_model_answers_is_divided_too(tiny_lm, word_stream, monkeypatch):
+    """Each of two processes answers every other batch; together they say what one says, to the bit."""
+    stream = load_stream(word_stream, tasks=TASKS[:1], pose="instruction")
+    setup = Learner(tiny_lm("llama"), "lora", training=BATCH, device="cpu").setup
+    backbone = setup.load_backbone("language")
+    setup.fit_heads(backbone)
+    LearnerState(setup, backbone, stream.labels, stream.inputs)  # opens it for the heads
+    examples = backbone.prepare(stream.tasks[0].test)
+    whole, said = backbone.outputs(examples, 8), backbone.answers(examples, 8)
+    sums, parts = [], []
+    monkeypatch.setattr(processes, "together", lambda: 2)
+    monkeypatch.setattr(processes, "sum_", lambda rows: sums.append(rows[0].clone()))
+    monkeypatch.setattr(processes, "from_all", lambda found: parts.append(found) or [found])
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with processes.divided():
+            backbone.outputs(examples, 8)
+            backbone.answers(examples, 8)
+    assert torch.equal(sums[0] + sums[1], whole.view(torch.int32)) and all(bool(part.any()) for part in sums)
+    assert parts[0] and parts[1] and not parts[0].keys() & parts[1].keys()
+    assert [text for _, texts in sorted({**parts[0], **parts[1]}.items()) for text in texts] == said
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(ran, monkeypatch):
