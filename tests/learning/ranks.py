@@ -129,7 +129,6 @@ def main(found: Path, commands: list[list[str]]) -> None:
             except SystemExit as end:
                 code = end.code
         told.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "read": sum(read)})
-    told[-1]["engine"] = engine_of_fsdp()
     model, stream = (told_of[told_of.index(name) + 1] for told_of in commands[:1] for name in ("--model", "--stream"))
     sharded = sharded_steps(model, stream, shards=True)
     if os.environ.get("RANK", "0") == "0":
@@ -137,6 +136,7 @@ def main(found: Path, commands: list[list[str]]) -> None:
             {key: value.contiguous() for key, value in sharded["tensors"].items()}, f"{found}.sharded.safetensors"
         )
     told[-1]["measured"] = sharded["measured"]
+    told[-1]["engine"] = engine_of_fsdp()  # which leaves its mark in the environment
     found.with_name(f"{found.name}.{os.environ.get('RANK', 0)}").write_text(json.dumps(told), encoding="utf-8")
 
 
