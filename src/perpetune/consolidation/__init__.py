@@ -4,17 +4,32 @@ from .base import Consolidation, Session
 from .concatenate import Concatenate
 from .continue_ import Continue
 from .delta_merge import DeltaMerge, SparseSum
+from .factor_merge import FactorMerge
 from .first_task import FirstTask
 from .joint import Joint
 from .merge import Merge
 from .per_task import PerTask
+from .projected_merge import ProjectedMerge
 from .replay import Replay
 from .stack import Stack
 from .states import PerTaskStates
 
 CONSOLIDATIONS = {
     c.__name__: c
-    for c in (Continue, Merge, Stack, DeltaMerge, SparseSum, PerTask, Concatenate, FirstTask, Replay, Joint)
+    for c in (
+        Continue,
+        Merge,
+        Stack,
+        DeltaMerge,
+        SparseSum,
+        FactorMerge,
+        ProjectedMerge,
+        PerTask,
+        Concatenate,
+        FirstTask,
+        Replay,
+        Joint,
+    )
 }
 
 __all__ = [
@@ -23,11 +38,13 @@ __all__ = [
     "Consolidation",
     "Continue",
     "DeltaMerge",
+    "FactorMerge",
     "FirstTask",
     "Joint",
     "Merge",
     "PerTask",
     "PerTaskStates",
+    "ProjectedMerge",
     "Replay",
     "SparseSum",
     "Stack",

@@ -95,6 +95,11 @@ PAPERS = {
         "Momeni, Saleh and Mazumder, Sahisnu and Liu, Bing",
         "Continual Learning Using a Kernel-Based Method Over Foundation Models (KLDA)",
     ),
+    "2501.09522": Paper(
+        "Tang, Anke and others",
+        "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging "
+        "(OPCM)",
+    ),
     "2504.07097": Paper(
         "Nayak, Nikhil Shivakumar and others",
         "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning (OSF)",
@@ -106,6 +111,10 @@ PAPERS = {
     "2511.13880": Paper(
         "Momeni, Saleh and Xiao, Changnan and Liu, Bing",
         "AnaCP: Toward Upper-Bound Continual Learning via Analytic Contrastive Projection",
+    ),
+    "2512.23017": Paper(
+        "Qiao, Fuli and Mahdavi, Mehrdad",
+        "Merge before Forget: A Single LoRA Continual Learning via Continual Merging (SLAO)",
     ),
 }
 
