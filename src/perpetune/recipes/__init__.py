@@ -12,6 +12,7 @@ from ..core.validation import call_checked
 from . import (
     controls,
     deltas,
+    drift,
     ensembles,
     first_task,
     lora_family,
@@ -29,6 +30,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     for make in (
         controls.sequential,
         lora_family.sequential_lora,
+        drift.sequential_sldc,
         lora_family.lora,
         lora_family.olora,
         lora_family.olora_released,

@@ -108,6 +108,10 @@ PAPERS = {
         "Xiong, Yifeng and Xie, Xiaohui",
         "OPLoRA: Orthogonal Projection LoRA Prevents Catastrophic Forgetting during Parameter-Efficient Fine-Tuning",
     ),
+    "2511.09926": Paper(
+        "Rao, Xuan and others",
+        "Compensating Distribution Drifts in Class-incremental Learning of Pre-trained Vision Transformers (SLDC)",
+    ),
     "2511.13880": Paper(
         "Momeni, Saleh and Xiao, Changnan and Liu, Bing",
         "AnaCP: Toward Upper-Bound Continual Learning via Analytic Contrastive Projection",
