@@ -11,6 +11,7 @@ from .merge import Merge
 from .per_task import PerTask
 from .projected_merge import ProjectedMerge
 from .replay import Replay
+from .shared_branch import SharedBranch
 from .stack import Stack
 from .states import PerTaskStates
 
@@ -25,6 +26,7 @@ CONSOLIDATIONS = {
         FactorMerge,
         ProjectedMerge,
         PerTask,
+        SharedBranch,
         Concatenate,
         FirstTask,
         Replay,
@@ -46,6 +48,7 @@ __all__ = [
     "PerTaskStates",
     "ProjectedMerge",
     "Replay",
+    "SharedBranch",
     "SparseSum",
     "Stack",
     "Session",

@@ -81,6 +81,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         controls.anacp,
         ensembles.ease,
         ensembles.ease_released,
+        ensembles.tuna,
         controls.replay,
         controls.joint,
         controls.frozen_ncm,

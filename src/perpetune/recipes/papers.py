@@ -104,6 +104,11 @@ PAPERS = {
         "Nayak, Nikhil Shivakumar and others",
         "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning (OSF)",
     ),
+    "2508.08165": Paper(
+        "Wang, Yan and Zhou, Da-Wei and Ye, Han-Jia",
+        "Integrating Task-Specific and Universal Adapters for Pre-Trained Model-based Class-Incremental Learning "
+        "(TUNA)",
+    ),
     "2510.13003": Paper(
         "Xiong, Yifeng and Xie, Xiaohui",
         "OPLoRA: Orthogonal Projection LoRA Prevents Catastrophic Forgetting during Parameter-Efficient Fine-Tuning",
