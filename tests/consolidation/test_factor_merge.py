@@ -12,6 +12,8 @@ import perpetune as pt
 from perpetune.consolidation import FactorMerge
 from perpetune.consolidation.factor_merge import START, merged_factors, next_start, orthonormal_rows
 from perpetune.core.errors import ConfigError
+from perpetune.learning.kept import newest_adapter
+from perpetune.runs.directory import Run
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
@@ -71,6 +73,8 @@ def test_a_run_holds_the_equation_and_one_adapter_that_plain_peft_loads(run, str
                 assert torch.equal(start[name], orthonormal_rows(value))
         sizes.add(sum((commit.path / f).stat().st_size for f in ("adapter_model.safetensors", START)))
     assert len(sizes) == 1
+    kept = newest_adapter(learner.recipe, Run.read(result.path).commits)  # where somebody else's trainer goes on
+    assert all(torch.equal(kept[name], value) for name, value in start.items())
     examples = learner.backbone.prepare(stream.tasks[0].test.select(range(4)))
     now = learner.backbone.features(examples, 4)
     base, _ = learner.fresh()

@@ -77,7 +77,7 @@ class SharedBranch(AdapterPerTask):
 
     def begin_task(self, session: Session | None) -> None:
         if self.start == "shared":
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(0)
                 super().begin_task(session)
             return
