@@ -87,14 +87,14 @@ class Backbone(nn.Module):
                 raise ModelError(
                     f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}"
                 )
-            inputs = self._tokenised(*(list(rows[c]) for c in columns))
+            inputs = self._tokenised(*(rows[c][:] for c in columns))
         else:
             if "image" not in rows.column_names:
                 raise ModelError(
                     f"`{self.name}` reads images, but the task has the columns {', '.join(rows.column_names)}"
                 )
             inputs = [{"pixel_values": pixels} for pixels in self._pixels(rows["image"])]
-        return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"], rows["id"], strict=True)]
+        return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"][:], rows["id"][:], strict=True)]
 
     def _tokenised(self, *texts: list[str]) -> Examples:
         """Texts, or pairs of texts, as token ids with what else the model reads of them.
