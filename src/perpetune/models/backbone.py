@@ -121,7 +121,7 @@ class Backbone(nn.Module):
             pictures = [Image.radial_gradient("L"), Image.linear_gradient("L")]
             return [{"pixel_values": pixels, "label": 0, "id": ""} for pixels in self._pixels(pictures)]
         texts = ["the", "the parcel came late and so they asked for a refund"]
-        return self.prepare(datasets.Dataset.from_dict({"text": texts, "label": [0, 0], "id": ["", ""]}))
+        return [{**x, "label": 0, "id": ""} for x in self._tokenised(texts)]
 
     def _takes(self, name: str) -> bool:
         """Whether the model reads an input of this name; token types only where it has more than one of them."""
