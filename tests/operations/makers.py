@@ -33,7 +33,9 @@ def made(folder: Path, job: Job, wait: bool) -> Outcome:
         return Outcome(error="it cannot be made")
     while len(list(folder.glob("meet-*"))) < job.seed:
         time.sleep(0.01)
-    return Outcome([{"name": job.name, "pid": os.getpid(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "wait": wait}])
+    return Outcome(
+        [{"name": job.name, "pid": os.getpid(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "wait": wait}]
+    )
 
 
 def slow(folder: Path, job: Job, wait: bool) -> Outcome:
