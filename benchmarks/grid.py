@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def configuration(options: argparse.Namespace) -> dict[str, Any]:
     lora = {"type": "LoraConfig", "r": 4, "target_modules": ["query", "value"]}
-    rule = {"type": "Killing", "at": options.tasks // 2}
+    rule = {"type": "Killing", "module": "killing", "at": options.tasks // 2}
     return {
         "model": "model",
         "stream": "stream",

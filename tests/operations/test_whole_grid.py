@@ -49,7 +49,12 @@ class Deadly(pt.Rule):
 def grid_of_two(tiny_bert, word_stream, tmp_path, monkeypatch) -> Path:
     """A configuration of two runs, one of which kills its process once; in a folder with the piece that does."""
     lora = {"type": "LoraConfig", "r": 2, "target_modules": ["query"]}
-    deadly = {"name": "deadly", "tuner": lora, "rules": [{"type": "Deadly"}], "consolidation": {"type": "Merge"}}
+    deadly = {
+        "name": "deadly",
+        "tuner": lora,
+        "rules": [{"type": "Deadly", "module": "deadly"}],
+        "consolidation": {"type": "Merge"},
+    }
     config = {
         "model": str(tiny_bert(width=16, layers=1)),
         "stream": {"source": str(word_stream), "tasks": ["films", "news"], "train_limit": 16},

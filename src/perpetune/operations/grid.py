@@ -94,7 +94,7 @@ def attempt(config: CompareConfig, threads: int | None, job: Job, wait: bool) ->
     except PerpetuneError as error:
         return Outcome(error=" ".join(str(error).split()))
     except Exception as error:
-        told = f"{type(error).__name__}: {first_line(error)}"
+        told = ": ".join(dict.fromkeys((type(error).__name__, first_line(error))))  # some say no more than their kind
         if isinstance(error, machine):
             return Outcome(error=told, again=True, trace=traceback.format_exc())
         return Outcome(error=f"{told} (unforeseen; PERPETUNE_TRACEBACK=1 shows where)", trace=traceback.format_exc())

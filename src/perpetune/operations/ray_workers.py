@@ -32,8 +32,7 @@ def on_ray(make: Make, config: CompareConfig, out: Path, progress: Progress) -> 
     """
     with connected(config) as ray:
         needs = wants(config, [node["Resources"] for node in ray.nodes() if node["Alive"]], progress)
-        retried = {"max_retries": config.retries, "retry_exceptions": [TryAgain]}
-        task = ray.remote(_there).options(**needs, **retried)
+        task = ray.remote(**needs, max_retries=config.retries, retry_exceptions=[TryAgain])(_there)
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             seen = tempfile.NamedTemporaryFile(dir=out.resolve(), prefix=".seen-everywhere-")

@@ -72,8 +72,9 @@ class Worker:
 
 def _serve(pipe: multiprocessing.connection.Connection, make: Make, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent hears, too, and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError):
         while True:
             pipe.send(make(*pipe.recv()))
 
