@@ -143,6 +143,7 @@ def cluster(machines: int) -> Iterator[str]:
     """The address of a Ray cluster of this many machines."""
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine takes longer than Ray's 30
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         for _ in range(machines - 1):

@@ -106,6 +106,7 @@ def cluster() -> Iterator[str]:
     pytest.importorskip("ray", reason="no Ray: pip install ray")
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine takes longer than Ray's 30
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         made.add_node(num_cpus=1)
