@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, first_line
-from ..core.files import writing
 from ..core.progress import Progress
 from ..learning.config import CompareConfig
 from .grid import Job, Make, Outcome, Workers, given_up
@@ -30,6 +29,8 @@ def on_ray(make: Make, config: CompareConfig, out: Path, progress: Progress) -> 
     Raises:
         ConfigError: Ray is not installed, or nothing answers at the address.
     """
+    from ..core.files import writing  # not on the machines that make runs: it takes torch along
+
     with connected(config) as ray:
         needs = wants(config, [node["Resources"] for node in ray.nodes() if node["Alive"]], progress)
         task = ray.remote(**needs, max_retries=config.retries, retry_exceptions=[TryAgain])(_there)
