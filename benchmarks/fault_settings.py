@@ -19,6 +19,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def tried(trials: Trials, count: int, first: int) -> Iterator[Tried]:
         found = folder / "found.jsonl"
         found.unlink(missing_ok=True)
         seeds = range(first, min(end, first + BATCH))
-        child = trials.start([], before=lambda: _try(generator, seeds, folder, found))
+        child = trials.start([], before=partial(_try, generator, seeds, folder, found))
         child.wait(BATCH * LIMIT)
         made = [Tried(**json.loads(line)) for line in found.read_text(encoding="utf-8").splitlines()]
         yield from made

@@ -1,4 +1,4 @@
-"""Whatever happens to the process, the disk or the files of a run: nothing is lost, what is damaged is seen, and what is
+"""Whatever happens to the process, the disk or the files of a run: nothing is lost, what is damaged is seen, what is
 refused is refused in one line. Without a model; with one, and at full size, `python -m benchmarks.faults`."""
 
 from __future__ import annotations

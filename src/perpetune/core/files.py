@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.errors import RunError
 
 HEADER = TypeAdapter(dict[str, Any])
+ENTRY = 96  # bytes of it, at least
 LAST_ENTRY = re.compile(rb',(\n? )"[^"\n]{1,8}": "[^"\n]{64}"\n?\}\s*\Z')
 ARRAYS = {
     name: np.dtype(kind)
@@ -117,11 +118,12 @@ def as_sealed(content: bytes) -> bool:
 
     A single changed byte is found wherever it is: also in the name of the entry, by the length of its value.
     """
-    entry = LAST_ENTRY.search(content)
+    end = content[-2 * ENTRY :]  # a manifest may be long
+    entry = LAST_ENTRY.search(end)
     if entry is None:
         return True
-    body, start = content[: entry.start()], entry[1].decode()
-    return content[entry.start() :].decode(errors="replace") == _seal(body, (start, "\n}" if "\n" in start else "}"))
+    body, start = content[: len(content) - len(end) + entry.start()], entry[1].decode()
+    return end[entry.start() :].decode(errors="replace") == _seal(body, (start, "\n}" if "\n" in start else "}"))
 
 
 def _seal(body: bytes, around: tuple[str, str]) -> str:
