@@ -29,7 +29,7 @@ from .fault_trials import Trials
 
 TRAINED = 25
 BATCH = 100  # configurations that share a process
-LIMIT = 30  # seconds for one
+LIMIT = 30  # seconds of CPU for one
 OPENED = 77  # exit code of a run that is stopped before its first task
 MEMORY = 12 << 30
 ODD: tuple[Any, ...] = (
@@ -150,7 +150,7 @@ def tried(trials: Trials, count: int, first: int) -> Iterator[Tried]:
         found.unlink(missing_ok=True)
         seeds = range(first, min(end, first + BATCH))
         child = trials.start([], before=partial(_try, generator, seeds, folder, found))
-        child.wait(BATCH * LIMIT)
+        child.wait(10 * BATCH * LIMIT)
         made = [Tried(**json.loads(line)) for line in found.read_text(encoding="utf-8").splitlines()]
         yield from made
         if len(made) < len(seeds):  # it took its process along
@@ -174,7 +174,7 @@ def _try(generator: Generator, seeds: range, folder: Path, found: Path) -> None:
         return learn(self, accept)
 
     TaskLoop.learn_all = stopped  # type: ignore[method-assign]
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     os.chdir(folder)
     with open(found, "a", encoding="utf-8") as file:
         for seed in seeds:
@@ -195,7 +195,7 @@ def _outcome(content: bytes, options: list[str], folder: Path) -> tuple[str, str
 
     (folder / "c.yaml").write_bytes(content)
     out, err, code = io.StringIO(), io.StringIO(), 0
-    signal.alarm(LIMIT)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)  # of its own time: the machine may be busy
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             main(["run", "c.yaml", "--out", "run", *options])
@@ -204,7 +204,7 @@ def _outcome(content: bytes, options: list[str], folder: Path) -> tuple[str, str
     except BaseException as error:
         return "traceback", f"{type(error).__name__}: {error}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         shutil.rmtree(folder / "run", ignore_errors=True)
     if code in (0, OPENED):
         return ("learned" if code == 0 else "opened"), ""

@@ -23,12 +23,17 @@ class OnDisk(MutableMapping[str, Tensor]):
     def __init__(self) -> None:
         self._folder: tempfile.TemporaryDirectory | None = None
         self._at: dict[str, tuple[Path, torch.device]] = {}
+        self._made = 0
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         from safetensors.torch import save_file
 
         self._folder = self._folder or tempfile.TemporaryDirectory()
-        file = self._at[name][0] if name in self._at else Path(self._folder.name) / f"{len(self._at)}.safetensors"
+        if name in self._at:
+            file = self._at[name][0]
+        else:
+            self._made += 1
+            file = Path(self._folder.name) / f"{self._made}.safetensors"
         with writing(file):
             save_file({KEY: tensor.detach().cpu().contiguous()}, file)
         self._at[name] = file, tensor.device
