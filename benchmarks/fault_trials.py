@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TASKS = 3
+LIMIT = 900.0  # seconds for a command: the machine may be busy
 WRITING = {"os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
 
 
@@ -28,7 +29,7 @@ class Child:
         self.pid, self._said = pid, said
         self.code: int | None = None
 
-    def wait(self, limit: float = 120.0) -> int:
+    def wait(self, limit: float = LIMIT) -> int:
         """Its exit code, the negative number of a signal that ended it; past the limit it is killed."""
         end = time.monotonic() + limit
         while self.code is None:
@@ -158,7 +159,7 @@ def _then(wait: Callable[..., int], reader: int) -> Callable[..., int]:
     """Waits also for what was said; once."""
     left = [reader]
 
-    def both(limit: float = 120.0) -> int:
+    def both(limit: float = LIMIT) -> int:
         try:
             return wait(limit)
         finally:
