@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import random
 import shutil
 import signal
@@ -175,8 +176,12 @@ class Faults:
         file.write_bytes(file.read_bytes()[:-1])
         yield "repair", damaged, ["verify", "RUN", "--repair"]
         yield "revert", self.run, ["revert", "RUN", "task-0001"]
-        learn = self.trials.command(Path("RUN"))
-        yield "retry", self.run, [*learn, "--retry", "task-0002"]
+        # with --retry, --set is for the task alone: the settings of the run stand in a file
+        settings = self.trials.folder / "retry.yaml"
+        settings.write_text(json.dumps({"training": self.trials.training}), encoding="utf-8")
+        given = self.trials.command(Path("RUN"))[1:]
+        options = [part for part in given if part != "--set" and not part.startswith(tuple(self.trials.training))]
+        yield "retry", self.run, ["run", str(settings), *options, "--retry", "task-0002"]
         yield "export", self.run, ["export", "RUN", "--out", "RUN/exported"]
 
     @staticmethod
