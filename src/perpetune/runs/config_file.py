@@ -14,6 +14,7 @@ from .earlier import in_todays_words
 
 CONFIG = "run.yaml"
 TWIN = ".run.yaml"  # the copy
+SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain data alone; libyaml is ten times as fast
 
 
 def write_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def read_config(path: Path, name: str = CONFIG) -> dict[str, Any]:
     mend = f"restore it from a copy; `perpetune verify {path} --repair` has one"
     try:
         content = file.read_bytes()
-        config = yaml.safe_load(content.decode("utf-8"))
+        config = yaml.load(content.decode("utf-8"), Loader=SAFE)
     except FileNotFoundError as error:
         raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
