@@ -24,6 +24,7 @@ from .config_check import check_same
 from .config_file import CONFIG, TWIN, read_config, write_config
 
 JOURNAL, COMMITS, DAMAGED = "journal.jsonl", "commits", "damaged"
+UNFINISHED = "unfinished"  # checkpoints inside the task that is being learned
 WORTH_LINKING = 4096  # bytes: a block of most disks
 
 
@@ -100,7 +101,7 @@ class Run:
         try:
             check_same(path, written, config)
         except RunError:
-            if _learned(path):
+            if _learned(path) or (path / UNFINISHED).exists():
                 raise
             shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
             (path / COMMITS).mkdir()
@@ -168,6 +169,7 @@ class Run:
                 sync(aside)
                 os.rename(aside, final)
                 sync(final.parent)
+                shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
