@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..core import processes
 from ..core.errors import RunError
@@ -22,6 +21,7 @@ from ..core.files import as_sealed, aside_of, file_digest, plain, sealed, sync, 
 from .commit import MANIFEST, Commit, mend, standing
 from .config_check import check_same
 from .config_file import CONFIG, TWIN, read_config, write_config
+from .locks import lock_file
 
 JOURNAL, COMMITS, DAMAGED = "journal.jsonl", "commits", "damaged"
 UNFINISHED = "unfinished"  # checkpoints inside the task that is being learned
@@ -265,20 +265,12 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _lock(path: Path) -> FileLock:
-    """The lock of a run, held until it is released or its process ends, however it ends.
+    """The lock of a run.
 
     Raises:
         RunError: another process holds it, or the file system has no locks.
     """
-    lock = FileLock(path / ".lock", blocking=False, thread_local=False)  # whichever thread closes the run releases it
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RunError(
-            f"{path} is in use by another process: wait for it, or give another directory (--out)"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOLCK:
-            raise RunError(f"{path} lies on a disk that cannot lock files: give another directory (--out)") from error
-        raise
+    lock = lock_file(path / ".lock")
+    if lock is None:
+        raise RunError(f"{path} is in use by another process: wait for it, or give another directory (--out)")
     return lock
