@@ -59,13 +59,9 @@ class Speaker:
     def __init__(self, settings: dict[str, Any]) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        path = Path(settings["model"])
-        where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
-        if path.suffix == ".gguf":
-            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         self.settings = settings
-        self.base: Any = AutoModelForCausalLM.from_pretrained(dtype="float32", **where)
-        self.tokenizer = AutoTokenizer.from_pretrained(**where)
+        self.base: Any = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="float32")
+        self.tokenizer = AutoTokenizer.from_pretrained(settings["model"])
         self.end = self.tokenizer.convert_tokens_to_ids(settings["end"])
 
     def rows(self, data: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,12 +2,13 @@
 
     python -m benchmarks.whole_run --model PATH/TO/model.gguf --out docs/results/whole_run.md
 
-Both sides load the same model and files, train a fresh LoRA for each task with the stock Trainer, on the same examples
-in the same order, merge it, and write the adapter; each in a process of its own, from its start to its end, imports
-included. They take turns, and the ratio is that of each pair, so that load cancels; `CPU` is the same ratio of the
-seconds that their threads computed. Without evaluation a test split has one row, which perpetune must have; with it,
-both sides predict the tasks so far before and after every task. The losses of the first and the last step say whether
-the batches were the same. A step is the time within `Trainer.train`, divided by the steps.
+A GGUF file is written once as a plain folder. Both sides load the same model and files, train a fresh LoRA for each
+task with the stock Trainer, on the same examples in the same order, merge it, and write the adapter; each in a process
+of its own, from its start to its end, imports included. They take turns, and the ratio is that of each pair, so that
+load cancels; `CPU` is the same ratio of the seconds that their threads computed. Without evaluation a test split has
+one row, which perpetune must have; with it, both sides predict the tasks so far before and after every task. The losses
+of the first and the last step say whether the batches were the same. A step is the time within `Trainer.train`, divided
+by the steps.
 
 The language model is also trained by `SFTTrainer` and peft alone (`sft`), with which TRL's share in a step is compared.
 """
@@ -158,10 +159,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise SystemExit
     if "language" in options.kinds and not options.model:
         raise WrongOption("a language model needs --model: a GGUF file, or a folder with a chat template")
-    records = [record for kind in options.kinds for record in measure_kind(kind, options)]
+    with tempfile.TemporaryDirectory() as folder:
+        if "language" in options.kinds and Path(options.model).suffix == ".gguf":
+            write_folder(options.model, folder)
+            options.model = folder
+        records = [record for kind in options.kinds for record in measure_kind(kind, options)]
     if options.out:
         Path(options.out).write_text(page(records, options), encoding="utf-8")
     return records
+
+
+def write_folder(gguf: str, folder: str) -> None:
+    """The model of a GGUF file as a plain folder: transformers refuses to train what it loads from such a file."""
+    from perpetune.models.language_loading import load_language_model
+
+    model = load_language_model(gguf)
+    model.model.save_pretrained(folder)
+    model.save_processors(folder)
 
 
 def measure_kind(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:

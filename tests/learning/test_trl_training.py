@@ -12,7 +12,9 @@ import yaml
 import perpetune as pt
 from perpetune.core.errors import ConfigError, RunError
 from perpetune.learning import trainer_choice as choice
+from perpetune.learning.opening import open_run
 from perpetune.learning.token_masking import masked
+from perpetune.learning.training_defaults import DEFAULTS, LANGUAGE
 from perpetune.learning.training_settings import resolve_training, training_arguments
 from perpetune.learning.trl_training import lent, sft_trainer, token_rows
 from perpetune.models.loading import load_language_model
@@ -120,6 +122,30 @@ def test_a_run_goes_on_with_its_own_trainer(stream, model, tmp_path):
     learner.learn(stream)
     assert (learner.setup.trainer, learner.setup.response_prefix) == ("perpetune", "auto")
     assert pt.Learner.open(run).backbone.tokens.prefix is None
+
+
+def test_language_models_have_defaults_of_their_own_and_runs_keep_theirs(stream, model, tmp_path):
+    def settings(learner):
+        return {name: learner.training[name] for name in LANGUAGE}
+
+    def learner(run, recipe="lora", **training):
+        return pt.Learner(model, recipe, tmp_path / run, training={"max_steps": 1, **training}, trainer="perpetune")
+
+    new = learner("new")
+    new.learn(stream)
+    assert settings(new) == LANGUAGE != {name: DEFAULTS[name] for name in LANGUAGE}
+    assert settings(pt.Learner.open(tmp_path / "new")) == LANGUAGE
+    given = learner("given", "sequential", num_train_epochs=2)
+    open_run(given.setup, stream).run.close()
+    own = {"num_train_epochs": 2, "learning_rate": make_recipe("sequential").training["learning_rate"]}
+    assert settings(given) == {**LANGUAGE, **own}
+    path = tmp_path / "new" / "run.yaml"  # as earlier versions wrote it
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    written["training"] |= {name: DEFAULTS[name] for name in LANGUAGE}
+    path.write_text(yaml.safe_dump(written), encoding="utf-8")
+    old = learner("new")
+    open_run(old.setup, stream).run.close()
+    assert settings(old) == {name: DEFAULTS[name] for name in LANGUAGE}
 
 
 def test_a_tuner_of_the_output_layer_stays_with_our_trainer(model):

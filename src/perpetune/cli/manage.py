@@ -61,6 +61,7 @@ def export(
     import sys
 
     from ..core.errors import ConfigError
+    from ..learning.export import Choice
     from ..learning.export import export as write
     from ..learning.learner import Learner
 
@@ -73,7 +74,7 @@ def export(
     choice: dict[str, Any] = {"only": names, "without": without or (), "scales": factors}
     how: dict[str, Any] = {"dtype": dtype, "head": head or not no_head, "format": format, "cumulative": cumulative}
     command = shlex.join(["perpetune", *sys.argv[1:]])
-    folder, told = write(learner.setup, learner.state, out, **choice, **how, command=command)
+    folder, told = write(learner.setup, learner.state, out, Choice(**choice, **how, command=command))
     typer.echo(f"{folder}: {_composed(learner, choice)}; {told}")
     if push_to_hub is not None:
         from ..operations.publish import push_to_hub as push

@@ -28,7 +28,8 @@ from .retry import set_aside
 from .setup import Setup, task_settings
 from .state import LearnerState
 from .trainer_choice import OLD, check_trl_settings, settle, settled
-from .training_settings import DEFAULTS, REFUSED, check_training
+from .training_defaults import DEFAULTS
+from .training_settings import REFUSED, check_training
 
 
 class Opened(NamedTuple):
