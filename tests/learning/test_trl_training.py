@@ -250,6 +250,27 @@ def test_the_loss_is_that_of_all_turns_or_the_last(chat_model):
     assert "badmovie" in whole
 
 
+def test_logits_are_computed_where_there_is_loss_and_nowhere_else(stream, model, tmp_path, monkeypatch):
+    from trl.trainer import utils
+
+    read, function = [], utils._ChunkedLogProbFunction
+
+    class Noted(function):
+        @staticmethod
+        def apply(hidden, *more):
+            read.append(len(hidden))
+            return function.apply(hidden, *more)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Noted)
+    backbone, task = load_language_model(model), stream.select(["faq"])
+    learner = pt.Learner(model, "lora", tmp_path / "run", training={**SETTINGS, "max_steps": 1}, trainer="trl")
+    before = utils._use_triton
+    learner.learn(task)
+    answers = [len(e["answer"]) for e in backbone.prepare(task.tasks[0].train)]
+    assert len(read) == 1 and 4 * min(answers) <= read[0] <= 4 * max(answers)
+    assert utils._use_triton is before
+
+
 def test_packed_rows_have_the_loss_of_the_same_rows_apart(stream, model, tmp_path):
     """Each token of a packed row sees its own example alone, so the losses are the same numbers."""
     first = {}

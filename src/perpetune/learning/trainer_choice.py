@@ -15,7 +15,7 @@ from ..models.language_model import LanguageBackbone
 from ..recipes.recipe import Recipe
 from ..runs.directory import read_config
 from ..streams import Stream
-from ..streams.free_texts import stripped
+from ..streams.free_texts import check_classes, stripped
 from .training_defaults import take_language_defaults
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def settle(setup: Setup, stream: Stream, backbone: Backbone) -> Stream:
         The stream, its responses as the run has read them.
 
     Raises:
-        ConfigError: TRL is asked for, and cannot train this.
+        ConfigError: TRL is asked for, and cannot train this; a task of a new run that needs a metric.
     """
     if not isinstance(backbone, LanguageBackbone):
         if setup.trainer == "trl" and stream.modality != "language":  # a control without a network trains by itself
@@ -66,6 +66,7 @@ def settle(setup: Setup, stream: Stream, backbone: Backbone) -> Stream:
         adopt(setup, written)
         stream = stream if "trainer" in written else stripped(stream)
     else:
+        check_classes(stream)
         posed = stream.source.get("pose") in ("instruction", "published")
         if setup.response_prefix is None:  # the prompts of templates end with `Answer:`
             setup.response_prefix = AUTO if posed else ""
