@@ -246,11 +246,13 @@ def adopt(
     command says what they cannot know.
     """
     from ..core.progress import RichProgress
-    from ..learning.adopted_files import goes_on
     from ..learning.learner import Learner
     from .options import value_of_recipe
 
     given: Any = {"recipe": None if recipe is None else value_of_recipe(recipe), "data": data, "task": task}
     options: Any = {"metric": metric, "same_base": same_base, "progress": RichProgress()}
     learner = Learner.adopt(trained, model, out, **given, **options)
-    typer.echo(f"{out}: `{task}` is its first task; go on with --recipe {goes_on(learner.recipe)!r} --out {out}")
+    typer.echo(
+        f"{out}: `{task}` is its first task, recipe `{learner.recipe.name}`; go on with `perpetune run --stream TASKS "
+        f"--out {out}`, which takes recipe and model from there"
+    )

@@ -27,7 +27,7 @@ from .adopt import adopt
 from .config import RunConfig
 from .general import read_general
 from .generation import Generation, generate
-from .opening import arguments_of, reopened
+from .opening import arguments_of, going_on, reopened
 from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
@@ -109,12 +109,12 @@ class Learner:
 
     @classmethod
     def from_config(cls, config: RunConfig, **instead: Any) -> Learner:
-        """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
+        """The learner that a configuration describes, see `going_on`; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
         own = RunConfig.model_fields.keys() - {"model", "stream", "out", "imports"}
         settings = {"run": config.out or Path("runs") / recipe, **{name: getattr(config, name) for name in own}}
-        return cls(config.model, **{**settings, **instead})
+        return cls(**{"model": config.model, **settings, **going_on(config), **instead})
 
     @classmethod
     def described(cls, run: str | Path, **options: Any) -> Learner:

@@ -18,10 +18,11 @@ from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
 from ..runs.commit import active, reverted
 from ..runs.config_check import BATCH, together
-from ..runs.directory import Run, read_config
+from ..runs.directory import CONFIG, Run, read_config
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
+from .config import RunConfig
 from .general import general_of
 from .gone_data import check_needed, completed, told, with_known_scenario
 from .retry import set_aside
@@ -44,6 +45,15 @@ class Opened(NamedTuple):
     stream: Stream
     state: LearnerState
     joined: dict[str, Tensor]
+
+
+def going_on(config: RunConfig) -> dict[str, Any]:
+    """Recipe and model of the run that is there already, where a configuration does not name them."""
+    if config.out is None or not (Path(config.out) / CONFIG).is_file():
+        return {}
+    written = read_config(Path(config.out))
+    recipe = {} if "recipe" in config.model_fields_set else {"recipe": written["recipe"]}
+    return {**recipe, "model": config.model or written.get("model_name")}
 
 
 def arguments_of(path: Path, given: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

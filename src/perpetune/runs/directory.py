@@ -78,11 +78,16 @@ class Run:
                 try:
                     check_same(path, written, config)
                 except RunError:
-                    if _learned(path):
+                    if not _learned(path):
+                        shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
+                        (path / COMMITS).mkdir()
+                        written = _write_config(path, config)
+                    elif all("adopted" in commit.manifest for commit in cls.read(path).history[1:]):
+                        of_training = {key: config[key] for key in ("training", "trainer") if key in config}
+                        check_same(path, {**written, **plain(of_training)}, config)
+                        written = _write_config(path, {**written, **of_training})  # nothing was trained here yet
+                    else:
                         raise
-                    shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
-                    (path / COMMITS).mkdir()
-                    written = _write_config(path, config)
             else:
                 if any(p for p in path.iterdir() if p.name not in (COMMITS, ".lock")):
                     raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
