@@ -109,7 +109,7 @@ class Learner:
 
     @classmethod
     def from_config(cls, config: RunConfig, **instead: Any) -> Learner:
-        """The learner that a configuration describes, see `going_on`; `instead` replaces arguments of the constructor."""
+        """The learner of a configuration, see `going_on`; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
         own = RunConfig.model_fields.keys() - {"model", "stream", "out", "imports"}
