@@ -66,7 +66,8 @@ def settle(setup: Setup, stream: Stream, backbone: Backbone) -> Stream:
         adopt(setup, written)
         stream = stream if "trainer" in written else stripped(stream)
     else:
-        check_classes(stream)
+        if not stream.source.get("pose"):  # labels are classes, however many
+            check_classes(stream)
         posed = stream.source.get("pose") in ("instruction", "published")
         if setup.response_prefix is None:  # the prompts of templates end with `Answer:`
             setup.response_prefix = AUTO if posed else ""
