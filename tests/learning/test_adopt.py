@@ -77,14 +77,12 @@ def test_the_model_is_what_it_was_and_goes_on(base, adapter, data, recipe, tmp_p
     exported = AutoModelForCausalLM.from_pretrained(weights(learner))
     assert 0 < furthest(expected.state_dict(), plain(base).state_dict()) > 0.01
     assert furthest(exported.state_dict(), expected.state_dict()) < 1e-6
-    training = {"max_steps": 2, "learning_rate": 1e-3}
-    on = pt.Learner(base, given, tmp_path / "run", training=training, device="cpu")
-    with pytest.raises(RunError, match="training.learning_rate"):
-        on.learn(pt.load_stream(data / "new", metric="exact_match"))
-    result = pt.Learner.described(tmp_path / "run", device="cpu").learn(
-        pt.load_stream(data / "new", metric="exact_match")
-    )
-    assert result.tasks == ("adopted", "week-2")
+    stream, training = pt.load_stream(data / "new", metric="exact_match"), {"max_steps": 2, "learning_rate": 3e-3}
+    result = pt.Learner(base, given, tmp_path / "run", training=training, device="cpu").learn(stream)
+    assert result.tasks == ("adopted", "week-2") and result.config["training"]["learning_rate"] == 3e-3
+    with pytest.raises(RunError, match="training.learning_rate"):  # now that it has trained something
+        pt.Learner(base, given, tmp_path / "run", training={**training, "learning_rate": 1e-3}).learn(stream)
+    assert pt.Learner.described(tmp_path / "run", device="cpu").learn(stream).tasks == result.tasks
 
 
 def test_a_trainer_of_ones_own_goes_on(base, adapter, tmp_path):
