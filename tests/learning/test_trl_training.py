@@ -267,6 +267,7 @@ def test_logits_are_computed_where_there_is_loss_and_nowhere_else(stream, model,
     before = utils._use_triton
     learner.learn(task)
     backbone.open_for([], [])
+    backbone.tokens.prefix = ""
     answers = [len(e["answer"]) for e in backbone.prepare(task.tasks[0].train)]
     assert len(read) == 1 and 4 * min(answers) <= read[0] <= 4 * max(answers)
     assert utils._use_triton is before
