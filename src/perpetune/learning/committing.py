@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from ..core.processes import divided
 from ..models.language_model import LanguageBackbone
 from ..runs.commit import Commit
 from ..runs.directory import Run
@@ -20,7 +21,8 @@ def commit_untouched(run: Run, state: LearnerState, predictions: Mapping[str, Te
     """The first commit: baseline predictions of the model as it was loaded."""
     facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
     if measured_language(state):
-        facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), state.setup.batch_size)
+        with divided():
+            facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), state.setup.batch_size)
     run.commit(UNTOUCHED, {"predictions.safetensors": dict(predictions)}, facts)
 
 

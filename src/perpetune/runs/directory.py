@@ -25,6 +25,7 @@ from .config_check import check_same
 from .earlier import in_todays_words
 
 CONFIG, JOURNAL, COMMITS, DAMAGED = "run.yaml", "journal.jsonl", "commits", "damaged"
+UNFINISHED = "unfinished"  # checkpoints inside the task that is being learned
 WORTH_LINKING = 4096  # bytes: a block of most disks
 SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain data alone; libyaml is ten times as fast
 
@@ -79,6 +80,8 @@ class Run:
                 try:
                     check_same(path, written, config)
                 except RunError:
+                    if (path / UNFINISHED).exists():
+                        raise
                     if not _learned(path):
                         shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
                         (path / COMMITS).mkdir()
@@ -159,6 +162,7 @@ class Run:
                 sync(aside)
                 os.rename(aside, final)
                 sync(final.parent)
+                shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
