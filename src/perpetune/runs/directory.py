@@ -87,9 +87,9 @@ class Run:
                         (path / COMMITS).mkdir()
                         written = _write_config(path, config)
                     elif all("adopted" in commit.manifest for commit in cls.read(path).history[1:]):
-                        of_training: dict[str, Any] = {key: config[key] for key in ("training", "trainer") if key in config}
-                        check_same(path, {**written, **plain(of_training)}, config)
-                        written = _write_config(path, {**written, **of_training})  # nothing was trained here yet
+                        own: dict[str, Any] = {k: config[k] for k in ("training", "trainer") if k in config}
+                        check_same(path, {**written, **plain(own)}, config)
+                        written = _write_config(path, {**written, **own})  # nothing was trained here yet
                     else:
                         raise
             else:
