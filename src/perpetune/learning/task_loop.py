@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers.trainer_utils import set_seed
@@ -15,14 +15,14 @@ from ..core.environment import peak_memory, quick_collection
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement, finite
 from ..core.processes import all_there, divided
-from ..models.language_model import LanguageBackbone
 from ..rules import TaskContext
 from ..runs.commit import Commit, active
 from ..runs.directory import Run
 from ..runs.result import BEFORE
 from ..streams import Stream, Task, fingerprint, split_fingerprints
+from .committing import commit_session, commit_untouched
 from .evaluator import choices
-from .language_losses import general_loss, language_losses, measured_language
+from .language_losses import language_losses
 from .opening import Opened, filed, open_run, reopened, task_of
 from .reporting import report
 from .retry import Accept, kept
@@ -31,7 +31,6 @@ from .setup import Setup
 from .state import LearnerState
 from .trainer import TrainingLog
 
-UNTOUCHED = "untouched"
 EVALUATING = ("before", "observe", "evaluate", "commit")  # phases of a session that train nothing
 
 
@@ -122,8 +121,8 @@ class TaskLoop:
             untouched = self.run.commits[0].manifest.get("general_loss")
             measured += language_losses(state, evaluated, untouched, self._due(session))
         with self._phase("commit"):
-            files = {**consolidation.files(), **state.files(predictions | before)}
-            commit = self._commit(session, files, self._facts(session, measured, training.trainable))
+            facts = self._facts(session, measured, training.trainable)
+            commit = commit_session(self.run, state, session.name, predictions | before, facts)
         self._note(commit, session)
         report(self.run.path, self.setup.training, state.backbone)
         return commit
@@ -133,12 +132,9 @@ class TaskLoop:
     def commit_untouched(self) -> None:
         """The first commit: baseline predictions of the model as it was loaded."""
         state = self.state
-        facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
         with divided():
             predictions = state.evaluator.predictions(self.stream, None, state.heads, state.consolidation)
-            if measured_language(state):
-                facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), self.setup.batch_size)
-        self.run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
+        commit_untouched(self.run, state, predictions)
 
     def _refresh_caches(self, session: Session) -> None:
         """What an undisturbed run would still hold of the model before this session: features and label texts."""
@@ -210,13 +206,6 @@ class TaskLoop:
 
     def _tried_before(self, session: Session) -> bool:
         return any(commit.manifest.get("undoes") == session.name for commit in self.run.history)
-
-    def _commit(self, session: Session, files: dict[str, Any], facts: dict[str, Any]) -> Commit:
-        """What the session leaves, written down, and the state told that it is."""
-        commit = self.run.commit(session.name, files, facts)
-        self.state.consolidation.committed(commit)
-        self.state.learned(commit.manifest["classes"], commit.manifest["learned"])
-        return commit
 
     def _note(self, commit: Commit, session: Session) -> None:
         evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)

@@ -25,16 +25,8 @@ from .checkpoints import SAVING, saving
 from .class_weights import SETTING, checked
 from .earlier_names import CALLED
 from .token_masking import STM
+from .training_defaults import DEFAULTS
 
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "num_train_epochs": 3,
-    "learning_rate": 1e-3,
-    "head_learning_rate": 1e-2,
-    "weight_decay": 0.01,
-    "warmup_steps": 0,
-}
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_steps": 50}
 
 _LENGTH = "per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps dataloader_drop_last"

@@ -20,6 +20,7 @@ from ..learning.opening import open_run
 from ..learning.session import step_budget
 from ..learning.task_loop import TaskLoop, all_due
 from ..learning.trainer_choice import adopt
+from ..learning.training_defaults import take_language_defaults
 from ..runs.commit import Commit
 from ..runs.config_file import read_config
 from ..streams import Stream, Task
@@ -98,6 +99,8 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
     started = perf_counter()
     here = tuple(task for task in stream if len(task.train) and len(task.test))
     stream = replace(stream, tasks=here)  # of what is learned already, the data may be gone
+    if stream.modality == "language":
+        take_language_defaults(learner.setup)
     size = int(learner.setup.training["per_device_train_batch_size"])
     with tempfile.TemporaryDirectory() as folder:
         untold = {**learner.setup.training, "report_to": "none"}  # a trial is nobody else's news

@@ -85,8 +85,8 @@ class Run:
                 lock.release()
                 raise
 
-    @staticmethod
-    def _configured(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def _configured(cls, path: Path, config: dict[str, Any]) -> dict[str, Any]:
         """What run.yaml holds, once it is there."""
         if not (path / CONFIG).exists():
             own = {COMMITS, ".lock", TWIN, *(aside_of(path / name).name for name in (CONFIG, TWIN))}
@@ -101,11 +101,17 @@ class Run:
         try:
             check_same(path, written, config)
         except RunError:
-            if _learned(path) or (path / UNFINISHED).exists():
+            if (path / UNFINISHED).exists():
                 raise
-            shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
-            (path / COMMITS).mkdir()
-            written = write_config(path, config)
+            if not _learned(path):
+                shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
+                (path / COMMITS).mkdir()
+                return write_config(path, config)
+            if not all("adopted" in commit.manifest for commit in cls.read(path).history[1:]):
+                raise
+            training: dict[str, Any] = {k: config[k] for k in ("training", "trainer") if k in config}
+            check_same(path, {**written, **plain(training)}, config)
+            written = write_config(path, {**written, **training})  # nothing was trained here yet
         return written
 
     @property
