@@ -22,7 +22,7 @@ def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor
 
 
 def pool_states(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """(N x tokens x width) to (N x width); a pooler stands behind the last layer alone, and the first token before it."""
+    """(N x tokens x width) to (N x width), of any layer; a pooler, which only the last has, reads the first token."""
     if pooling in ("cls", "pooler"):
         return hidden[:, 0]
     if attention_mask is None:
