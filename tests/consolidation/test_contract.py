@@ -22,7 +22,7 @@ from perpetune.consolidation import (
     Stack,
 )
 from perpetune.core.errors import ConfigError
-from perpetune.routers import KMeansRouter
+from perpetune.routers import KMeansRouter, PooledRouter
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
 HEADS = ("head_added.safetensors", "head_sums.safetensors")
@@ -39,6 +39,9 @@ CASES = {
     "Stack": lambda: pt.Recipe(lora(), [], Stack()),
     "DeltaMerge": lambda: pt.Recipe(pt.AllWeights(), [], DeltaMerge()),
     "PerTask": lambda: pt.Recipe(lora(), [], PerTask(KMeansRouter(2))),
+    "PerTask, two layers": lambda: pt.Recipe(
+        lora(), [], PerTask(PooledRouter(64, many_tasks=True, discriminants=True), 3, frozen=1.0, layers=2)
+    ),
     "Concatenate": lambda: pt.Recipe(lora(), [], Concatenate(), pt.SubspaceHead()),
     "FirstTask": lambda: pt.Recipe(lora(), [], FirstTask(), [pt.RidgeHead(0), pt.PrototypeHead()]),
     "FirstTask, two blocks": lambda: pt.Recipe(lora(), [], FirstTask("better", True), pt.PrototypeHead()),

@@ -194,9 +194,7 @@ class PerTask(AdapterPerTask):
         if not self._opinions()[1]:
             return "routed adapters alone, since all tasks have the same classes: there is nothing else to find out"
         read = f"the last {self.backbone.layers} layers" if self.backbone.layers > 1 else "the last layer"
-        return (
-            f"routed adapters times the frozen model ({read}), since tasks bring new classes: a wrong route is outvoted"
-        )
+        return f"routed adapters times the frozen model ({read}), since tasks bring new classes"
 
 
 def _log_softmax(scores: Tensor) -> Tensor:
