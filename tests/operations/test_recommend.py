@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 import perpetune as pt
+from perpetune.cli.app import app
 from perpetune.core.errors import ConfigError
 from perpetune.learning.config import CompareConfig
 from perpetune.metrics.records import ResultRecord
@@ -107,3 +110,18 @@ def test_what_does_not_fit_into_the_budget_is_left_out(config, tmp_path, monkeyp
 def test_what_cannot_be_is_refused(settings, options, told, config, tmp_path):
     with pytest.raises(ConfigError, match=told):
         recommend(config(**settings), tmp_path, **options)
+
+
+def test_the_command_prints_a_table_and_the_command_to_run(word_stream, tiny_bert, tmp_path):
+    model = str(tiny_bert())
+    options = ["--model", model, "--stream", str(word_stream), "--max-length", "16", "--first", "2"]
+    tried = ["--recipes", "frozen_ncm,frozen_lda,color_oracles", "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, ["recommend", *options, *tried])
+    assert isinstance(refused.exception, ConfigError) and "color_oracle" in str(refused.exception)
+    tried[1] = "frozen_ncm,frozen_lda"
+    result = CliRunner().invoke(app, ["recommend", *options, *tried])
+    assert result.exit_code == 0, result.output
+    last = shlex.split(result.output.splitlines()[-1])
+    assert last[:2] == ["perpetune", "run"] and last[last.index("--recipe") + 1] in ("frozen_ncm", "frozen_lda")
+    assert last[last.index("--model") + 1] == model and "--first" not in last and "--out" not in last
+    assert (tmp_path / "out" / "results.json").is_file() and "on validation rows" in result.output
