@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_draws_come_from_the_seed_alone(learned):
 def test_a_text_is_a_turn_where_conversations_were_learned(tiny_lm, tmp_path):
     from transformers import AutoTokenizer
 
-    folder = tiny_lm("llama", ["user", "assistant", *" ".join(FAQ).split()])
+    folder = shutil.copytree(tiny_lm("llama", ["user", "assistant", *" ".join(FAQ).split()]), tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)

@@ -7,7 +7,7 @@ import pytest
 import perpetune as pt
 from perpetune.operations.plan import make_plan, reads
 
-TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 8}
+TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 16}
 
 
 @pytest.fixture(scope="module")

@@ -94,8 +94,8 @@ class PerTask(AdapterPerTask):
             rows = session.tasks[0].train
             with self.view(None):
                 seen = self.backbone.pooled(self.backbone.prepare(rows), BATCH)
-            kinds = torch.tensor(rows["label"])
-            self.router.observe(session.index, seen, kinds.where(kinds >= 0, len(self._labels)), rows["id"])
+            kinds = torch.tensor(rows["label"][:])
+            self.router.observe(session.index, seen, kinds.where(kinds >= 0, len(self._labels)), rows["id"][:])
         if session.index in self.router.known:
             self._files[ROUTER] = self.router.task_state(session.index)
 

@@ -161,9 +161,9 @@ def gather(state: LearnerState, tasks: Sequence[Task], new: Sequence[Task] = (),
                 head.carry(before, after)
     for task in tasks if anew else new if observing else ():
         features = state.evaluator.observed(task, state.consolidation.states)
-        labels = torch.tensor(task.train["label"])
+        labels, ids = torch.tensor(task.train["label"][:]), task.train["id"][:]
         for head in observing if task in new else anew:
-            head.observe(features, labels, task.train["id"])
+            head.observe(features, labels, ids)
 
 
 def step_budget(session: Session, training: dict[str, Any]) -> int:

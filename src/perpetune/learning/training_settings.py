@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
         ConfigError: a name that `transformers.TrainingArguments` does not have, one that has no effect here, or one
             that the run sets itself.
     """
-    known = {*inspect.signature(TrainingArguments.__init__).parameters, *_OWN, *trl.HONOURED} - {"self"}
+    known = {*(f.name for f in fields(TrainingArguments) if f.init), *_OWN, *trl.HONOURED}
     ours, refused = {**OURS, **trl.OURS}, {**REFUSED, **trl.REFUSED}
     settings = dict(DEFAULTS)
     for layer in layers:

@@ -91,14 +91,14 @@ class Backbone(nn.Module):
                 raise ModelError(
                     f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}"
                 )
-            inputs = self._tokenised(*(list(rows[c]) for c in columns))
+            inputs = self._tokenised(*(rows[c][:] for c in columns))
         else:
             if "image" not in rows.column_names:
                 raise ModelError(
                     f"`{self.name}` reads images, but the task has the columns {', '.join(rows.column_names)}"
                 )
             inputs = [{"pixel_values": pixels} for pixels in self._pixels(rows["image"])]
-        return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"], rows["id"], strict=True)]
+        return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"][:], rows["id"][:], strict=True)]
 
     def _tokenised(self, *texts: list[str]) -> Examples:
         """Texts, or pairs of texts, as token ids with what else the model reads of them.
@@ -125,7 +125,7 @@ class Backbone(nn.Module):
             pictures = [Image.radial_gradient("L"), Image.linear_gradient("L")]
             return [{"pixel_values": pixels, "label": 0, "id": ""} for pixels in self._pixels(pictures)]
         texts = ["the", "the parcel came late and so they asked for a refund"]
-        return self.prepare(datasets.Dataset.from_dict({"text": texts, "label": [0, 0], "id": ["", ""]}))
+        return [{**x, "label": 0, "id": ""} for x in self._tokenised(texts)]
 
     def _takes(self, name: str) -> bool:
         """Whether the model reads an input of this name; token types only where it has more than one of them."""

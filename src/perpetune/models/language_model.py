@@ -127,7 +127,7 @@ class LanguageBackbone(Backbone):
 
     def responses_of(self, rows: datasets.Dataset) -> list[str]:
         """The expected response of each row: its own text, or the label text of its class."""
-        return rows["response"][:] if "response" in rows.column_names else [self.labels[y] for y in rows["label"]]
+        return rows["response"][:] if "response" in rows.column_names else [self.labels[y] for y in rows["label"][:]]
 
     def _fitted(self, answer: tuple[int, ...], prompt: list[int]) -> tuple[int, ...]:
         """

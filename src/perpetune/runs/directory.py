@@ -26,6 +26,7 @@ from .earlier import in_todays_words
 
 CONFIG, JOURNAL, COMMITS, DAMAGED = "run.yaml", "journal.jsonl", "commits", "damaged"
 WORTH_LINKING = 4096  # bytes: a block of most disks
+SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain data alone; libyaml is ten times as fast
 
 
 class Run:
@@ -220,7 +221,7 @@ def read_config(path: Path) -> dict[str, Any]:
         RunError: there is no run here, or its configuration cannot be read.
     """
     try:
-        config = yaml.safe_load((Path(path) / CONFIG).read_text(encoding="utf-8"))
+        config = yaml.load((Path(path) / CONFIG).read_text(encoding="utf-8"), Loader=SAFE)
     except FileNotFoundError as error:
         raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
