@@ -16,7 +16,7 @@ from ..learning.config import CompareConfig, StreamConfig
 from ..metrics.records import ResultRecord, write_records
 from ..operations.compare import compare
 from ..streams.conversations import Conversation
-from .output import print_tables, show
+from .output import print_failed, print_tables, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,8 +85,7 @@ def run_language_demo(
     typer.echo("A language model learns three weeks of a support desk that does not exist: answers, words, orders.")
     records, failed = compare(config, out, stream.modality, progress, stream.captions)
     write_records(out / "results.json", records)
-    for label, reason in failed:
-        typer.echo(f"failed: {label}: {reason}", err=True)
+    print_failed(failed)
     if failed:
         raise typer.Exit(1)
     runs = [Path(r.run) for r in records if r.seed == seeds[0] and r.run]

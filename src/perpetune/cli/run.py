@@ -18,7 +18,7 @@ from .options import (
     make_command,
     whole_numbers,
 )
-from .output import print_tables, show, write_json, write_page
+from .output import print_failed, print_tables, show, write_json, write_page
 
 if TYPE_CHECKING:
     from ..runs.result import Result
@@ -176,6 +176,10 @@ def compare(settings: CompareConfig, json: JsonFile = None) -> None:
     Settings come from options, or from a YAML file under the names of the configuration, and options win. Controls run
     beside the recipes, so that a figure says something: what training without protection forgets (sequential), what
     training on all data at once reaches (joint), and what the model knew before (frozen_ridge).
+
+    Runs that were made are kept whatever becomes of the others: started again, in the same --out, it makes what is
+    missing; started twice at a time, also on two machines, each makes what the other is not making. `--jobs 4` makes
+    four runs at a time, `--on ray` as many as a Ray cluster has room for.
     """
     from ..core.progress import RichProgress
     from ..metrics.records import write_records
@@ -189,9 +193,8 @@ def compare(settings: CompareConfig, json: JsonFile = None) -> None:
     print_tables(records)
     if records:
         typer.echo(f"report: {write_page([], records, folder / 'report' / 'index.html', 'compare')}")
+    print_failed(failed)
     if failed:
-        for label, reason in failed:
-            typer.echo(f"failed: {label}: {reason}", err=True)
         raise typer.Exit(1)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ConfigError, PerpetuneError, RunError, first_line
@@ -49,7 +51,7 @@ def join(device: str | torch.device | None) -> torch.device:
         The device of this process: of several accelerators the one that is its own.
 
     Raises:
-        ConfigError: they were started for an engine that keeps weights where rules do not find them.
+        ConfigError: they were started for an engine that keeps weights where rules do not find them, or compiled.
     """
     for name, engine in OTHER_ENGINES.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
@@ -57,6 +59,11 @@ def join(device: str | torch.device | None) -> torch.device:
                 f"accelerate was told to use {engine}, and runs train under DDP: take it out of accelerate's "
                 "configuration (FSDP2: pt.attach in a loop of your own, docs/how-to/several-processes.md)"
             )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
+        raise ConfigError(
+            "accelerate was told to compile the model (dynamo_backend), and compiled code follows no adapters that "
+            "come and go with tasks: take it out of accelerate's configuration"
+        )
     import torch
 
     from .environment import default_device
@@ -104,6 +111,38 @@ def sum_(tensors: Sequence[Tensor]) -> None:
             there = there.cuda()
         distributed.all_reduce(there)
         t.copy_(there)
+
+
+_dividing: ContextVar[bool] = ContextVar("dividing", default=False)
+
+
+@contextmanager
+def divided(whether: bool = True) -> Iterator[None]:
+    """Inside, batches that are read without gradients are dealt to the processes, which all come here alike."""
+    token = _dividing.set(whether)
+    try:
+        yield
+    finally:
+        _dividing.reset(token)
+
+
+def dealt(number: int) -> bool:
+    """Whether the batch of this number is this process's own to read; outside of `divided` each reads all."""
+    return not _dividing.get() or together() == 1 or number % together() == int(os.environ["RANK"])
+
+
+def joined(rows: Tensor) -> None:
+    """Put together, in place, what each process has read of `rows` (fp32), which are 0 where it has not: to the bit,
+    since they are added up as whole numbers. A collective call inside of `divided`."""
+    if _dividing.get():
+        import torch
+
+        sum_([rows.view(torch.int32)])
+
+
+def parts(found: T) -> list[T]:
+    """What each process has found of batches dealt to it. A collective call inside of `divided`."""
+    return from_all(found) if _dividing.get() else [found]
 
 
 def by_first(do: Callable[[], object]) -> None:

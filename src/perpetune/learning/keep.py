@@ -20,6 +20,7 @@ from ..core.measurement import Measurement, finite
 from ..recipes.recipe import Recipe
 from ..rules import Attached, TaskContext, attach
 from ..runs.commit import Commit
+from ..runs.config_check import SAVING
 from ..runs.directory import Run
 from ..runs.result import BEFORE
 from ..streams import Task, fingerprint, split_fingerprints
@@ -248,7 +249,7 @@ class Keep(TrainerCallback):
 
     def _facts(self, measured: list[Measurement], trainable: int, scored: Sequence[str]) -> dict[str, Any]:
         task, args = self.session.tasks[0], self._trainer.args
-        said = {name: getattr(args, name) for name in sorted(HONOURED) if hasattr(args, name)}
+        said = {name: getattr(args, name) for name in sorted(HONOURED.difference(SAVING)) if hasattr(args, name)}
         left_out = [] if task.name in scored else ["scores: the trainer has no eval_dataset of this task"]
         left_out += [f"eval_dataset `{name}`: it is called as no task" for name in self._unread]
         heads = [head.name for head in self.state.heads if head.observes]

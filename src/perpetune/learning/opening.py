@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.environment import versions
 from ..core.errors import ConfigError, RunError, StreamError
-from ..core.processes import launched
+from ..core.processes import divided, launched
 from ..models.backbone import Backbone
 from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
@@ -207,7 +207,7 @@ def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Ru
     if not joined:
         return {}
     state = untouched()
-    with setup.progress:
+    with setup.progress, divided():
         found = state.evaluator.predictions(stream, None, state.heads, state.consolidation, joined)
     return filed(JOINED, found)
 

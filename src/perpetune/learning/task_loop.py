@@ -14,6 +14,7 @@ from ..consolidation import Session
 from ..core.environment import peak_memory, quick_collection
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement, finite
+from ..core.processes import divided
 from ..models.language_model import LanguageBackbone
 from ..rules import TaskContext
 from ..runs.commit import Commit, active
@@ -42,7 +43,8 @@ class TaskLoop:
         step_limit: optimizer steps of a session at most, for a trial; None takes all.
 
     Attributes:
-        phases: seconds of each phase of the newest session, by name; log: of its training.
+        phases: seconds of each phase of the newest session, by name; log: of its training; checkpoint_bytes: of one
+            checkpoint inside it.
     """
 
     def __init__(self, opened: Opened, step_limit: int | None = None) -> None:
@@ -52,6 +54,7 @@ class TaskLoop:
         self.sessions = self.state.consolidation.schedule(self.stream)
         self.phases: dict[str, float] = {}
         self.log = TrainingLog(0, None, None)
+        self.checkpoint_bytes = 0
         self._untested = {task.name for task in self.stream if not len(task.test)}
 
     # ---- the order in which things happen ----
@@ -71,7 +74,8 @@ class TaskLoop:
         if not self.run.commits:
             self.commit_untouched()
         elif 0 < done < len(self.sessions):
-            self._refresh_caches(self.sessions[done])
+            with divided():
+                self._refresh_caches(self.sessions[done])
         for session in self.sessions[done:]:
             self.phases = {}
             self.learn(session)
@@ -89,6 +93,8 @@ class TaskLoop:
             consolidation.begin_task(session)
             training = Training(state, session)
             training.open_heads()
+            steps = training.steps(self.step_limit) if training.learns else 0
+            checkpoints = training.checkpoints(self.run, steps)
         with self._phase("rules"):
             context = TaskContext(
                 state.backbone, begun(self.run), training.batches, training.losses, self.setup.progress.say
@@ -96,7 +102,8 @@ class TaskLoop:
             for rule in rules:
                 rule.begin_task(context)
         with self._phase("train"):
-            self.log = training.train(len(self.sessions), self.step_limit)
+            self.log = training.train(len(self.sessions), steps, checkpoints)
+            self.checkpoint_bytes = checkpoints.size if checkpoints else 0
         with self._phase("rules"):
             measured = [m for rule in rules for m in rule.guarantee()]
             for rule in rules:
@@ -126,10 +133,11 @@ class TaskLoop:
     def commit_untouched(self) -> None:
         """The first commit: baseline predictions of the model as it was loaded."""
         state = self.state
-        predictions = state.evaluator.predictions(self.stream, None, state.heads, state.consolidation)
         facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
-        if measured_language(state):
-            facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), self.setup.batch_size)
+        with divided():
+            predictions = state.evaluator.predictions(self.stream, None, state.heads, state.consolidation)
+            if measured_language(state):
+                facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), self.setup.batch_size)
         self.run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
 
     def _refresh_caches(self, session: Session) -> None:
@@ -218,6 +226,7 @@ class TaskLoop:
             index=session.index,
             task=session.name,
             steps=self.log.steps,
+            **({"resumed_at": self.log.resumed} if self.log.resumed else {}),
             first_loss=finite(self.log.first_loss),
             last_loss=finite(self.log.last_loss),
             losses=[[step, finite(loss)] for step, loss in self.log.losses],
@@ -234,7 +243,8 @@ class TaskLoop:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         begun = perf_counter()
-        yield
+        with divided(name in EVALUATING):
+            yield
         self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - begun
 
 

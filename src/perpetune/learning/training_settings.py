@@ -21,6 +21,7 @@ from ..core.processes import launched
 from ..core.validation import number
 from ..models.backbone import Backbone
 from . import trainer_choice as trl
+from .checkpoints import SAVING, saving
 from .class_weights import SETTING, checked
 from .earlier_names import CALLED
 from .token_masking import STM
@@ -55,7 +56,7 @@ _LOGGING = (
     "logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node disable_tqdm"
 )
 REPORTING = frozenset(_LOGGING.split())  # what trackers and terminals are told
-HONOURED = frozenset(" ".join((_LENGTH, _STEP, _NUMBERS, _MEMORY, _LOADING, _LOGGING)).split())
+HONOURED = frozenset(" ".join((_LENGTH, _STEP, _NUMBERS, _MEMORY, _LOADING, _LOGGING, *SAVING)).split())
 
 # the run's own option for it
 OURS = {"output_dir": "out", "seed": "seed", "data_seed": "seed", "use_cpu": "device"}
@@ -71,10 +72,10 @@ _REASONS = {
     ),
     "a task is trained for all of its steps, so that recipes are compared at one budget; choose num_train_epochs with "
     "--validation": "load_best_model_at_end metric_for_best_model greater_is_better",
-    "every finished task is a commit of the run, and nothing is saved in between": (
-        "save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint"
+    "a checkpoint inside a task (save_steps) holds all that it takes to go on to the same bits, for all processes": (
+        "save_only_model save_on_each_node enable_jit_checkpoint"
     ),
-    "a run that is started again goes on after its last finished task": (
+    "a run that is started again goes on after its last finished task, or its last checkpoint (save_steps)": (
         "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint do_train"
     ),
     "a run is exported as a folder, which you may upload (perpetune export)": (
@@ -149,6 +150,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
     _above_zero("num_train_epochs", settings["num_train_epochs"])
     if settings.get("max_steps", -1) != -1:
         settings["max_steps"] = _above_zero("max_steps", settings["max_steps"], whole=True)
+    saving(settings)
     for key in _NOT_BELOW_ZERO:
         value = settings.get(key) or 0.0
         if not isinstance(value, (int, float)) or value is True or not 0 <= value < math.inf:
@@ -172,7 +174,7 @@ def training_arguments(
     Raises:
         ConfigError: a value that TrainingArguments refuses.
     """
-    own = {k: v for k, v in settings.items() if k not in _OWN}
+    own = {k: v for k, v in {**settings, **saving(settings)}.items() if k not in _OWN}
     with one_line(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind: type[TrainingArguments] = TrainingArguments
@@ -183,7 +185,6 @@ def training_arguments(
         return kind(
             output_dir=folder,
             seed=seed,
-            save_strategy="no",
             eval_strategy="no",
             remove_unused_columns=False,
             **{**QUIET, "dataloader_pin_memory": torch.accelerator.is_available(), "use_cpu": use_cpu, **own},

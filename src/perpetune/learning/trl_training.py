@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..models.backbone import Backbone, Examples
 from ..models.language_model import IGNORED
@@ -18,9 +18,10 @@ from ..models.loading import quiet
 from ..rules import Attached, Rule, attach
 from ..streams.quiet import without_bars
 from ..tuners.decay import decays
+from .resumable import Resumable
 
 
-class UnderRules(Trainer):
+class UnderRules(Resumable):
     """Any Trainer, with rules hanging on its optimizer and with its losses kept, none of which any step waits for.
 
     Attributes:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.errors import ModelError
+from ..core.processes import dealt, joined
 from ..core.tensors import relative_change
 from ..streams.pictures import eight_bits
 from ..streams.task import Modality
@@ -188,14 +189,19 @@ class Backbone(nn.Module):
         read: Callable[[Examples], Tensor],
         width: int | None = None,
     ) -> Tensor:
-        """See `features`; `read` makes features (n x width) of a batch. width: None for that of the backbone."""
-        out = torch.empty(len(examples), self.width if width is None else width)
+        """See `features`; `read` makes features (n x width) of a batch. width: None for that of the backbone.
+
+        Batches are those of one process, however many share them (`divided`).
+        """
+        out = torch.zeros(len(examples), self.width if width is None else width)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].get("input_ids", ())))
         with self.asked():
-            for start in range(0, len(order), batch_size):
+            for number, start in enumerate(range(0, len(order), batch_size)):
                 chosen = order[start : start + batch_size]
-                out[chosen] = read([examples[i] for i in chosen]).float().cpu()
+                if dealt(number):
+                    out[chosen] = read([examples[i] for i in chosen]).float().cpu()
                 advance(len(chosen))
+        joined(out)
         return out
 
     def read(self, examples: Examples) -> Tensor:

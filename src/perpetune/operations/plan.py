@@ -14,6 +14,7 @@ from scipy.optimize import nnls
 
 from ..consolidation import Session
 from ..core.environment import peak_memory
+from ..learning.checkpoints import KEPT, saving
 from ..learning.learner import Learner
 from ..learning.opening import open_run
 from ..learning.session import step_budget
@@ -35,7 +36,8 @@ class Plan:
     Attributes:
         trainable, total: parameters; steps: optimizer steps over all tasks.
         seconds: training, evaluation and commits. memory: peak bytes of the process (or accelerator).
-        disk: bytes of all commits. trial_seconds: what this estimate took.
+        disk: bytes of all commits. trial_seconds: what this estimate took. checkpoints: bytes of those inside a task,
+            gone once it is learned; 0 where none are kept.
     """
 
     recipe: str
@@ -47,6 +49,7 @@ class Plan:
     memory: int
     disk: int
     trial_seconds: float
+    checkpoints: int = 0
 
     @property
     def disk_per_task(self) -> int:
@@ -54,6 +57,7 @@ class Plan:
 
     def text(self) -> str:
         share = f" ({100 * self.trainable / self.total:.2f} % of {self.total:,})" if self.total else ""
+        inside = f", and {self.checkpoints / 1e6:.1f} MB while one is learned" if self.checkpoints else ""
         long = self.seconds >= 90
         time = f"about {round(self.seconds / 60)} min" if long else f"about {self.seconds:.0f} s"
         return "\n".join(
@@ -61,7 +65,7 @@ class Plan:
                 f"recipe {self.recipe}, {self.tasks} tasks, {self.steps:,} steps",
                 f"  trainable parameters  {self.trainable:,}{share}",
                 f"  memory                {self.memory / 1e9:.1f} GB at the peak",
-                f"  disk                  {self.disk / 1e6:.1f} MB, {self.disk_per_task / 1e6:.1f} MB a task",
+                f"  disk                  {self.disk / 1e6:.1f} MB, {self.disk_per_task / 1e6:.1f} MB a task{inside}",
                 f"  time                  {time}",
                 f"  (measured in {self.trial_seconds:.0f} s on a share of the data; nothing of it is kept)",
             )
@@ -97,6 +101,9 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
     size = int(learner.setup.training["per_device_train_batch_size"])
     with tempfile.TemporaryDirectory() as folder:
         untold = {**learner.setup.training, "report_to": "none"}  # a trial is nobody else's news
+        kept = saving(untold)
+        if kept["save_strategy"] != "no":
+            untold |= {"save_strategy": "steps", "save_steps": TRIAL_STEPS // 2}
         setup = replace(learner.setup, path=Path(folder), evaluate_every=1, training=untold)
         if (learner.path / "run.yaml").is_file():
             adopt(setup, read_config(learner.path))
@@ -132,6 +139,7 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         memory,
         _bytes(trials, sessions, fixed, learner.setup.evaluate_every, tested),
         perf_counter() - started,
+        loop.checkpoint_bytes * int(kept.get("save_total_limit", KEPT)),
     )
 
 

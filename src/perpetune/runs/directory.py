@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..core import processes
 from ..core.errors import RunError
@@ -23,8 +22,10 @@ from ..core.files import file_digest, plain, sync, write_file, write_text, writi
 from .commit import MANIFEST, Commit, mend, standing
 from .config_check import check_same
 from .earlier import in_todays_words
+from .locks import lock_file
 
 CONFIG, JOURNAL, COMMITS, DAMAGED = "run.yaml", "journal.jsonl", "commits", "damaged"
+UNFINISHED = "unfinished"  # checkpoints inside the task that is being learned
 WORTH_LINKING = 4096  # bytes: a block of most disks
 SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain data alone; libyaml is ten times as fast
 
@@ -79,7 +80,7 @@ class Run:
                 try:
                     check_same(path, written, config)
                 except RunError:
-                    if _learned(path):
+                    if _learned(path) or (path / UNFINISHED).exists():
                         raise
                     shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
                     (path / COMMITS).mkdir()
@@ -154,6 +155,7 @@ class Run:
                 sync(aside)
                 os.rename(aside, final)
                 sync(final.parent)
+                shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
@@ -270,20 +272,12 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _lock(path: Path) -> FileLock:
-    """The lock of a run, held until it is released or its process ends, however it ends.
+    """The lock of a run.
 
     Raises:
         RunError: another process holds it, or the file system has no locks.
     """
-    lock = FileLock(path / ".lock", blocking=False, thread_local=False)  # whichever thread closes the run releases it
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RunError(
-            f"{path} is in use by another process: wait for it, or give another directory (--out)"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOLCK:
-            raise RunError(f"{path} lies on a disk that cannot lock files: give another directory (--out)") from error
-        raise
+    lock = lock_file(path / ".lock")
+    if lock is None:
+        raise RunError(f"{path} is in use by another process: wait for it, or give another directory (--out)")
     return lock
