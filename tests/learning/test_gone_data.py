@@ -67,7 +67,7 @@ def made_before(path):
     parent = None
     for commit in sorted((path / "commits").iterdir()):
         manifest = json.loads((commit / "commit.json").read_text(encoding="utf-8"))
-        for name in ("splits", "task_classes", "not_evaluated"):
+        for name in ("splits", "task_classes", "not_evaluated", "sha256"):
             manifest.pop(name, None)
         text = json.dumps({**manifest, "parent": parent}, indent=1, sort_keys=True)
         (commit / "commit.json").write_text(text, encoding="utf-8")

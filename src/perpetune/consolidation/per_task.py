@@ -99,6 +99,12 @@ class PerTask(AdapterPerTask):
         if session.index in self.router.known:
             self._files[ROUTER] = self.router.task_state(session.index)
 
+    def committed(self, commit: StoredFiles) -> None:
+        """What the router stores of the task can be megabytes: it is read from the commit from now on."""
+        super().committed(commit)
+        if self._files.pop(ROUTER, None) is not None:
+            self.router.hold_mapped(len(self._adapters) - 1, commit.tensors(ROUTER))
+
     def _keep(self, adapter: dict[str, Tensor], classes: Sequence[int], name: str, reopened: int | None) -> None:
         super()._keep(adapter, classes, name, reopened)
         if reopened is not None and reopened in self.router.known:  # no input is sent to the state that it was in

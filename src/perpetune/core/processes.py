@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import ConfigError, PerpetuneError, RunError, first_line
+from .errors import ConfigError, LostProcess, PerpetuneError, RunError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +73,34 @@ def join(device: str | torch.device | None) -> torch.device:
         return device
     from accelerate import PartialState
 
-    PartialState(cpu=device.type == "cpu")
+    with all_there():
+        PartialState(cpu=device.type == "cpu")
     return device if device.type == "cpu" else torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def all_there() -> Iterator[None]:
+    """Turn what a collective call says of a process that has ended into what a user can do about it.
+
+    Raises:
+        LostProcess: one of the processes that were started together is not there any more.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if launched() == 1 or not _lost(error):
+            raise
+        raise LostProcess(
+            "another of the processes that were started together has ended, or cannot be reached: every finished task "
+            "is safe, the same command for all of them goes on after it"
+        ) from error
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether an error is of torch's own about other processes; gloo's has no kind, but names the file it is from."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or "/gloo/" in str(error) or "process group" in str(error).lower()
 
 
 def from_first(found: T) -> T:

@@ -18,7 +18,8 @@ from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
 from ..runs.commit import active, reverted
 from ..runs.config_check import BATCH, together
-from ..runs.directory import Run, read_config
+from ..runs.config_file import read_config
+from ..runs.directory import Run
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights

@@ -20,7 +20,7 @@ from ..models.language_model import LanguageBackbone
 from ..models.loading import load_model
 from ..models.precision import Loading, check_base, dequantised, precision, quantised
 from ..recipes.recipe import Recipe
-from ..runs.directory import CONFIG, read_config
+from ..runs.config_file import CONFIG, read_config
 from ..streams import Stream, Task
 from .compatibility import suited
 from .trainer_choice import AUTO, TrainerName

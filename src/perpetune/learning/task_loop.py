@@ -14,7 +14,7 @@ from ..consolidation import Session
 from ..core.environment import peak_memory, quick_collection
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement, finite
-from ..core.processes import divided
+from ..core.processes import all_there, divided
 from ..models.language_model import LanguageBackbone
 from ..rules import TaskContext
 from ..runs.commit import Commit, active
@@ -250,9 +250,10 @@ class TaskLoop:
 
 def learn(setup: Setup, stream: Stream, accept: Accept | None = None, retry: str | None = None) -> LearnerState:
     """See `Learner.learn` and `Learner.retry`; the state after the newest commit."""
-    opened = open_run(setup, stream, retry=retry)
+    with all_there():
+        opened = open_run(setup, stream, retry=retry)
     try:
-        with setup.progress, quick_collection():
+        with setup.progress, quick_collection(), all_there():
             stays = TaskLoop(opened).learn_all(accept)
             if stays and (decision := opened.state.consolidation.decision()) is not None:
                 setup.progress.say(f"{setup.recipe.name}: {decision}")

@@ -13,7 +13,7 @@ from ..core.processes import launched
 from ..models.backbone import Backbone
 from ..models.language_model import LanguageBackbone
 from ..recipes.recipe import Recipe
-from ..runs.directory import read_config
+from ..runs.config_file import read_config
 from ..streams import Stream
 from ..streams.free_texts import stripped
 

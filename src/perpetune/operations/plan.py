@@ -21,7 +21,7 @@ from ..learning.session import step_budget
 from ..learning.task_loop import TaskLoop, all_due
 from ..learning.trainer_choice import adopt
 from ..runs.commit import Commit
-from ..runs.directory import read_config
+from ..runs.config_file import read_config
 from ..streams import Stream, Task
 
 TRIAL_STEPS = 6  # optimizer steps of a session
