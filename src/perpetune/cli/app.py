@@ -36,7 +36,7 @@ for panel, commands in {
         manage.tune_scale,
         verify.verify,
     ),
-    "Choose": (inspect.list_,),
+    "Choose": (inspect.list_, run.recommend),
 }.items():
     for command in commands:
         app.command(command.__name__.rstrip("_").replace("_", "-"), rich_help_panel=panel)(command)

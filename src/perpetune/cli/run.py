@@ -15,6 +15,7 @@ from .options import (
     MinClassAccuracy,
     MinGain,
     configured,
+    make_command,
     whole_numbers,
 )
 from .output import print_failed, print_tables, show, write_json, write_page
@@ -195,3 +196,35 @@ def compare(settings: CompareConfig, json: JsonFile = None) -> None:
     print_failed(failed)
     if failed:
         raise typer.Exit(1)
+
+
+@configured(CompareConfig, "compare")
+def recommend(
+    settings: CompareConfig,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", help="What all runs together may take; those that do not fit are left out."),
+    ] = None,
+    first: Annotated[int, typer.Option(metavar="N", help="On how many tasks recipes are tried: the first N.")] = 3,
+) -> None:
+    """Try the recipes that make sense on a validation share of the first tasks; print a table and the command to run.
+
+    `perpetune recommend --model M --stream my_tasks/ --budget 20`
+
+    The test data is never read. Started again with the same --out, it goes on where it stopped. With --recipes it tries
+    those instead; of figures within half a point, the cheaper recipe is recommended.
+    """
+    from ..core.progress import RichProgress
+    from ..metrics.records import write_records
+    from ..operations.recommend import recommend as tried
+
+    folder = Path(settings.out or "runs/recommend")
+    found = tried(settings, folder, first=first, budget=budget, progress=RichProgress())
+    write_records(folder / "results.json", found.records)
+    print_tables(found.records)
+    for name, why in found.left_out:
+        typer.echo(f"left out: {name}: {why}")
+    for name, error in found.failed:
+        typer.echo(f"failed: {name}: {error}", err=True)
+    chosen = make_command(RunConfig, "run", settings, recipe=found.recipe, out=None)
+    typer.echo(f"{found.recipe if isinstance(found.recipe, str) else found.recipe['name']}: {found.why}\n{chosen}")

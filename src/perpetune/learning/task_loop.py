@@ -244,6 +244,8 @@ def learn(setup: Setup, stream: Stream, accept: Accept | None = None, retry: str
     try:
         with setup.progress, quick_collection(), all_there():
             stays = TaskLoop(opened).learn_all(accept)
+            if stays and (decision := opened.state.consolidation.decision()) is not None:
+                setup.progress.say(f"{setup.recipe.name}: {decision}")
     except KeyboardInterrupt:
         setup.progress.say("stopped: every finished task is safe; start again with the same run directory to go on")
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import datasets
@@ -19,6 +20,7 @@ from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 from .classifier import Classifier
 from .fingerprint import fingerprint
+from .layers import layered
 from .pooling import Pooling, in_full, pool
 from .tokenizer_check import check_ids, embedding_rows, spare_token
 
@@ -38,6 +40,7 @@ class Backbone(nn.Module):
         pads_all: texts are all padded to `max_length`, for models that read their padding (see `settle_padding`).
         left_out: what the classes of the model's own head are called, which is not read; nothing where it has none.
         classifier: reads that head, see `load_classifier`.
+        layers: how many of its last layers `pooled` reads side by side, see `read_layers`.
     """
 
     offers: tuple[Reads, ...] = ("features",)
@@ -45,6 +48,7 @@ class Backbone(nn.Module):
     pads_all: bool = False
     left_out: tuple[str, ...] = ()
     classifier: Callable[[], Classifier] | None = None
+    layers: int = 1
 
     def __init__(
         self,
@@ -157,9 +161,11 @@ class Backbone(nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor:
         assert self.pooling is not None
         mask = inputs.get("attention_mask")
-        if not self._takes("attention_mask"):
-            inputs.pop("attention_mask", None)
-        return in_full(pool(self.model(**inputs), mask, self.pooling), self.model)
+        return in_full(pool(self.model(**self.taken(inputs)), mask, self.pooling), self.model)
+
+    def taken(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a batch, what the model itself reads: a mask may be for pooling alone."""
+        return {k: v for k, v in inputs.items() if k != "attention_mask" or self._takes(k)}
 
     def train(self, mode: bool = True) -> Backbone:
         """As any module, but running statistics (BatchNorm) stay what pre-training made them: no rule sees them move,
@@ -225,11 +231,15 @@ class Backbone(nn.Module):
 
     @property
     def pooled_width(self) -> int:
-        return self.width
+        return self.layers * self.width
 
+    @torch.inference_mode()
     def pooled(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
-        """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features."""
-        return self.features(examples, batch_size, advance)
+        """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features, or
+        those of several layers, see `layered`."""
+        if self.layers == 1:
+            return self.features(examples, batch_size, advance)
+        return self._read_all(examples, batch_size, advance, partial(layered, self), self.pooled_width)
 
     def outputs(
         self,
