@@ -3,8 +3,8 @@
     python -m benchmarks.questions collisions runs/questions/collisions
     python -m benchmarks.questions angles --model runs/omniglot-vit --stream PATH/TO/omniglot
 
-docs/results/what_holds.md has the command of every table. `figures`, `collisions`, `changes`, `masking`,
-`representation` and `cost` look at runs of `perpetune compare`, `angles` and `beta` train. Tables are Markdown: means
+docs/results/what_holds.md has the command of every table. `figures`, `collisions`, `masking`, `representation`
+and `cost` look at runs of `perpetune compare`; `angles`, `sweep` and `beta` train. Tables are Markdown: means
 over seeds, ± their standard deviation.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 import perpetune as pt
@@ -33,8 +34,8 @@ from perpetune.metrics.accuracy import AccuracyMatrix, summary
 from perpetune.metrics.geometry import pooled_collision_rate
 from perpetune.models.backbone import Backbone
 from perpetune.models.loading import load_backbone
-from perpetune.rules.sketches import restore
 from perpetune.rules.second_moments import InputMemory
+from perpetune.rules.sketches import restore
 from perpetune.runs.result import Result
 
 from .command import Benchmark, Option, WrongOption
@@ -45,7 +46,9 @@ TRAINING = {"num_train_epochs": 4, "per_device_train_batch_size": 16, "learning_
 TOLERANCES = (1e-4, 1e-3, 1e-2, 1e-1)
 KEPT = (0.3, 0.2, 0.1, 0.05)  # masking 70 to 95 %
 BETAS = (0.0, 0.1, 0.5, "1/(t+1)")
+HEADS: list[Any] = ["linear", "ridge"]
 BATCH, ENERGY = 64, 0.99
+NAMES = {"final_accuracy": "final", "forgetting": "f", "plasticity": "learned"}
 Record = dict[str, Any]
 
 
@@ -94,7 +97,7 @@ def accuracies(result: Result) -> Record:
     for head, scenario in result.readings:
         told = summary(result.matrix(head, scenario))
         where = head if scenario != "task" else f"{head}, told"
-        for name, short in (("final_accuracy", "final"), ("forgetting", "f"), ("plasticity", "learned")):
+        for name, short in NAMES.items():
             value = told[name]
             found[f"{short} ({where})"] = None if value is None else 100 * value
     return found
@@ -120,28 +123,6 @@ def collisions(options: argparse.Namespace) -> list[Record]:
         rest = {short: found[name] for name, short in names.items()}
         rates = {f"met > {TOLERANCES[0]:g}": found["average_collision_rate"], **rates}
         rows.append({**accuracies(result), **rates, **rest})
-    return rows
-
-
-def changes(options: argparse.Namespace) -> list[Record]:
-    """Of tuners that go on from task to task: how many entries a task changes, and in how many two tasks meet.
-
-    An entry counts where it changed by more than 1 % of the largest change of its tensor in any task.
-    """
-    rows = []
-    for result in results(options):
-        states = [commit.tensors("adapter_model.safetensors") for commit in result.active]
-        steps = [{n: b[n] - a[n] for n in b} for a, b in itertools.pairwise(states)]  # the first starts at random
-        layers, above, entries = [], 0, 0
-        for name in steps[0]:
-            largest = max(float(step[name].abs().max()) for step in steps)
-            layers.append([(step[name].flatten(1) if step[name].ndim > 1 else step[name][None]) for step in steps])
-            layers[-1] = [change / largest for change in layers[-1]] if largest else layers[-1]
-            above += sum(int((change.abs() > 0.01).sum()) for change in layers[-1])
-            entries += sum(change.numel() for change in layers[-1])
-        met = pooled_collision_rate(layers, 0.01)
-        norm = statistics.fmean(sum(float(c.abs().sum()) for c in step.values()) for step in steps)
-        rows.append({**accuracies(result), "changed": above / entries, "met": met, "l1 of a change": norm})
     return rows
 
 
@@ -206,17 +187,17 @@ def representation(options: argparse.Namespace) -> list[Record]:
 def _readings(backbone: Backbone, stream: pt.Stream, names: Sequence[str]) -> Record:
     """Accuracy of heads of sums on all classes of these tasks together, on test pictures."""
     part = stream.select(names)
-    rows = {split: datasets.concatenate_datasets([getattr(task, split) for task in part]) for split in ("train", "test")}
+    splits = ("train", "test")
+    rows = {split: datasets.concatenate_datasets([getattr(task, split) for task in part]) for split in splits}
     X = {split: backbone.features(backbone.prepare(table), BATCH) for split, table in rows.items()}
     y = {split: torch.tensor(table["label"]) for split, table in rows.items()}
     found: Record = {}
-    for name in ("ncm", "ridge", "lda"):
-        head = make_head(name)
+    for head in map(make_head, ("ncm", HEADS[1], "lda")):
         head.open(backbone.width, part.labels, seed=0)
         head.begin_task(sorted({c for task in part for c in task.classes}))
         head.observe(X["train"], y["train"], rows["train"]["id"])
         head.end_task()
-        found[name] = 100 * float((head.scores(X["test"]).argmax(1) == y["test"]).double().mean())
+        found[head.name] = 100 * float((head.scores(X["test"]).argmax(1) == y["test"]).double().mean())
     return found
 
 
@@ -268,14 +249,14 @@ def angles(options: argparse.Namespace) -> list[Record]:
             spans: list[list[dict[str, InputMemory]]] = []
             for t in range(1, len(stream) + 1):
                 learner = pt.Learner(
-                    options.model, recipe, folder, heads=["linear", "ridge"], training=TRAINING, seed=seed, device="cpu"
+                    options.model, recipe, folder, heads=HEADS, training=TRAINING, seed=seed, device="cpu"
                 )
                 result = learner.learn(stream.select(options.tasks[:t]))
                 now = [_moments(learner.backbone, task.train) for task in stream.tasks[:t]]
                 spans.append(now)
             values = {head: result.matrix(head, "class").values for head in ("linear", "ridge")}
         last = len(stream) - 1
-        for j, task in enumerate(options.tasks[:-1]):
+        for j in range(last):
             own, end = spans[j][j], spans[last][j]
             later = [_cosines(own, spans[t][t]) for t in range(j + 1, len(stream))]
             held = [float(end[n].stored(own[n].basis(ENERGY).mT) / end[n].total) for n in own]
@@ -319,7 +300,7 @@ def _moments(backbone: Backbone, table: datasets.Dataset) -> dict[str, InputMemo
 
 
 def _cosines(one: Mapping[str, InputMemory], other: Mapping[str, InputMemory]) -> float:
-    """Mean cos^2 of the principal angles between two spaces, mean over layers: 1 where the smaller lies in the other."""
+    """Mean cos^2 of the principal angles between two spaces, and over layers: 1 where one lies in the other."""
     found = []
     for name in one:
         M, N = one[name].basis(ENERGY), other[name].basis(ENERGY)
@@ -332,56 +313,123 @@ def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def beta(options: argparse.Namespace) -> list[Record]:
-    """PEGP's soft projection: every later task is trained twice from the same start, with the rule to p and without to
-    q; it ends at (1 - beta) p + beta q, t counting tasks from 0.
-
-    A bottleneck adapter on all blocks and ridge, as `pegp_adapter` has them. The released code also pulls q's features
-    to those of p, which is left out.
-    """
+def sweep(options: argparse.Namespace) -> list[Record]:
+    """The recipes of a configuration in a plain loop, with its training settings, seeds and tasks: see `_course`."""
+    if options.config is None:
+        raise WrongOption("`sweep` trains the recipes of a file: give --config")
+    settings = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     stream, rows = _stream(options).select(options.tasks), []
-    for value, seed in itertools.product(BETAS, options.seeds):
-        rows.append({"recipe": f"beta {value}", "seed": seed, **_interpolated(options.model, stream, value, seed)})
+    for recipe, seed in itertools.product(settings["recipes"], options.seeds):
+        made = pt.make_recipe(recipe)
+        if options.only and made.name not in options.only:
+            continue
+        rows.append({"recipe": made.name, "seed": seed, **_course(options.model, made, stream, seed)})
         print(rows[-1], flush=True)
     return rows
 
 
-def _interpolated(model: str, stream: pt.Stream, value: float | str, seed: int) -> Record:
+def beta(options: argparse.Namespace) -> list[Record]:
+    """PEGP's soft projection: every later task is trained twice from the same start, with the rule to p and without to
+    q; it ends at (1 - beta) p + beta q, t counting tasks from 0. The recipe is `pegp_adapter`.
+
+    The released code also pulls q's features to those of p, which is left out.
+    """
+    stream, rows = _stream(options).select(options.tasks), []
+    for value, seed in itertools.product(BETAS, options.seeds):
+        found = _course(options.model, pt.make_recipe("pegp_adapter"), stream, seed, value)
+        rows.append({"recipe": f"beta {value}", "seed": seed, **found})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _course(model: str, recipe: pt.Recipe, stream: pt.Stream, seed: int, beta: float | str = 0.0) -> Record:
+    """One task after another, TRAINING each; what is forgotten and learned, and how changes lie to each other.
+
+    Nothing is written down, so that this costs a quarter of a run. The tuner goes on from task to task, or is merged
+    where the recipe says so. `moved`: how far features of test pictures are from where they were when their task was
+    learned, relative, the task that moved most. `changed`, `met`: share of the trained numbers that a task changes by
+    more than 1 % of the largest change of their tensor in any task, and that two tasks change so.
+    """
     torch.manual_seed(seed)
-    backbone, recipe = load_backbone(model, "image"), pt.make_recipe("pegp_adapter")
-    backbone.model, rule = recipe.tuner.attach(backbone.model), recipe.rules[0]
-    ridge = make_head("ridge")
-    ridge.open(backbone.width, stream.labels, seed=seed)
+    recipe = pt.Recipe.from_dict(recipe.to_dict())  # rules with nothing in their memory
+    backbone, fresh = load_backbone(model, "image"), recipe.consolidation.branch == "fresh"
+    heads = [make_head(head) for head in HEADS]  # the first is trained
+    for head in heads:
+        head.open(backbone.width, stream.labels, seed=seed)
     train, test = ([backbone.prepare(getattr(t, split)) for t in stream] for split in ("train", "test"))
-    learned_features: list[Tensor] = []
-    matrix = np.full((len(stream), len(stream)), np.nan)
-    weights = [p for p in backbone.model.parameters() if p.requires_grad]
-    seen: list[int] = []
+    truth = [torch.tensor(task.test["label"]) for task in stream]
+    matrices = {name: np.full((len(stream), len(stream)), np.nan) for name in ("linear", "ridge", "told")}
+    then: list[Tensor] = []
+    changes: list[list[Tensor]] = []
     for t, task in enumerate(stream):
-        share = 1 / (t + 1) if isinstance(value, str) else value
-        start = [w.detach().clone() for w in weights]
-        _train(backbone, weights, train[t], task, stream, t, seed, [rule])
-        if t and share:
-            p = [w.detach().clone() for w in weights]
-            with torch.no_grad():
-                torch._foreach_copy_(weights, start)
-            _train(backbone, weights, train[t], task, stream, t, seed, [])
-            with torch.no_grad():
-                torch._foreach_copy_(weights, [(1 - share) * a + share * q for a, q in zip(p, weights, strict=True)])
-        rule.end_task(pt.TaskContext(backbone.model, t, _batches(backbone, train[t])))
-        seen += task.classes
-        ridge.begin_task(task.classes)
-        ridge.observe(backbone.features(train[t], BATCH), torch.tensor(task.train["label"]), task.train["id"])
-        ridge.end_task()
+        if fresh or not t:
+            backbone.model = recipe.tuner.attach(backbone.model)
+        weights = [p for p in backbone.model.parameters() if p.requires_grad]
+        start = _copies(weights)
+        share = 1 / (t + 1) if isinstance(beta, str) else beta
+        for head in heads:
+            head.begin_task(task.classes)
+        q = None
+        if t and share:  # the head of the first training stays, as it reads what is kept
+            _train(backbone, weights, train[t], _trained(heads[0], task, stream, seed), [], t, seed)
+            q = _copies(weights)
+            _put(weights, start)
+        _train(backbone, weights, train[t], heads[0], recipe.rules, t, seed)
+        if q is not None:
+            _put(weights, [(1 - share) * p + share * other for p, other in zip(_copies(weights), q, strict=True)])
+        changes.append([w - before for w, before in zip(_copies(weights), start, strict=True)])
+        for rule in recipe.rules:
+            rule.end_task(pt.TaskContext(backbone.model, t, _batches(backbone, train[t])))
+        if fresh:
+            backbone.model = backbone.model.merge_and_unload()
+        heads[1].observe(backbone.features(train[t], BATCH), torch.tensor(task.train["label"]), task.train["id"])
+        for head in heads:
+            head.end_task()
         now = [backbone.features(examples, BATCH) for examples in test[: t + 1]]
-        learned_features.append(now[-1])
-        for j in range(t + 1):
-            matrix[t, j] = float((ridge.scores(now[j]).argmax(1) == torch.tensor(stream.tasks[j].test["label"])).float().mean())
-    sizes = np.array([len(examples) for examples in test])
-    told = summary(AccuracyMatrix(matrix, sizes, np.full(len(stream), np.nan), tuple(t.name for t in stream)))
-    moved = max(relative_change(a, b) for a, b in zip(now[:-1], learned_features, strict=False))
-    names = {"final_accuracy": "final (ridge)", "forgetting": "f (ridge)", "plasticity": "learned (ridge)"}
-    return {**{short: 100 * (told[name] or 0.0) for name, short in names.items()}, "moved": moved}
+        then.append(now[-1])
+        for j, X in enumerate(now):
+            scores = {"linear": heads[0].scores(X), "ridge": heads[1].scores(X), "told": heads[0].scores(X, task=j)}
+            for name, found in scores.items():
+                matrices[name][t, j] = float((found.argmax(1) == truth[j]).double().mean())
+    record: Record = {}
+    sizes, none = np.array([len(y) for y in truth]), np.full(len(stream), np.nan)
+    for name, values in matrices.items():
+        told = summary(AccuracyMatrix(values, sizes, none, tuple(task.name for task in stream)))
+        where = "linear, told" if name == "told" else name
+        for long, short in NAMES.items():
+            record[f"{short} ({where})"] = 100 * (told[long] or 0.0)
+    record["moved"] = max(relative_change(a, b) for a, b in zip(now[:-1], then, strict=False))
+    return record | _meetings(changes)
+
+
+def _meetings(changes: Sequence[Sequence[Tensor]]) -> Record:
+    """Of every task the change of every tensor that was trained."""
+    largest = [max(float(change.abs().max()) for change in layer) or 1.0 for layer in zip(*changes, strict=True)]
+    layers = [
+        [change.reshape(1, -1) / top for change in layer]
+        for layer, top in zip(zip(*changes, strict=True), largest, strict=True)
+    ]
+    above = sum(int((change.abs() > 0.01).sum()) for layer in layers for change in layer)
+    l1 = statistics.fmean(sum(float(c.abs().sum()) for c in task) for task in changes)
+    entries = sum(change.numel() for layer in layers for change in layer)
+    return {"changed": above / entries, "met": pooled_collision_rate(layers, 0.01), "l1 of a change": l1}
+
+
+def _copies(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [w.detach().clone() for w in weights]
+
+
+@torch.no_grad()
+def _put(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(weights), list(values))
+
+
+def _trained(like: pt.Head, task: pt.Task, stream: pt.Stream, seed: int) -> pt.Head:
+    """A head of its own for a training that is thrown away."""
+    head = make_head(HEADS[0])
+    head.open(like.width, stream.labels, seed=seed)
+    head.begin_task(task.classes)
+    return head
 
 
 def _batches(backbone: Backbone, examples: Sequence[Any]) -> Callable[[], Iterator[dict[str, Tensor]]]:
@@ -392,16 +440,12 @@ def _train(
     backbone: Backbone,
     weights: Sequence[nn.Parameter],
     examples: Sequence[Any],
-    task: pt.Task,
-    stream: pt.Stream,
+    head: Any,
+    rules: Sequence[pt.Rule],
     index: int,
     seed: int,
-    rules: Sequence[pt.Rule],
 ) -> None:
-    """TRAINING on one task, with a linear head over its own classes."""
-    head = pt.LinearHead()
-    head.open(backbone.width, stream.labels, seed=seed)
-    head.begin_task(task.classes)
+    """TRAINING of these weights and the head on one task."""
     size, epochs, rate = (TRAINING[k] for k in ("per_device_train_batch_size", "num_train_epochs", "learning_rate"))
     steps = epochs * -(-len(examples) // size)
     trained = [*weights, *(p for p in head.parameters() if p.requires_grad)]
@@ -416,6 +460,7 @@ def _train(
             labels = batch.pop("labels")
             optimizer.zero_grad()
             head.loss(backbone(**batch), labels).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
     attached.remove()
@@ -448,7 +493,7 @@ def _cell(values: Sequence[float | None]) -> str:
 
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace], list[Record]]] = {
-    f.__name__: f for f in (figures, collisions, changes, masking, representation, cost, angles, beta)
+    f.__name__: f for f in (figures, collisions, masking, representation, cost, angles, sweep, beta)
 }
 OPTIONS = (
     Option("question", None, "what to answer", choices=tuple(QUESTIONS)),
@@ -457,6 +502,7 @@ OPTIONS = (
     Option("--stream", None, "folder of omniglot"),
     Option("--tasks", list(TASKS), "tasks to learn, in this order", nargs="+"),
     Option("--held-out", list(SEEN), "of `representation`: tasks to read", nargs="+"),
+    Option("--config", None, "of `sweep`: a file with recipes", type=Path),
     Option("--only", [], "recipes to look at; all if none are named", nargs="+"),
     Option("--seeds", [0, 1, 2], "of runs made here", nargs="+", type=int),
 )
