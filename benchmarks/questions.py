@@ -36,6 +36,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.loading import load_backbone
 from perpetune.rules.second_moments import InputMemory
 from perpetune.rules.sketches import restore
+from perpetune.runs.geometry import updates
 from perpetune.runs.result import Result
 
 from .command import Benchmark, Option, WrongOption
@@ -118,7 +119,8 @@ def collisions(options: argparse.Namespace) -> list[Record]:
     rows = []
     for result in results(options):
         found = result.geometry(TOLERANCES[0])
-        rates = {f"met > {t:g}": result.geometry(t)["average_collision_rate"] for t in TOLERANCES[1:]}
+        layers = updates(result)
+        rates = {f"met > {t:g}": pooled_collision_rate(layers, t) for t in TOLERANCES[1:]}
         names = {"subspace_overlap": "OO", "awom": "AWOM", "nuclear_norm": "nuclear", "above_share": "above 1 %"}
         rest = {short: found[name] for name, short in names.items()}
         rates = {f"met > {TOLERANCES[0]:g}": found["average_collision_rate"], **rates}
@@ -231,7 +233,8 @@ def cost(options: argparse.Namespace) -> list[Record]:
 def _stream(options: argparse.Namespace) -> pt.Stream:
     if options.stream is None or options.model is None:
         raise WrongOption("this question trains or reads pictures: give --model and --stream")
-    return pt.load_stream(options.stream)
+    stream = pt.load_stream(options.stream, validation_share=options.validation)
+    return stream.on_validation() if options.validation else stream
 
 
 def angles(options: argparse.Namespace) -> list[Record]:
@@ -501,6 +504,7 @@ OPTIONS = (
     Option("--model", None, "folder of the base model"),
     Option("--stream", None, "folder of omniglot"),
     Option("--tasks", list(TASKS), "tasks to learn, in this order", nargs="+"),
+    Option("--validation", 0.0, "measure on this share of the training pictures, to choose a setting by"),
     Option("--held-out", list(SEEN), "of `representation`: tasks to read", nargs="+"),
     Option("--config", None, "of `sweep`: a file with recipes", type=Path),
     Option("--only", [], "recipes to look at; all if none are named", nargs="+"),

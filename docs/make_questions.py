@@ -19,7 +19,7 @@ from benchmarks.questions import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE, RECORDS = RESULTS / "questions.md", RESULTS / "questions.records.json"
-PLACE = re.compile(r"(<!-- table (?P<name>[\w-]+): (?P<columns>[^>]+?) -->\n).*?(\n<!-- /table -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- table (?P<name>[\w-]+): (?P<columns>[^\n]+?) -->\n).*?(\n<!-- /table -->)", re.DOTALL)
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def filled(page: str, records: dict[str, list[dict[str, Any]]]) -> str:
         rows = records.get(place["name"])
         if rows is None:
             return place[0]
-        columns = [column.strip().replace("&gt;", ">") for column in place["columns"].split(" | ")]
+        columns = [column.strip() for column in place["columns"].split(" | ")]
         chosen = [{key: row.get(key) for key in ("recipe", "seed", *columns)} for row in rows]
         return f"{place[1]}\n{table(chosen)}\n{place[4]}"
 
