@@ -217,11 +217,10 @@ def cost(options: argparse.Namespace) -> list[Record]:
         rows.append(
             {
                 **record,
-                "ms a step": 1e3 * sum(task["train_seconds"] for task in tasks) / max(1, steps),
+                "ms a step": 1e3 * sum(task["train_seconds"] for task in tasks) / steps if steps else None,
                 "s a task, training": median("train_seconds"),
                 "s a task, the rest": median("evaluate_seconds"),
                 "kB a task": median("disk_bytes") / 1e3,
-                "peak MB": max(task["peak_memory_bytes"] or 0 for task in tasks) / 1e6,
             }
         )
     return rows

@@ -1,6 +1,6 @@
 """Fills the tables of docs/results/questions.md from the records of `benchmarks.questions` and `benchmarks.zero_shot`.
 
-python -m docs.make_questions collisions runs/questions/collisions.json [more records of the same table]
+python -m docs.make_questions collisions=runs/questions/collisions.json [TABLE=FILE, again for more records of a table]
 
 The page says which columns a table shows, in the comment before it: <!-- table NAME: final (ridge) | f (ridge) -->
 Records are kept in docs/results/questions.records.json; without arguments the page is made anew from them.
@@ -42,13 +42,15 @@ def filled(page: str, records: dict[str, list[dict[str, Any]]]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     records = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else {}
-    if arguments:
-        name, *files = arguments
-        read = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
-        records[name] = [rounded(row) for rows in read for row in rows]
-        lines = {key: ",\n".join(f"  {json.dumps(row)}" for row in rows) for key, rows in records.items()}
-        text = ",\n".join(f' "{key}": [\n{rows}\n ]' for key, rows in lines.items())
-        RECORDS.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+    new: dict[str, list[dict[str, Any]]] = {}
+    for argument in arguments:
+        name, _, file = argument.partition("=")
+        rows = json.loads(Path(file).read_text(encoding="utf-8"))
+        new.setdefault(name, []).extend(rounded(row) for row in rows)
+    records |= new
+    lines = {name: ",\n".join(f"  {json.dumps(row)}" for row in rows) for name, rows in records.items()}
+    text = ",\n".join(f' "{name}": [\n{rows}\n ]' for name, rows in lines.items())
+    RECORDS.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), records), encoding="utf-8")
 
 
