@@ -480,16 +480,18 @@ def table(rows: Sequence[Record]) -> str:
         groups.setdefault(row["recipe"], []).append(row)
     lines = [["", "seeds", *columns], ["---", "---:", *("---:" for _ in columns)]]
     for name, group in groups.items():
-        lines.append([name, str(len(group)), *(_cell([row.get(column) for row in group]) for column in columns)])
+        lines.append([name, str(len(group)), *(_cell(column, group) for column in columns)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def _cell(column: str, rows: Sequence[Record]) -> str:
+    """Mean and spread; points, whose names have brackets, with one digit."""
+    values = [row.get(column) for row in rows]
     known = [v for v in values if v is not None]
     if len(known) < len(values):
         return "–"
     mean = statistics.fmean(known)
-    form = ".1f" if abs(mean) >= 1 else ".3f" if abs(mean) >= 0.001 or mean == 0 else ".1e"
+    form = ".1f" if abs(mean) >= 1 or "(" in column else ".3f" if abs(mean) >= 0.001 or mean == 0 else ".1e"
     spread = "" if len(known) < 2 else f" ± {statistics.stdev(known):{form}}"
     return f"{mean:{form}}{spread}"
 
