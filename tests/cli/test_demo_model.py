@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ import torch
 from PIL import Image
 
 from perpetune.cli import demo_model
-from perpetune.cli.demo_model import DIGITS, demo_vit
+from perpetune.cli.demo_model import DIGITS
 from perpetune.core.errors import ModelError
 from perpetune.models.loading import load_backbone
 from perpetune.models.pretraining import augment, pretrain_vit
 from perpetune.streams import digits_halves
 
 SHORT = replace(DIGITS, epochs=2)
+demo_vit = partial(demo_model.demo_vit, views=1)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def test_loads_as_a_plain_transformers_folder(folder):
 
     model, loading = AutoModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
     assert not any(loading.values()), loading
-    pixels = AutoImageProcessor.from_pretrained(folder)(images=[Image.new("RGB", (8, 8))], return_tensors="pt")
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=[Image.new("RGB", (16, 16))], return_tensors="pt")
     assert model(**pixels).last_hidden_state.shape == (1, 17, 64)
     assert load_backbone(folder, "image").width == 64
 
@@ -94,10 +96,11 @@ def test_an_unwritable_cache_says_what_to_do(tmp_path):
         demo_vit(tmp_path / "file" / "cache", settings=SHORT, progress=False)
 
 
-def test_learns_upright_digits_that_it_never_saw():
-    facts = json.loads((demo_vit(settings=replace(DIGITS, epochs=12), progress=False) / "pretraining.json").read_text())
+def test_finds_and_names_digits_that_it_never_saw():
+    folder = demo_vit(settings=replace(DIGITS, rotations=False, epochs=6), views=4, progress=False)
+    facts = json.loads((folder / "pretraining.json").read_text(encoding="utf-8"))
     assert facts["train_images"] + facts["held_out_images"] == 898
-    assert facts["held_out_accuracy"] > 0.75  # chance is 0.1; all 32 epochs reach 0.98
+    assert facts["held_out_accuracy"] > 0.35  # chance is 0.1
 
 
 def test_no_image_of_a_stream_is_seen():
@@ -108,7 +111,7 @@ def test_no_image_of_a_stream_is_seen():
 
 
 def test_turned_pictures_are_classes_of_their_own():
-    settings = replace(DIGITS, rotations=True, shift=0, tilt=0, zoom=0, noise=0)
+    settings = replace(DIGITS, noise=0)
     x, y = torch.rand(64, 3, 8, 8), torch.arange(64)
     turned, target = augment(x, y, settings, torch.Generator().manual_seed(0))
     assert set((target % 4).tolist()) == {0, 1, 2, 3} and torch.equal(target // 4, y)
@@ -117,7 +120,7 @@ def test_turned_pictures_are_classes_of_their_own():
 
 
 def test_a_shift_moves_the_picture_and_repeats_its_border():
-    settings = replace(DIGITS, shift=2.0, tilt=0, zoom=0, noise=0)
+    settings = replace(DIGITS, rotations=False, shift=2.0, noise=0)
     ramp = torch.arange(8.0).expand(200, 1, 8, 8)  # the column's number in every pixel
     moved, _ = augment(ramp, torch.zeros(200), settings, torch.Generator().manual_seed(0))
     by = moved[:, 0, :, 3] - 3  # inside, a ramp moved is a ramp plus a constant
@@ -130,7 +133,7 @@ def test_the_saved_processor_repeats_what_was_trained_on(tmp_path):
     draw = np.random.default_rng(0)
     # large, thin, one-bit strokes on white: resized with antialiasing, normalised by their own mean and deviation
     images = [Image.fromarray(draw.random((105, 105)) > 0.05) for _ in range(8)]
-    settings = replace(DIGITS, image_size=28, patch_size=7, epochs=1)
+    settings = replace(DIGITS, image_size=28, patch_size=7, epochs=1, rotations=False)
     steps: list[int] = []
     vit = pretrain_vit(images, [0, 1] * 4, settings, advance=steps.append)
     assert sum(steps) == settings.steps(8) == 1

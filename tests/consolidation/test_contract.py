@@ -14,14 +14,18 @@ from perpetune.consolidation import (
     Concatenate,
     Continue,
     DeltaMerge,
+    FactorMerge,
     FirstTask,
     Joint,
     Merge,
     PerTask,
+    ProjectedMerge,
     Replay,
+    SharedBranch,
     Stack,
 )
 from perpetune.core.errors import ConfigError
+from perpetune.heads import LDAHead
 from perpetune.routers import KMeansRouter
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
@@ -38,7 +42,11 @@ CASES = {
     "Merge": lambda: pt.Recipe(lora(), [], Merge()),
     "Stack": lambda: pt.Recipe(lora(), [], Stack()),
     "DeltaMerge": lambda: pt.Recipe(pt.AllWeights(), [], DeltaMerge()),
+    "FactorMerge": lambda: pt.Recipe(lora(), [], FactorMerge()),
+    "ProjectedMerge": lambda: pt.Recipe(lora(), [], ProjectedMerge(), pt.PrototypeHead()),
     "PerTask": lambda: pt.Recipe(lora(), [], PerTask(KMeansRouter(2))),
+    "SharedBranch": lambda: pt.Recipe(lora(), [], SharedBranch(), LDAHead()),
+    "SharedBranch, alike": lambda: pt.Recipe(lora(), [], SharedBranch(start="shared"), LDAHead()),
     "Concatenate": lambda: pt.Recipe(lora(), [], Concatenate(), pt.SubspaceHead()),
     "FirstTask": lambda: pt.Recipe(lora(), [], FirstTask(), [pt.RidgeHead(0), pt.PrototypeHead()]),
     "FirstTask, two blocks": lambda: pt.Recipe(lora(), [], FirstTask("better", True), pt.PrototypeHead()),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import perpetune as pt
-from perpetune.deltas.combination import Chunk, ElectSign, Sum
+from perpetune.deltas.combination import Chunk, ElectLargest, ElectSign, Sum
 from perpetune.deltas.combine import merge
 from perpetune.deltas.extract import extract
 from perpetune.deltas.keep import Everything, RandomMask, TopMagnitude
@@ -78,6 +78,18 @@ def test_signs_that_weigh_the_same_change_nothing():
     change = ElectSign()(iter(chunks), 5)
     assert change.tolist() == [0, 2, -2, 0.5, 0] and change.dtype == np.float32
     assert np.signbit(change[[0, 4]]).all()  # x + -0.0 is x, also for -0.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_largest_of_the_elected_sign_is_the_published_merge(seed):
+    """The universal adapter of 2508.08165: signs are added up, magnitudes of that sign compete."""
+    tau = torch.randint(-4, 5, (4, 30), generator=torch.Generator().manual_seed(seed)) / 4  # signs do tie
+    gamma = tau.sum(0).sign()
+    expected = gamma * (tau.abs() * (tau.sign() == gamma)).amax(0)
+    chunks = (Chunk(np.flatnonzero(row), row[np.flatnonzero(row)]) for row in tau.numpy())
+    found = ElectLargest()(chunks, 30)
+    assert torch.equal(torch.from_numpy(found), expected) and (expected == 0).any()
+    assert np.signbit(found[expected.numpy() == 0]).all()  # to which a base is added without a change of its bits
 
 
 def test_the_scale_of_a_task_weighs_its_sign():

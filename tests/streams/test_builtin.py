@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perpetune.core.errors import ConfigError
-from perpetune.streams import BUILTINS, Stream, digits_halves, load_stream
+from perpetune.streams import Stream, digits_halves, load_stream, scenes
 
 
 def pixels(data: object) -> np.ndarray:
@@ -20,7 +20,7 @@ def test_the_halves_are_disjoint_and_stratified() -> None:
     assert not np.array_equal(digits_halves(seed=1)[0].images, a.images)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILTINS if name.startswith("digits")])
+@pytest.mark.parametrize("name", ["digits", "digits-transposed", "digits-drift"])
 def test_no_stream_shows_an_image_of_the_pretraining_half(name: str) -> None:
     stream = load_stream(name, seed=3)
     seen = {image.tobytes() for image in digits_halves()[0].images}
@@ -44,6 +44,34 @@ def test_digits_come_in_five_tasks_of_two() -> None:
 def test_transposed_digits_are_the_upright_ones_transposed() -> None:
     for task, other in zip(load_stream("digits"), load_stream("digits-transposed"), strict=True):
         np.testing.assert_array_equal(pixels(task.test).transpose(0, 2, 1), pixels(other.test))
+
+
+def test_a_scene_holds_its_digit_whole_and_faint_pieces_of_others() -> None:
+    images = digits_halves()[1].images[:40]
+    shown = scenes(images, 0)
+    assert shown.shape == (40, 16, 16) and shown.dtype == np.uint8
+    places = set()
+    for image, scene in zip(images, shown, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(scene, (8, 8))
+        (top, left), *others = np.argwhere((windows == image).all((2, 3)))
+        assert not others
+        places.add((int(top), int(left)))
+        around = scene.copy()
+        around[top : top + 8, left : left + 8] = 0
+        assert around.max() <= 127  # half the ink
+    assert len(places) > 20
+    np.testing.assert_array_equal(shown, scenes(images, 0))
+    assert not np.array_equal(shown, scenes(images, 1))
+
+
+def test_clutter_shows_the_transposed_digits_of_the_stream_half() -> None:
+    stream = load_stream("digits-clutter")
+    assert [task.classes for task in stream] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    assert stream.tasks[0].train[0]["image"].size == (16, 16)
+    own = {image.T.tobytes() for image in digits_halves()[1].images}
+    for scene in pixels(stream.tasks[0].test):
+        windows = np.lib.stride_tricks.sliding_window_view(scene, (8, 8)).reshape(-1, 64)
+        assert any(window.tobytes() in own for window in windows)
 
 
 def test_drift_shows_the_same_digits_under_conditions() -> None:

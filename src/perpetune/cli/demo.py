@@ -34,7 +34,7 @@ def run_demo(out: Path, *, jobs: int, seeds: list[int], progress: Progress) -> l
     typer.echo("A micro ViT, pre-trained on upright digits, learns transposed digits: five tasks of two, one by one.")
     config = CompareConfig(
         model=str(demo_vit()),
-        stream=StreamConfig(source="digits-transposed"),
+        stream=StreamConfig(source="digits-clutter"),
         recipes=RECIPES,
         seeds=seeds,
         heads=["linear", {"type": "ridge", "features": 256}],

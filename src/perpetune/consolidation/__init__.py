@@ -4,17 +4,34 @@ from .base import Consolidation, Session
 from .concatenate import Concatenate
 from .continue_ import Continue
 from .delta_merge import DeltaMerge, SparseSum
+from .factor_merge import FactorMerge
 from .first_task import FirstTask
 from .joint import Joint
 from .merge import Merge
 from .per_task import PerTask
+from .projected_merge import ProjectedMerge
 from .replay import Replay
+from .shared_branch import SharedBranch
 from .stack import Stack
 from .states import PerTaskStates
 
 CONSOLIDATIONS = {
     c.__name__: c
-    for c in (Continue, Merge, Stack, DeltaMerge, SparseSum, PerTask, Concatenate, FirstTask, Replay, Joint)
+    for c in (
+        Continue,
+        Merge,
+        Stack,
+        DeltaMerge,
+        SparseSum,
+        FactorMerge,
+        ProjectedMerge,
+        PerTask,
+        SharedBranch,
+        Concatenate,
+        FirstTask,
+        Replay,
+        Joint,
+    )
 }
 
 __all__ = [
@@ -23,12 +40,15 @@ __all__ = [
     "Consolidation",
     "Continue",
     "DeltaMerge",
+    "FactorMerge",
     "FirstTask",
     "Joint",
     "Merge",
     "PerTask",
     "PerTaskStates",
+    "ProjectedMerge",
     "Replay",
+    "SharedBranch",
     "SparseSum",
     "Stack",
     "Session",

@@ -169,5 +169,9 @@ class AdapterPerTask(Consolidation, PerTaskStates):
             return
         if self._slots is None:  # a newly attached model
             self._slots = Slots(self.tuner, self.backbone.model)
-        self._slots.put(self._adapters[task])
+        self._slots.put(self._values(task))
         self._active = task
+
+    def _values(self, task: int) -> dict[str, Tensor]:
+        """The adapter of a task."""
+        return self._adapters[task]

@@ -83,4 +83,25 @@ class ElectSign(Combination):
         return np.where(gamma == 0, NOTHING, mean).astype(np.float32)
 
 
-COMBINATIONS = {c.__name__: c for c in (Sum, ElectSign)}
+@dataclass
+class ElectLargest(Combination):
+    """Of those values whose sign has the larger total magnitude the largest, entry by entry:
+
+        gamma = sgn(sum_t tau_t),    tau = gamma max{|tau_t| : sgn(tau_t) = gamma},    tau_t = scale_t * m_t * d_t.
+
+    Where both signs weigh the same, gamma = 0 and nothing changes. Sums in fp64.
+
+    Source: the universal adapter of TUNA (2508.08165). Its released code gives gamma = 0 the sign -1.
+    """
+
+    def __call__(self, chunks: Iterable[Chunk], size: int) -> NDArray[np.float32]:
+        total, top = np.zeros(size), np.zeros((2, size), dtype=np.float32)  # the largest above 0, and below
+        for chunk in chunks:
+            values = chunk.values
+            total[chunk.positions] += values
+            top[0, chunk.positions] = np.maximum(top[0, chunk.positions], values)
+            top[1, chunk.positions] = np.minimum(top[1, chunk.positions], values)
+        return np.where(total == 0, NOTHING, np.where(total > 0, top[0], top[1])).astype(np.float32)
+
+
+COMBINATIONS = {c.__name__: c for c in (Sum, ElectSign, ElectLargest)}

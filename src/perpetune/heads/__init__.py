@@ -11,6 +11,7 @@ from ..core.plugins import with_installed
 from ..core.validation import call_checked
 from .anacp import AnaCPHead
 from .base import Head
+from .carried import Carried, lda_carried, ncm_carried, ridge_carried
 from .closed_form import ClosedFormHead
 from .contrastive import ContrastiveHead
 from .label_text import LabelTextHead
@@ -70,6 +71,9 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
     "closed_form": ClosedFormHead,
     "anacp": AnaCPHead,
     "ease": SubspaceHead,
+    "lda_carried": lda_carried,
+    "ncm_carried": ncm_carried,
+    "ridge_carried": ridge_carried,
 }
 
 
@@ -100,6 +104,7 @@ def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
 __all__ = [
     "HEADS",
     "AnaCPHead",
+    "Carried",
     "ClosedFormHead",
     "ContrastiveHead",
     "Head",

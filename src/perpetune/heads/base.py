@@ -37,6 +37,7 @@ class Head(nn.Module):
     needs_label_embeddings: bool = False
     follows_texts: bool = False  # reads label texts under the model as it is now, see `embed`
     refresh: bool = False  # statistics are gathered anew from all tasks, after every task
+    carries: bool = False  # statistics of earlier tasks are carried along when the model changes, see `carry`
     reads: Reads = "features"
     blocks: bool = False
     weighs: bool = False  # whether its loss may weigh classes, see `weigh`
@@ -111,6 +112,13 @@ class Head(nn.Module):
 
     def observe(self, features: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
         """Add samples to the statistics: order and batching do not matter. `ids` are the samples' content hashes."""
+
+    def carry(self, before: Tensor, after: Tensor) -> None:
+        """Features of the same samples (N x width) before and after the model changed: those of the task to come.
+
+        Asked of heads with `carries` alone, after training and before the task is observed.
+        """
+        raise NotImplementedError
 
     def clear(self) -> None:
         """As if no sample had been observed."""

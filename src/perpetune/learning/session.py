@@ -135,13 +135,30 @@ class Training:
             yield model(**{k: v.to(self.state.setup.device) for k, v in batch.items()})["loss"]
 
 
-def gather(state: LearnerState, tasks: Sequence[Task], new: Sequence[Task] = ()) -> None:
+def features_before(state: LearnerState, session: Session) -> Tensor | None:
+    """What heads read of a session's training samples before it is learned, (N x width), for those that carry their
+    statistics along; None where there is none, or nothing to carry."""
+    if not session.index or not any(head.carries for head in state.heads):
+        return None
+    return torch.cat([state.evaluator.observed(task, state.consolidation.states) for task in session.tasks])
+
+
+def gather(state: LearnerState, tasks: Sequence[Task], new: Sequence[Task] = (), before: Tensor | None = None) -> None:
     """Show training samples to heads that gather statistics, with the features as they are now: all of these tasks,
-    from nothing, to heads with `refresh`; those that are new to the others."""
+    from nothing, to heads with `refresh`; those that are new to the others.
+
+    Args:
+        before: what `features_before` gave of the new ones.
+    """
     observing = [head for head in state.heads if head.observes]
     anew = [head for head in observing if head.refresh]
     for head in anew:
         head.clear()
+    if before is not None:
+        after = torch.cat([state.evaluator.observed(task, state.consolidation.states) for task in new])
+        for head in state.heads:
+            if head.carries:
+                head.carry(before, after)
     for task in tasks if anew else new if observing else ():
         features = state.evaluator.observed(task, state.consolidation.states)
         labels = torch.tensor(task.train["label"])

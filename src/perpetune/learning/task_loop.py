@@ -25,7 +25,7 @@ from .language_losses import general_loss, language_losses, measured_language
 from .opening import Opened, filed, open_run, reopened, task_of
 from .reporting import report
 from .retry import Accept, kept
-from .session import Training, gather, task_seed
+from .session import Training, features_before, gather, task_seed
 from .setup import Setup
 from .state import LearnerState
 from .trainer import TrainingLog
@@ -83,7 +83,7 @@ class TaskLoop:
         """Train on a session of tasks, measure, and commit."""
         state, rules, consolidation = self.state, self.state.recipe.rules, self.state.consolidation
         with self._phase("before"):
-            before = self._predict_before(session)
+            before, features = self._predict_before(session), features_before(state, session)
         with self._phase("prepare"):
             set_seed(task_seed(self.setup.seed, session.name))
             consolidation.begin_task(session)
@@ -105,7 +105,7 @@ class TaskLoop:
             training.close_heads()
             consolidation.end_task(session)
         with self._phase("observe"):
-            gather(state, self.stream.tasks[: session.learned], session.tasks)
+            gather(state, self.stream.tasks[: session.learned], session.tasks, features)
         with self._phase("evaluate"):
             evaluated = self._evaluated(session)
             predictions = state.evaluator.predictions(self.stream, session, state.heads, consolidation, evaluated)
@@ -163,7 +163,7 @@ class TaskLoop:
 
     def _stale_statistics(self, session: Session) -> list[Measurement]:
         state = self.state
-        stale = [head for head in state.heads if head.observes and not head.refresh]
+        stale = [head for head in state.heads if head.observes and not (head.refresh or head.carries)]
         if not stale or not state.recipe.tuner.trains or not state.consolidation.adapts(session):
             return []
         note = "tasks whose class statistics were gathered with features that have changed since (order-dependent)"

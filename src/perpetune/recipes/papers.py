@@ -95,17 +95,35 @@ PAPERS = {
         "Momeni, Saleh and Mazumder, Sahisnu and Liu, Bing",
         "Continual Learning Using a Kernel-Based Method Over Foundation Models (KLDA)",
     ),
+    "2501.09522": Paper(
+        "Tang, Anke and others",
+        "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging "
+        "(OPCM)",
+    ),
     "2504.07097": Paper(
         "Nayak, Nikhil Shivakumar and others",
         "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning (OSF)",
+    ),
+    "2508.08165": Paper(
+        "Wang, Yan and Zhou, Da-Wei and Ye, Han-Jia",
+        "Integrating Task-Specific and Universal Adapters for Pre-Trained Model-based Class-Incremental Learning "
+        "(TUNA)",
     ),
     "2510.13003": Paper(
         "Xiong, Yifeng and Xie, Xiaohui",
         "OPLoRA: Orthogonal Projection LoRA Prevents Catastrophic Forgetting during Parameter-Efficient Fine-Tuning",
     ),
+    "2511.09926": Paper(
+        "Rao, Xuan and others",
+        "Compensating Distribution Drifts in Class-incremental Learning of Pre-trained Vision Transformers (SLDC)",
+    ),
     "2511.13880": Paper(
         "Momeni, Saleh and Xiao, Changnan and Liu, Bing",
         "AnaCP: Toward Upper-Bound Continual Learning via Analytic Contrastive Projection",
+    ),
+    "2512.23017": Paper(
+        "Qiao, Fuli and Mahdavi, Mehrdad",
+        "Merge before Forget: A Single LoRA Continual Learning via Continual Merging (SLAO)",
     ),
 }
 

@@ -78,9 +78,9 @@ class Recipe:
                     f"{name} with branch `{rule.needs_branch}` does not fit {type(self.consolidation).__name__}, which "
                     f"{way[given]}: set branch to `{given}`, or use another consolidation"
                 )
-        anew = [h.name for h in heads if h.refresh]
+        anew = [h.name for h in heads if h.refresh or h.carries]
         if anew and self.consolidation.states is not None:
-            name = anew[0].removesuffix("_refresh")
+            name = anew[0].removesuffix("_refresh").removesuffix("_carried")
             raise ConfigError(f"features under a task's own adapter do not grow stale: read `{name}`, not `{anew[0]}`")
         titles = [h.name for h in heads]
         if len(set(titles)) < len(titles):

@@ -1,7 +1,7 @@
 """Streams: the tasks, in the order in which they arrive."""
 
 from .again import load_again
-from .builtin import BUILTINS, Digits, digits_halves
+from .builtin import BUILTINS, Digits, digits_halves, scenes
 from .drift import Drift, drift
 from .hashing import fingerprint, split_fingerprints
 from .load import load_stream
@@ -17,6 +17,7 @@ __all__ = [
     "Stream",
     "Task",
     "digits_halves",
+    "scenes",
     "drift",
     "fingerprint",
     "load_again",

@@ -46,6 +46,37 @@ def transposed(seed: int, test_share: float) -> dict[str, Dataset]:
     return {"train": _dataset(images.transpose(0, 2, 1), labels)}
 
 
+SCENE, PIECE, PIECES = 16, 4, 3  # pixels of a scene's side and of a piece's, and pieces a scene
+
+
+def scenes(images: np.ndarray, *key: object) -> np.ndarray:
+    """(N, 8, 8) images -> (N, 16, 16) scenes: every image whole at a random place, before fainter pieces of others.
+
+    Three pieces of 4 x 4 pixels lie behind it, cut anywhere out of `images`, at half their ink. `key`: what the draw
+    depends on, as in `generator`.
+    """
+    draw, size = generator(*key, "scenes"), images.shape[-1]
+    out = np.zeros((len(images), SCENE, SCENE), np.uint8)
+    for image, scene in zip(images, out, strict=True):
+        for _ in range(PIECES):
+            (row, column), (top, left) = (
+                draw.integers(size - PIECE + 1, size=2),
+                draw.integers(SCENE - PIECE + 1, size=2),
+            )
+            piece = images[draw.integers(len(images)), row : row + PIECE, column : column + PIECE] // 2
+            place = scene[top : top + PIECE, left : left + PIECE]
+            np.maximum(place, piece, out=place)
+        top, left = draw.integers(SCENE - size + 1, size=2)
+        scene[top : top + size, left : left + size] = image
+    return out
+
+
+def clutter(seed: int, test_share: float) -> dict[str, Dataset]:
+    """The second half transposed, every image in a scene of its own: a digit must be found before it is read."""
+    images, labels = digits_halves()[1]
+    return {"train": _dataset(scenes(images.transpose(0, 2, 1), seed), labels)}
+
+
 def _noisy(images: np.ndarray, seed: int) -> np.ndarray:
     noise = generator(seed, "noise").integers(-96, 97, size=images.shape)
     return np.clip(images.astype(np.int64) + noise, 0, 255)
@@ -107,6 +138,7 @@ class Builtin(NamedTuple):
 BUILTINS: dict[str, Builtin] = {
     "digits": Builtin(upright, "class", 2, "handwritten digits 0 to 9, two new ones a task"),
     "digits-transposed": Builtin(transposed, "class", 2, "the same, rows and columns exchanged"),
+    "digits-clutter": Builtin(clutter, "class", 2, "the transposed ones, each at a random place in clutter"),
     "digits-drift": Builtin(
         drift, "domain", None, "all ten digits under one new condition a task: " + ", ".join(DRIFT)
     ),
