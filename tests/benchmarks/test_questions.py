@@ -48,7 +48,11 @@ def test_the_penalty_makes_changes_small(digits, tmp_path):
     config = tmp_path / "sweep.yaml"
     rule = {"type": "ChangeL1", "module": "benchmarks.questions", "strength": 1.0}
     free = {"name": "free", "tuner": {"type": "AdapterConfig", "bottleneck": 4}}
-    fresh = {"name": "fresh", "tuner": {"type": "LoraConfig", "r": 2}, "consolidation": {"type": "Merge"}}
+    fresh = {
+        "name": "fresh",
+        "tuner": {"type": "LoraConfig", "r": 2, "target_modules": "all-linear"},
+        "consolidation": {"type": "Merge"},
+    }
     recipes = [free, {**free, "name": "held", "rules": [rule]}, fresh]
     config.write_text(yaml.safe_dump({"recipes": recipes}), encoding="utf-8")
     free, held, merged = main(["sweep", *digits, "--config", str(config), "--seeds", "0"])
