@@ -38,7 +38,7 @@ demo: $(STAMP)
 	$(BIN)/perpetune demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not processes"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not processes"
 
 test-processes: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m processes

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
 import os
 import random
 import string
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,7 +33,17 @@ hypothesis.settings.register_profile("perpetune", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("perpetune")
 
 
+# The longest files first, so that no process is left with one of them when the other is done.
+LONGEST = """learning/test_learner docs/test_howto learning/test_export_adapters recipes/test_language_routing
+models/test_precision browser/test_in_a_browser learning/test_keep recipes/test_dual_encoder_recipes
+recipes/test_user_pieces learning/test_trl_training runs/test_runs_made_before recipes/test_vision_language_recipes
+learning/test_revert learning/test_export_head learning/test_gone_data learning/test_export benchmarks/test_drift
+learning/test_gradient_checkpointing docs/test_examples operations/test_plan operations/test_tune_scale
+tuners/test_virtual_tokens docs/test_wheel""".split()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    os.fsync = lambda descriptor: None  # what a test writes need not outlive the machine
     torch.set_num_threads(1)
     # also fills torch.empty with NaN, so that memory that nobody wrote is seen
     torch.use_deterministic_algorithms(True)
@@ -40,14 +53,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collection() -> None:
-    """Objects of earlier modules are left out of garbage collection: the Trainer collects after every task, and would
-    look at all that was ever imported (a third of a second each time)."""
+    """Objects of earlier modules are left out of garbage collection, which would look at all that was ever imported
+    (a third of a second each time); and the Trainer, which collects after every task, is not obeyed."""
     gc.collect()
     gc.freeze()
+    if memory := sys.modules.get("accelerate.utils.memory"):
+        vars(memory)["gc"] = SimpleNamespace(collect=int)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that wait for two processes are marked `processes`: they cost a fifth of all others together."""
+    order = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     for item in items:
         if {"ran", "two_ranks"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("processes")
@@ -89,9 +106,19 @@ def minilm() -> Path:
     return folder
 
 
+def once(make: Callable[..., Path]) -> Callable[..., Path]:
+    """`make`, which is called once for the same arguments."""
+    kept = functools.cache(make)
+
+    def fixed(value: Any) -> Any:
+        return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+    return lambda *args, **settings: kept(*map(fixed, args), **{name: fixed(v) for name, v in settings.items()})
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_bert(words=..., seed=0, width=32, layers=2)`: a new folder with a random BertModel and its tokenizer.
+    """`tiny_bert(words=..., seed=0, width=32, layers=2)`: a folder with a random BertModel and its tokenizer.
 
     The WordPiece vocabulary is `words` and single characters, so that every ASCII text has tokens of its own.
     """
@@ -131,12 +158,12 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
         return folder
 
-    return make
+    return once(make)
 
 
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_vit(image_size=8, patch_size=4, seed=0, width=32, layers=2, channels=3)`: a new folder with a random
+    """`tiny_vit(image_size=8, patch_size=4, seed=0, width=32, layers=2, channels=3)`: a folder with a random
     ViTModel and its image processor."""
 
     def make(
@@ -171,12 +198,12 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
         return folder
 
-    return make
+    return once(make)
 
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_clip("clip", seed=0, width=32)`: a new folder with a random CLIPModel or SiglipModel, its image
+    """`tiny_clip("clip", seed=0, width=32)`: a folder with a random CLIPModel or SiglipModel, its image
     processor and a tokenizer of `words` and single characters."""
 
     def make(kind: str = "clip", words: Iterable[str] = WORDS, *, seed: int = 0, width: int = 32) -> Path:
@@ -231,12 +258,12 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
         return folder
 
-    return make
+    return once(make)
 
 
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_lm("llama", seed=0, width=32, layers=2)`: a new folder with a random language model ("llama", "qwen2",
+    """`tiny_lm("llama", seed=0, width=32, layers=2)`: a folder with a random language model ("llama", "qwen2",
     "gpt2" or "t5") and a tokenizer like its own, of `words` and single characters.
 
     T5's adds an end of sequence, LLaMA's a beginning, the others nothing; LLaMA's and T5's write a blank as the
@@ -296,12 +323,12 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
         return folder
 
-    return make
+    return once(make)
 
 
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Callable[..., Path]) -> Callable[..., Path]:
-    """`tiny_llava("llava", seed=0, width=32, layers=2)`: a new folder with a random LLaVA ("llava_next": of several
+    """`tiny_llava("llava", seed=0, width=32, layers=2)`: a folder with a random LLaVA ("llava_next": of several
     resolutions) of a CLIP tower and a LLaMA, and its processor. An image is 8 x 8 pixels, in patches of 4 x 4."""
 
     def make(
@@ -336,7 +363,7 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Callable[..., 
         processor.save_pretrained(folder)
         return folder
 
-    return make
+    return once(make)
 
 
 @pytest.fixture(scope="session")

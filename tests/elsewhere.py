@@ -40,14 +40,19 @@ class Elsewhere:
 
     def __call__(self, code: str, *arguments: object) -> str:
         """What a program prints that ends well, given these arguments."""
+        done = self.run(code, *arguments)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    def run(self, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """A program, given these arguments, however it ends."""
         assert self.server.stdin is not None and self.server.stdout is not None
         program = {"code": code, "arguments": list(map(str, arguments)), "files": list(map(str, self.files))}
         self.server.stdin.write(json.dumps(program) + "\n")
         self.server.stdin.flush()
         code_of_exit = int(self.server.stdout.readline())
         out, err = (file.read_text(encoding="utf-8") for file in self.files)
-        assert code_of_exit == 0, err[-4000:]
-        return out
+        return subprocess.CompletedProcess(program["arguments"], code_of_exit, out, err)
 
     def close(self) -> None:
         assert self.server.stdin is not None

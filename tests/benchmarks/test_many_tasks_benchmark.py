@@ -15,7 +15,7 @@ def test_the_first_tasks_are_compared_with_the_last(capsys):
         "tasks": tasks,
         "task_seconds": [1.0] * 15 + [2.0] * 12,
         "calls": [1000, 1500, 1100],
-        "peak_bytes": [10**6 * (1 + t) for t in range(tasks)],
+        "held_bytes": [10**6 * (1 + t) for t in range(tasks)],
         "disk_bytes": [1000] * 15 + [1500] * 15,
         "opening_seconds": {"10": 0.1, "30": 0.3},
     }

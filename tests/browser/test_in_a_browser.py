@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 from pathlib import Path
@@ -83,6 +84,12 @@ def everything(size: int) -> ReportData:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """`large(size)`: the page of `everything`, written once."""
+    return functools.cache(lambda size: write_report(tmp_path_factory.mktemp("large") / "report", everything(size)))
+
+
 @pytest.mark.parametrize(("width", "scheme"), WINDOWS)
 @pytest.mark.parametrize("name", ["run", "comparison"])
 def test_the_report_of_what_was_trained(name, width, scheme, trained, pages, look):
@@ -95,8 +102,8 @@ def test_the_report_of_what_was_trained(name, width, scheme, trained, pages, loo
 
 @pytest.mark.parametrize(("width", "scheme"), WINDOWS)
 @pytest.mark.parametrize("size", [1, 9, 101])
-def test_a_page_with_everything_on_it(size, width, scheme, tmp_path, pages, look):
-    (address,) = pages(write_report(tmp_path / "report", everything(size)))
+def test_a_page_with_everything_on_it(size, width, scheme, large, pages, look):
+    (address,) = pages(large(size))
     seen = look(address, width, scheme)
     check(seen)
     assert len(seen.folds) > 10 and "encoder.layer.11.attention" in seen.text

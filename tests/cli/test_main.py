@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    "demo run compare report list log diff gate predict export revert tune-scale verify".split(),
+    "demo run compare recommend report list log diff gate predict export revert tune-scale verify".split(),
 )
 def test_every_command_has_help(perpetune, command):
     code, out, _ = perpetune(command, "--help")

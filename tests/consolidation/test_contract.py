@@ -26,7 +26,7 @@ from perpetune.consolidation import (
 )
 from perpetune.core.errors import ConfigError
 from perpetune.heads import LDAHead
-from perpetune.routers import KMeansRouter
+from perpetune.routers import KMeansRouter, PooledRouter
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
 HEADS = ("head_added.safetensors", "head_sums.safetensors")
@@ -45,6 +45,9 @@ CASES = {
     "FactorMerge": lambda: pt.Recipe(lora(), [], FactorMerge()),
     "ProjectedMerge": lambda: pt.Recipe(lora(), [], ProjectedMerge(), pt.PrototypeHead()),
     "PerTask": lambda: pt.Recipe(lora(), [], PerTask(KMeansRouter(2))),
+    "PerTask, two layers": lambda: pt.Recipe(
+        lora(), [], PerTask(PooledRouter(64, many_tasks=True, discriminants=True), 3, frozen=1.0, layers=2)
+    ),
     "SharedBranch": lambda: pt.Recipe(lora(), [], SharedBranch(), LDAHead()),
     "SharedBranch, alike": lambda: pt.Recipe(lora(), [], SharedBranch(start="shared"), LDAHead()),
     "Concatenate": lambda: pt.Recipe(lora(), [], Concatenate(), pt.SubspaceHead()),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import perpetune as pt
 from perpetune.consolidation import PerTask
 from perpetune.consolidation.states import Reading
 from perpetune.core.errors import ConfigError
+from perpetune.core.progress import Progress
 from perpetune.recipes import make_recipe
 from perpetune.recipes.recipe import Recipe
 from perpetune.routers import KMeansRouter, OracleRouter, PooledRouter, RidgeRouter, Router
@@ -96,7 +98,8 @@ def product(classes, offers=(), **settings):
         log_within = staticmethod(lambda features, task: torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().double())
 
     made = PerTask(Knows(), 2, **settings)
-    made.backbone, made._classes = SimpleNamespace(offers=offers), classes
+    made.backbone, made._classes = SimpleNamespace(offers=offers, layers=3), classes
+    made._adapters = [{}] * len(classes)
     return made
 
 
@@ -136,6 +139,30 @@ def test_answers_of_a_language_model_are_weighed_by_the_prior_as_before():
 
 
 @pytest.mark.parametrize(
+    ("classes", "offers", "told"),
+    [
+        ([(0, 1), (2, 3)], (), r"times the frozen model \(the last 3 layers\), since tasks bring new classes"),
+        ([(0, 1), (0, 1)], (), "alone, since all tasks have the same classes"),
+        ([(0, 1), (2, 3)], ("answers",), "no features predict"),
+    ],
+    ids=str,
+)
+def test_what_decides_is_told_with_its_reason(classes, offers, told):
+    assert re.search(told, product(classes, offers, frozen=1.0).decision())
+    assert product(classes, offers).decision() is None  # nothing depends on the tasks
+
+
+def test_it_is_told_when_a_stream_is_learned(stream, model, tmp_path):
+    class Heard(Progress):
+        def say(self, line):
+            lines.append(line)
+
+    lines: list[str] = []
+    learner(model, "routed_layers", run=tmp_path / "run", progress=Heard()).learn(stream)
+    assert sum("since tasks bring new classes" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
     ("candidates", "mass", "asked"), [(1, 0.95, [[0]]), (3, 0.95, [[0, 1]]), (2, 0.4, [[0]]), (3, 1.0, [[0, 1]])]
 )
 def test_candidates_are_asked_until_they_hold_enough(candidates, mass, asked):
@@ -147,7 +174,7 @@ def test_candidates_are_asked_until_they_hold_enough(candidates, mass, asked):
     assert [(row > -torch.inf).nonzero().flatten().tolist() for row in weights] == asked
 
 
-@pytest.mark.parametrize("recipe", ["color", "color_adapted", "routed", "routed_product"])
+@pytest.mark.parametrize("recipe", ["color", "color_adapted", "routed", "routed_product", "routed_layers"])
 def test_a_run_predicts_as_one_that_is_opened_again(recipe, stream, model, tmp_path):
     first = learner(model, recipe, run=tmp_path / "run")
     result = first.learn(stream)
@@ -223,6 +250,7 @@ def test_adapters_are_exchanged_in_place(stream, model, tmp_path):
         {"prior": -1.0},
         {"frozen": -0.5},
         {"frozen": float("nan")},
+        {"layers": 0},
     ],
     ids=str,
 )

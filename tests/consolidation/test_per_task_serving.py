@@ -70,7 +70,7 @@ def furthest(one, other):
     return float((one - other)[one.isfinite()].abs().max())
 
 
-@pytest.mark.parametrize("recipe", ["color", "color_adapted", "routed", "routed_product"])
+@pytest.mark.parametrize("recipe", ["color", "color_adapted", "routed", "routed_product", "routed_layers"])
 def test_a_mixed_batch_is_answered_as_each_input_alone(recipe, stream, model, tmp_path):
     learner, _ = learn(model, stream, tmp_path / "run", recipe)
     texts = mixed_texts(stream)

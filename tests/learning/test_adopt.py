@@ -77,14 +77,12 @@ def test_the_model_is_what_it_was_and_goes_on(base, adapter, data, recipe, tmp_p
     exported = AutoModelForCausalLM.from_pretrained(weights(learner))
     assert 0 < furthest(expected.state_dict(), plain(base).state_dict()) > 0.01
     assert furthest(exported.state_dict(), expected.state_dict()) < 1e-6
-    training = {"max_steps": 2, "learning_rate": 1e-3}
-    on = pt.Learner(base, given, tmp_path / "run", training=training, device="cpu")
-    with pytest.raises(RunError, match="training.learning_rate"):
-        on.learn(pt.load_stream(data / "new", metric="exact_match"))
-    result = pt.Learner.described(tmp_path / "run", device="cpu").learn(
-        pt.load_stream(data / "new", metric="exact_match")
-    )
-    assert result.tasks == ("adopted", "week-2")
+    stream, training = pt.load_stream(data / "new", metric="exact_match"), {"max_steps": 2, "learning_rate": 3e-3}
+    result = pt.Learner(base, given, tmp_path / "run", training=training, device="cpu").learn(stream)
+    assert result.tasks == ("adopted", "week-2") and result.config["training"]["learning_rate"] == 3e-3
+    with pytest.raises(RunError, match="training.learning_rate"):  # now that it has trained something
+        pt.Learner(base, given, tmp_path / "run", training={**training, "learning_rate": 1e-3}).learn(stream)
+    assert pt.Learner.described(tmp_path / "run", device="cpu").learn(stream).tasks == result.tasks
 
 
 def test_a_trainer_of_ones_own_goes_on(base, adapter, tmp_path):
@@ -212,11 +210,36 @@ def test_the_command_line(base, adapter, data, tmp_path, monkeypatch, capsys):
         return stop.value.code, capsys.readouterr()
 
     code, said = call("adopt", folder, "--model", base, "--recipe", "olora", "--data", data / "old", "--out", out)
+    assert code == 0 and "go on with `perpetune run" in said.out, said
+    week = ("run", "--stream", data / "new", "--metric", "exact_match", "--out", out)
+    code, said = call(*week, "--set", "max_steps=2")  # with the run's own model and recipe
     assert code == 0, said
-    recipe = said.out.split("--recipe ")[1].split(" --out")[0].strip("'\n")
-    code, said = call(
-        "run", "--model", base, "--recipe", recipe.replace("\n", ""), "--stream", data / "new", "--metric",
-        "exact_match", "--out", out,
-    )  # fmt: skip
+    assert Result(out).tasks == ("adopted", "week-2") and Result(out).config["training"]["max_steps"] == 2
+    code, said = call(*week, "--set", "max_steps=3")
+    assert code == 2 and "max_steps was 2, now it is 3" in said.err
+
+
+def test_a_week_of_chats_is_gated_and_served(tiny_lm, adapter, tmp_path, monkeypatch, capsys):
+    folder, _ = adapter(r=4)  # of the model of these tests, without data
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            app.main([*map(str, words)])
+        return stop.value.code, capsys.readouterr()
+
+    assert call("adopt", folder, "--model", base, "--out", "weekly")[0] == 0
+    code, said = call("gate", "weekly")
+    assert code == 2 and "no task that it has learned has test data" in said.err
+    for split in ("train", "test"):
+        (tmp_path / "weeks" / "2026-w49").mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"prompt": p, "response": r}) for p, r in PAIRS]
+        (tmp_path / "weeks" / "2026-w49" / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    limits = ("--gate", "--min-gain", 0, "--max-loss-increase", 0.1)
+    week = ("run", "--stream", "weeks", "--metric", "token_f1", "--out", "weekly", "--set", "max_steps=2")
+    code, said = call(*week, *limits)
     assert code == 0, said
-    assert Result(out).tasks == ("adopted", "week-2")
+    assert call("export", "weekly", "--format", "adapters", "--out", "adapters")[0] == 0
+    code, said = call("serve-config", "weekly", "--folder", "adapters")
+    assert code == 0 and "vllm serve" in said.out and "all=" in said.out

@@ -14,7 +14,7 @@ from perpetune import ConfigError, Learner, LinearHead, load_stream
 from perpetune.learning.class_weights import class_weights
 from perpetune.metrics.records import read_records, write_records
 from perpetune.operations.gate import judge
-from perpetune.runs.directory import read_config
+from perpetune.runs.config_file import read_config
 from tests.calling import call
 
 TRAINING = {"num_train_epochs": 3, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "head_learning_rate": 1e-2}

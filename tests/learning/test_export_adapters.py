@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -72,14 +71,12 @@ def learned(model, stream, path, recipe):
     return learner
 
 
-def elsewhere(folder, inputs, tmp_path):
+def answered(elsewhere, folder, inputs, tmp_path):
     """What each adapter of a folder makes of these inputs, in a process of its own without perpetune."""
     from safetensors.torch import save_file
 
     save_file({k: v.contiguous() for k, v in inputs.items()}, tmp_path / "given")
-    command = [sys.executable, "-I", "-c", ANSWER, str(folder), str(tmp_path / "given"), str(tmp_path / "found")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    elsewhere(ANSWER, folder, tmp_path / "given", tmp_path / "found")
     return load_file(tmp_path / "found")
 
 
@@ -99,12 +96,12 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_every_task_has_its_adapter(kind, stream, prompts, tiny_lm, tiny_bert, tmp_path):
+def test_every_task_has_its_adapter(kind, stream, prompts, tiny_lm, tiny_bert, elsewhere, tmp_path):
     model, data = (tiny_lm("llama"), prompts) if kind == "llama" else (tiny_bert(), stream)
     learner = learned(model, data, tmp_path / "r", "color")
     folder = learner.export(tmp_path / "a", format="adapters")
     inputs = inputs_of(learner, data.tasks[0])
-    found = elsewhere(folder, inputs, tmp_path)
+    found = answered(elsewhere, folder, inputs, tmp_path)
     assert set(found) == {*TASKS, "base"}
     with learner.recipe.consolidation.view(None):
         assert close(found["base"], outputs(learner.backbone.model, inputs))
@@ -243,6 +240,36 @@ def test_a_head_is_chosen_by_its_name(stream, small, tmp_path):
         best = (features @ head["weight"].T + head["bias"]).argmax(1)
         assert [about["labels"][i] for i in best] == learner.predict(text, head=name, task="news")
     assert not (learner.export(tmp_path / "none", format="adapters", head=False) / "news" / "classifier.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
+def test_a_model_in_memory_of_low_precision_gives_its_adapters_away(kind, prompts, tiny_lm, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    folder, more = tiny_lm("llama", width=64, layers=1), {}
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+        more = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **more)
+    given = (base, AutoTokenizer.from_pretrained(folder))
+    learner = learned(given, prompts, tmp_path / "run", {"name": "lora", "rank": 2})
+    learner.export(tmp_path / "adapters", format="adapters")
+    routes = json.loads((tmp_path / "adapters" / "routes.json").read_text(encoding="utf-8"))
+    assert [each["name"] for each in routes["adapters"]] == ["all"]
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    with torch.no_grad():
+        before, ours = base(**inputs).logits, learner.backbone.model(**inputs).logits
+        plain = copy.deepcopy(base)
+        theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapters" / "all").eval()(**inputs).logits
+    assert relative(theirs, ours) < 0.02 < relative(before, ours)  # to the rounding of bf16
+    learner.export(tmp_path / "whole")  # merged in fp32
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    with torch.no_grad():
+        assert relative(whole(**inputs).logits, ours) < 0.02
+
+
+def relative(a, b):
+    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 def test_factors_are_joined_without_rounding_where_scales_agree():

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import perpetune as pt
+from perpetune.core.errors import ConfigError
 from perpetune.metrics.text import contains, exact_match, graded, token_f1
 from perpetune.operations.gate import judge
 
@@ -112,3 +113,14 @@ def test_replay_keeps_examples_of_every_task(folder, model, tmp_path):
     kept = [rows["response"] for rows in learner.recipe.consolidation._kept]
     assert [len(texts) for texts in kept] == [3, 3]
     assert set(kept[0]) <= set(DATES.values()) and set(kept[1]) <= set(FAQ.values())
+
+
+def test_responses_that_nearly_all_differ_ask_for_a_metric(tmp_path, tiny_lm):
+    (tmp_path / "s" / "week").mkdir(parents=True)
+    rows = [json.dumps({"prompt": f"where is it {i}", "response": f"shelf {i}"}) for i in range(24)]
+    for split in ("train", "test"):
+        (tmp_path / "s" / "week" / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    learner = pt.Learner(tiny_lm("llama"), "lora", tmp_path / "run")
+    with pytest.raises(ConfigError, match="24 different responses to 24 prompts.*--metric token_f1"):
+        learner.learn(pt.load_stream(tmp_path / "s"))
+    assert not (tmp_path / "run" / "run.yaml").exists()

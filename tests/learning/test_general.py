@@ -117,8 +117,8 @@ def test_a_file_from_the_command_line(tiny_lm, word_stream, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.jsonl", '{"text": "x"}', "KeyError"),
-        ("b.jsonl", "x", "JSONDecodeError"),
+        ("a.jsonl", '{"text": "x"}', "neither a `prompt`"),
+        ("b.jsonl", "x", "is no JSON"),
         ("c.txt", "\n", "no prompt"),
         ("d.jsonl", '{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}', "mixes"),
     ],

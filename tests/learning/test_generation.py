@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import pandas as pd
 import pytest
 import torch
 
@@ -116,7 +118,7 @@ def test_draws_come_from_the_seed_alone(learned):
 def test_a_text_is_a_turn_where_conversations_were_learned(tiny_lm, tmp_path):
     from transformers import AutoTokenizer
 
-    folder = tiny_lm("llama", ["user", "assistant", *" ".join(FAQ).split()])
+    folder = shutil.copytree(tiny_lm("llama", ["user", "assistant", *" ".join(FAQ).split()]), tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
@@ -184,12 +186,16 @@ def test_on_the_command_line(learned, tmp_path, capsys):
     assert rows[0] == {"prompt": prompt, "generated": answer} and len(rows) == 2
     asked = [{"id": 7, "prompt": prompt, "response": "x"}, {"id": 8, "prompt": "monday the first 1"}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
-    out = tmp_path / "new" / "a.jsonl"
+    out = tmp_path / "a.jsonl"
     assert (
         command(capsys, learner.path, "--input", tmp_path / "q.jsonl", "--output", out, "--max-new-tokens", 9)[0] == 0
     )
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
     assert rows[0] == {**asked[0], "generated": answer} and rows[1]["id"] == 8
+    (tmp_path / "q.csv").write_text(f"id,prompt\n7,{prompt}\n", encoding="utf-8")
+    table = tmp_path / "a.csv"
+    command(capsys, learner.path, "--input", tmp_path / "q.csv", "--output", table, "--max-new-tokens", 9)
+    assert pd.read_csv(table).to_dict("list") == {"id": [7], "prompt": [prompt], "generated": [answer]}
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}', encoding="utf-8")
     code, said = command(capsys, learner.path, "--input", tmp_path / "bad.jsonl")
     assert code == 2 and "line 2" in said.err

@@ -67,7 +67,7 @@ def made_before(path):
     parent = None
     for commit in sorted((path / "commits").iterdir()):
         manifest = json.loads((commit / "commit.json").read_text(encoding="utf-8"))
-        for name in ("splits", "task_classes", "not_evaluated"):
+        for name in ("splits", "task_classes", "not_evaluated", "sha256"):
             manifest.pop(name, None)
         text = json.dumps({**manifest, "parent": parent}, indent=1, sort_keys=True)
         (commit / "commit.json").write_text(text, encoding="utf-8")
@@ -99,8 +99,10 @@ def test_the_run_goes_on_with_the_same_bits(recipe, what, old, data, model, lear
 
 
 @pytest.mark.parametrize("what", ["test", "folder"])
-def test_what_cannot_be_measured_is_undefined_and_the_gate_says_so(what, data, model, tmp_path, monkeypatch, capsys):
-    learn(model, tmp_path / "r", of(data, TASKS[:2]))
+def test_what_cannot_be_measured_is_undefined_and_the_gate_says_so(
+    what, data, model, learned, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(learned("olora", 2), tmp_path / "r")
     remove(data, what)
     heard = Heard()
     result = learn(model, tmp_path / "r", of(data, None, TASKS[:2]), progress=heard)
@@ -148,8 +150,8 @@ def test_the_scenario_stays_what_it_was(data, model, tmp_path):
     assert learn(model, tmp_path / "r", alone).config["stream"]["scenario"] == "domain"
 
 
-def test_what_is_left_must_be_what_was_learned(data, model, tmp_path):
-    learn(model, tmp_path / "r", of(data, TASKS[:2]))
+def test_what_is_left_must_be_what_was_learned(data, model, learned, tmp_path):
+    shutil.copytree(learned("olora", 2), tmp_path / "r")
     remove(data, "train")
     lines = (data / "films" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     (data / "films" / "test.jsonl").write_text("\n".join(reversed(lines)), encoding="utf-8")

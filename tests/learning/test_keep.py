@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -133,7 +132,7 @@ def furthest(ours, theirs):
     ["lora", "olora", {"name": "olora_released", "dropout": 0.0}, "sequential_lora", "pegp_lora_fresh"],
     ids=lambda r: r if isinstance(r, str) else r["name"],
 )
-def test_two_processes_end_with_the_weights_of_the_learner(base, weeks, recipe, tmp_path):
+def test_two_processes_end_with_the_weights_of_the_learner(base, weeks, recipe, elsewhere, tmp_path):
     """To rounding: one pads on the left, the other on the right. Trainings take up to 1e-5 of the largest weight."""
     kind = Trainer
     if recipe in ("olora", "pegp_lora_fresh"):
@@ -142,9 +141,9 @@ def test_two_processes_end_with_the_weights_of_the_learner(base, weeks, recipe, 
     ours.learn(weeks)
     keep_week(base, tmp_path / "kept", "week-1", tmp_path / "out", recipe, kind=kind)
     if recipe == "olora":
-        code = "import sys; sys.path.append(sys.argv[1]); import test_keep; test_keep.second_process(*sys.argv[2:])"
-        words = [str(Path(__file__).parent), str(base), str(tmp_path)]
-        subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+        path = [str(Path(__file__).parent), *sys.path]
+        code = f"import sys; sys.path[:] = {path!r}; import test_keep; test_keep.second_process(*sys.argv[1:])"
+        elsewhere(code, base, tmp_path)
     else:
         keep_week(base, tmp_path / "kept", "week-2", tmp_path / "out", recipe, kind=kind)
     expected, found = Result(tmp_path / "learner"), Result(tmp_path / "kept")

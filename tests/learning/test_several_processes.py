@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from perpetune import ConfigError, Learner, Result, RunError, load_stream
+from perpetune.core import processes
+from perpetune.learning.state import LearnerState
 from perpetune.runs.directory import read_journal
 from tests.conftest import REPOSITORY
+from tests.learning.ranks import counted, sharded_steps
 
 RECIPES = ("lora", "olora", "nlora", "pegp_lora_fresh", "sotu", "routed", "frozen_ridge", "child_tuning_d")
-BATCH = {"num_train_epochs": 1, "per_device_train_batch_size": 8}
+BATCH = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
 SAME = 2e-5  # of fp32
 # where some gradients are 0 but for rounding (keys' biases), of which Adam makes whole steps
 SGD = ("sotu", "pegp_lora_fresh")
@@ -32,10 +36,13 @@ def model(tiny_bert) -> Path:
 @pytest.fixture(scope="module")
 def alone(model, word_stream, tmp_path_factory) -> Path:
     """Runs of one process, one for each recipe, and `grows`, which has learned the first task."""
-    folder = tmp_path_factory.mktemp("alone")
+    folder, read = tmp_path_factory.mktemp("alone"), {}
     for recipe in RECIPES:
         training = {**BATCH, **({"optim": "sgd"} if recipe in SGD else {})}
-        Learner(model, recipe, folder / recipe, training=training).learn(load_stream(word_stream, tasks=TASKS))
+        with counted() as found:
+            Learner(model, recipe, folder / recipe, training=training).learn(load_stream(word_stream, tasks=TASKS))
+        read[recipe] = sum(found)
+    (folder / "read.json").write_text(json.dumps(read), encoding="utf-8")
     Learner(model, "olora", folder / "grows", training=BATCH).learn(load_stream(word_stream, tasks=TASKS[:1]))
     return folder
 
@@ -49,11 +56,13 @@ def ran(alone, model, word_stream, tmp_path_factory) -> tuple[Path, list[list[di
 
     def run(recipe: str, out: str, batch: int) -> list[str]:
         given = ["--model", str(model), "--stream", str(word_stream), "--tasks", ",".join(TASKS), "--recipe", recipe]
-        given += ["--set", "optim=sgd"] if recipe in SGD else []
+        given += ["--set", "per_device_eval_batch_size=8", *(["--set", "optim=sgd"] if recipe in SGD else [])]
         return ["run", *given, "--out", str(folder / out), "--batch-size", str(batch), "--epochs", "1"]
 
     commands = [run(recipe, recipe, 4) for recipe in RECIPES]
     commands += [run("olora", "grows", 8), run("olora", "grows", 4), ["report", str(folder / "lora")]]
+    saves = [*run("lora", "killed", 4), "--set", "save_steps=2"]
+    commands += [["dies", "news", "5", *saves], saves]
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = ["-m", "tests.learning.ranks", str(folder / "found"), str(folder / "commands.json")]
@@ -86,6 +95,27 @@ def test_two_processes_learn_what_one_does(recipe, alone, ran):
     one, two = Result(alone / recipe), Result(folder / recipe)
     assert [r.final_accuracy for r in one.records()] == [r.final_accuracy for r in two.records()]
     assert [(g["name"], g["holds"]) for g in one.guarantees] == [(g["name"], g["holds"]) for g in two.guarantees]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_evaluation_is_divided(recipe, alone, ran):
+    """Each example is read by one of the processes, in the batches of one process."""
+    folder, told = ran
+    shares = [rank[RECIPES.index(recipe)]["read"] for rank in told]
+    assert sum(shares) == json.loads((alone / "read.json").read_text(encoding="utf-8"))[recipe]
+    assert min(shares) > 0.25 * sum(shares)
+
+
+def test_what_is_not_trained_is_predicted_to_the_bit(alone, ran):
+    assert difference(alone / "frozen_ridge", ran[0] / "frozen_ridge") == 0
+
+
+def test_two_processes_go_on_within_a_task(ran):
+    folder, told = ran
+    assert [rank[-1]["code"] for rank in told] == [0, 0]
+    tasks = [event for event in read_journal(folder / "killed") if event["event"] == "task"]
+    assert [task.get("resumed_at") for task in tasks] == [None, 4]
+    assert difference(folder / "lora", folder / "killed") == 0 and not (folder / "killed" / "unfinished").exists()
 
 
 def test_the_first_process_alone_speaks_and_writes(ran):
@@ -122,17 +152,70 @@ def test_a_run_of_two_processes_opens_on_one(alone, ran, word_stream):
 
 def test_commands_for_one_process_are_refused_on_two(ran):
     _, told = ran
-    assert [rank[-1]["code"] for rank in told] == [2, 2]
-    assert "start this command alone" in told[0][-1]["err"] and len(told[0][-1]["err"].splitlines()) == 1
+    first, second = (rank[len(RECIPES) + 2] for rank in told)
+    assert first["code"] == second["code"] == 2
+    assert "start this command alone" in first["err"] and len(first["err"].splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+    ("name", "value", "engine"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP, and runs train under DDP: take it out .*FSDP2: pt.attach"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed, and runs train under DDP"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "tensor or context parallelism, and runs train under DDP"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile the model .*: take it out"),
+    ],
 )
-def test_other_engines_of_accelerate_are_refused(name, engine, model, monkeypatch):
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(Exception, match=engine):
+def test_other_engines_of_accelerate_are_refused(name, value, engine, model, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=engine) as refused:
         Learner(model, "lora")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("setting", ["fsdp", "deepspeed", "parallelism_config", "torch_compile"])
+def test_other_engines_of_the_trainer_are_refused(setting, model):
+    with pytest.raises(ConfigError, match=f"`{setting}` has no effect here: "):
+        Learner(model, "lora", training={setting: True})
+
+
+def test_accelerate_shards_nothing_on_cpus(ran):
+    """Why FSDP is refused rather than passed on: on two gloo processes it would be DDP, without a word."""
+    assert [rank[-1]["engine"] for rank in ran[1]] == ["MULTI_CPU", "MULTI_CPU"]
+
+
+def test_the_steps_of_the_learner_on_shards(ran, model, word_stream):
+    """What the loop does for a task, on a model that `fully_shard` has sharded: the same files, to rounding."""
+    folder, told = ran
+    sharded = load_file(folder / "found.sharded.safetensors")
+    alone = sharded_steps(str(model), str(word_stream), shards=False)
+    assert sharded.keys() == alone["tensors"].keys() and any("lora_A" in key for key in sharded)
+    for key, value in alone["tensors"].items():
+        assert (value - sharded[key]).abs().max() <= SAME * value.abs().max().clamp_min(1e-3), key
+    assert told[0][-1]["measured"] == told[1][-1]["measured"] == pytest.approx(alone["measured"], rel=1e-3)
+
+
+def test_what_a_language_model_answers_is_divided_too(tiny_lm, word_stream, monkeypatch):
+    """Each of two processes answers every other batch; together they say what one says, to the bit."""
+    stream = load_stream(word_stream, tasks=TASKS[:1], pose="instruction")
+    setup = Learner(tiny_lm("llama"), "lora", training=BATCH, device="cpu").setup
+    backbone = setup.load_backbone("language")
+    setup.fit_heads(backbone)
+    LearnerState(setup, backbone, stream.labels, stream.inputs)  # opens it for the heads
+    examples = backbone.prepare(stream.tasks[0].test)
+    whole, said = backbone.outputs(examples, 8), backbone.answers(examples, 8)
+    sums, parts = [], []
+    monkeypatch.setattr(processes, "together", lambda: 2)
+    monkeypatch.setattr(processes, "sum_", lambda rows: sums.append(rows[0].clone()))
+    monkeypatch.setattr(processes, "from_all", lambda found: parts.append(found) or [found])
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with processes.divided():
+            backbone.outputs(examples, 8)
+            backbone.answers(examples, 8)
+    assert torch.equal(sums[0] + sums[1], whole.view(torch.int32)) and all(bool(part.any()) for part in sums)
+    assert parts[0] and parts[1] and not parts[0].keys() & parts[1].keys()
+    assert [text for _, texts in sorted({**parts[0], **parts[1]}.items()) for text in texts] == said
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(ran, monkeypatch):

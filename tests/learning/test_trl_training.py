@@ -12,7 +12,9 @@ import yaml
 import perpetune as pt
 from perpetune.core.errors import ConfigError, RunError
 from perpetune.learning import trainer_choice as choice
+from perpetune.learning.opening import open_run
 from perpetune.learning.token_masking import masked
+from perpetune.learning.training_defaults import DEFAULTS, LANGUAGE
 from perpetune.learning.training_settings import resolve_training, training_arguments
 from perpetune.learning.trl_training import lent, sft_trainer, token_rows
 from perpetune.models.loading import load_language_model
@@ -122,6 +124,30 @@ def test_a_run_goes_on_with_its_own_trainer(stream, model, tmp_path):
     assert pt.Learner.open(run).backbone.tokens.prefix is None
 
 
+def test_language_models_have_defaults_of_their_own_and_runs_keep_theirs(stream, model, tmp_path):
+    def settings(learner):
+        return {name: learner.training[name] for name in LANGUAGE}
+
+    def learner(run, recipe="lora", **training):
+        return pt.Learner(model, recipe, tmp_path / run, training={"max_steps": 1, **training}, trainer="perpetune")
+
+    new = learner("new")
+    new.learn(stream)
+    assert settings(new) == LANGUAGE != {name: DEFAULTS[name] for name in LANGUAGE}
+    assert settings(pt.Learner.open(tmp_path / "new")) == LANGUAGE
+    given = learner("given", "sequential", num_train_epochs=2)
+    open_run(given.setup, stream).run.close()
+    own = {"num_train_epochs": 2, "learning_rate": make_recipe("sequential").training["learning_rate"]}
+    assert settings(given) == {**LANGUAGE, **own}
+    path = tmp_path / "new" / "run.yaml"  # as earlier versions wrote it
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    written["training"] |= {name: DEFAULTS[name] for name in LANGUAGE}
+    path.write_text(yaml.safe_dump(written), encoding="utf-8")
+    old = learner("new")
+    open_run(old.setup, stream).run.close()
+    assert settings(old) == {name: DEFAULTS[name] for name in LANGUAGE}
+
+
 def test_a_tuner_of_the_output_layer_stays_with_our_trainer(model):
     backbone = load_language_model(model)
     for targets, why in ((["lm_head", "q_proj"], "adapts `lm_head`"), (["q_proj"], None)):
@@ -222,6 +248,29 @@ def test_the_loss_is_that_of_all_turns_or_the_last(chat_model):
     assert (last, every) == (f"soitis{end}", f"helloyou{end}soitis{end}") and ids == same
     whole, _ = learned(completion_only_loss=False)
     assert "badmovie" in whole
+
+
+def test_logits_are_computed_where_there_is_loss_and_nowhere_else(stream, model, tmp_path, monkeypatch):
+    from trl.trainer import utils
+
+    read, function = [], utils._ChunkedLogProbFunction
+
+    class Noted(function):
+        @staticmethod
+        def apply(hidden, *more):
+            read.append(len(hidden))
+            return function.apply(hidden, *more)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Noted)
+    backbone, task = load_language_model(model), stream.select(["faq"])
+    learner = pt.Learner(model, "lora", tmp_path / "run", training={**SETTINGS, "max_steps": 1}, trainer="trl")
+    before = utils._use_triton
+    learner.learn(task)
+    backbone.open_for([], [])
+    backbone.tokens.prefix = ""
+    answers = [len(e["answer"]) for e in backbone.prepare(task.tasks[0].train)]
+    assert len(read) == 1 and 4 * min(answers) <= read[0] <= 4 * max(answers)
+    assert utils._use_triton is before
 
 
 def test_packed_rows_have_the_loss_of_the_same_rows_apart(stream, model, tmp_path):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,8 +172,9 @@ def chat(tiny_lm, template, *marks, **settings):
     """A LLaMA whose tokenizer has this chat template and these special tokens, which stand for words of its own."""
     from transformers import GenerationConfig
 
-    folder = tiny_lm("llama")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    source = tiny_lm("llama")
+    folder = shutil.copytree(source, tempfile.mkdtemp(dir=source.parent), dirs_exist_ok=True)
+    folder, tokenizer = Path(folder), AutoTokenizer.from_pretrained(folder)
     names = dict(zip(("good", "bad", "movie"), marks, strict=False))
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     known = json.loads(text)
@@ -497,7 +501,7 @@ def test_what_is_asked_in_messages_is_checked(tiny_lm, tmp_path):
     for split in ("train", "test"):
         (tmp_path / "s/t").mkdir(parents=True, exist_ok=True)
         (tmp_path / "s/t" / f"{split}.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 4))
-    folder = tiny_lm("llama")
+    folder = shutil.copytree(tiny_lm("llama"), tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer.save_pretrained(folder)

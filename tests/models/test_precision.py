@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -199,7 +201,9 @@ def gguf(tmp_path_factory):
 
 def test_a_gguf_file_is_a_model_that_can_be_saved_and_is_the_one_that_transformers_reads(gguf, stream, tmp_path):
     made = learner(gguf, "lora", tmp_path / "run")
-    made.learn(stream)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Could not find a config file")  # of peft, at every save
+        made.learn(stream)
     theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).state_dict()
     ours = load_language_model(gguf.parent, gguf_file=gguf.name).model
     assert not quantised(ours) and not hasattr(ours.config, "quantization_config")
@@ -210,6 +214,21 @@ def test_a_gguf_file_is_a_model_that_can_be_saved_and_is_the_one_that_transforme
     assert pt.Learner.open(tmp_path / "run").predict(prompts) == made.predict(prompts)
     with pytest.raises(ModelError, match="there is no file"):
         load_language_model("nowhere.gguf")
+
+
+def test_a_gguf_file_is_parsed_once(gguf, monkeypatch):
+    import gguf as package
+
+    parsed, reader = [], package.GGUFReader
+
+    class Counted(reader):
+        def __init__(self, path, *more):
+            parsed.append(path)
+            super().__init__(path, *more)
+
+    monkeypatch.setattr(package, "GGUFReader", Counted)
+    load_language_model(gguf)
+    assert len(parsed) == 1 and package.GGUFReader is Counted
 
 
 def test_a_gguf_file_is_quantised_once_more(gguf):

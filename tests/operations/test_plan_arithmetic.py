@@ -90,3 +90,8 @@ def test_no_weight_is_made(seven, stream, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(t := empty(*a, **k)) or t)
     plan(seven, stream)
     assert not any(t.numel() > 10**6 and t.device.type != "meta" for t in made)
+
+
+def test_the_batch_is_that_of_language_models(seven, stream):
+    paper = on_paper(pt.Learner(seven, "lora", max_length=512), stream)
+    assert paper.tokens == 8 * 512

@@ -89,7 +89,7 @@ def test_what_cannot_be_chosen_is_refused(run, stream, values, head):
 
 def test_a_language_model_is_read_by_its_own_head(tiny_lm, word_stream, tmp_path):
     stream = pt.load_stream(word_stream, tasks=TASKS[:2], pose="instruction", validation_share=0.25).on_validation()
-    model, options = tiny_lm("llama"), {"training": TRAINING}
+    model, options = tiny_lm("llama"), {"training": {**TRAINING, "max_steps": 4}}
     pt.Learner(model, "task_arithmetic", tmp_path / "r", **options).learn(stream)
     found = accuracy_by_scale(tmp_path / "r", stream, [0.0, 0.3, 2.0])
     for scale in (0.3, 2.0):

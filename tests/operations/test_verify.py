@@ -59,8 +59,9 @@ def test_a_byte_that_is_flipped_or_missing_anywhere_is_found(seed, run):
         assert (found.damages[0].where, found.damages[0].file) == (folder.name, file.name)
 
 
-def test_the_newest_manifest_has_no_commit_that_knows_its_hash(run):
-    """Its own files are known by it, and its parent: what else it says is checked when the next task is committed."""
+def test_the_newest_manifest_of_earlier_versions_has_no_commit_that_knows_its_hash(run):
+    """Its own files are known by it, and its parent: what else it says is checked when the next task is committed.
+    Today's has its own hash (tests/runs/test_faults.py)."""
     manifest = commits(run)[-1] / "commit.json"
     manifest.write_text(manifest.read_text().replace('"parent": "', '"parent": "0'))
     assert [d.what for d in verify(run).damages] == ["does not follow the commit before it"]

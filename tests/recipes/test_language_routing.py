@@ -13,7 +13,7 @@ from perpetune.learning.prediction import frozen_features
 from perpetune.models.loading import load_language_model
 from perpetune.routers import Detector
 
-TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
 TRAINING["learning_rate"] = 0.01
 BOTH = ["language", "language_generated"]
 

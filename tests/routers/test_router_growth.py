@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perpetune.heads.ridge import RidgeHead
-from perpetune.routers import ClassRouter, PooledRouter, RidgeRouter
+from perpetune.routers import ClassRouter, KMeansRouter, PooledRouter, RidgeRouter
 
 WIDTH, LABELS = 6, ("ask", "tell", "order")
 
@@ -94,3 +94,34 @@ def test_a_task_is_held_once():
     for each in (router, again):
         held = {t.data_ptr() for expert in each._experts.values() for s in expert.known.values() for t in s.values()}
         assert {t.data_ptr() for state in each.known.values() for t in state.values()} == held
+
+
+@pytest.mark.parametrize("make", [PooledRouter, KMeansRouter])
+def test_what_is_stored_of_a_task_may_lie_in_a_file(make, tmp_path):
+    """Then it takes no memory, and changes nothing: no sum is made anew."""
+    from safetensors.torch import load_file, save_file
+
+    router, twin = make(), make()
+    generator = torch.Generator().manual_seed(0)
+    for each in (router, twin):
+        each.open(6, ["a", "b", "c", "d"], seed=0)
+    for task in range(2):
+        features, labels = torch.randn(40, 6, generator=generator), torch.arange(40) % 2 + 2 * task
+        for each in (router, twin):
+            each.observe(task, features, labels, [f"{task} {i}" for i in range(40)])
+    queries = torch.randn(8, 6, generator=generator)
+    router.route(queries)
+    for task in range(2):
+        save_file(router.task_state(task), tmp_path / f"{task}.safetensors")
+        before = {name: tensor.data_ptr() for name, tensor in router.known[task].items()}
+        router.hold_mapped(task, load_file(tmp_path / f"{task}.safetensors"))
+        assert all(tensor.data_ptr() != before[name] for name, tensor in router.known[task].items())
+    counted = []
+    for expert in getattr(router, "_experts", {}).values():
+        count = expert._count
+        expert._count = lambda *given, count=count: counted.append(given) or count(*given)
+    assert torch.equal(router.route(queries), twin.route(queries)) and not counted
+    assert router.state().keys() == twin.state().keys()
+    assert all(torch.equal(router.state()[name], tensor) for name, tensor in twin.state().items())
+    router.forget(0), twin.forget(0)
+    assert torch.equal(router.route(queries), twin.route(queries))

@@ -244,6 +244,44 @@ def test_compiled_and_prepared_models_have_the_names_of_plain_ones():
     assert states[0] == states[1] == states[2] != set()
 
 
+@pytest.mark.parametrize("compiled", ["model", "step"])
+def test_compiled_code_takes_the_rules_along(compiled):
+    """To the rounding of compiled code; `eager` traces it, and makes no machine code of it."""
+
+    def learned(model: nn.Module, wraps: bool, rule: Rule) -> list[Tensor]:
+        params, x = [p for p in model.parameters() if p.requires_grad], examples(0)
+        optimizer = torch.optim.AdamW(params, lr=1e-2)
+        network = torch.compile(model, backend="eager") if wraps and compiled == "model" else model
+        attach(network, optimizer, [rule])
+        step = (
+            torch.compile(lambda: optimizer.step(), backend="eager") if wraps and compiled == "step" else optimizer.step
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(x).backward()
+            step()
+        return [p.detach().clone() for p in params]
+
+    torch._dynamo.reset()
+    plain, other, without = (
+        learned(model_of(CASES["ProductL1"], 0), wraps, rule)
+        for wraps, rule in ((False, StepMask(0.3, "update")), (True, StepMask(0.3, "update")), (False, Rule()))
+    )
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, other, strict=True))
+    assert not any(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, without, strict=True))
+
+
+class DeepSpeedEngine(nn.Linear):
+    """Called as DeepSpeed calls its model."""
+
+
+def test_deepspeed_is_refused():
+    model = DeepSpeedEngine(2, 2)
+    with pytest.raises(RuleError, match="use DDP or FSDP2") as refused:
+        attach(model, torch.optim.SGD(model.parameters()), [StepMask(0.5)])
+    assert len(str(refused.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("form", [nn.DataParallel])
 def test_data_parallel_is_refused(form):
     model = form(nn.Linear(2, 2))

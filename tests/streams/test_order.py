@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import perpetune as pt
 from perpetune.core.errors import RunError, StreamError
 from perpetune.recipes.controls import tfidf_ridge
-from perpetune.runs.directory import Run, read_config
+from perpetune.runs.config_file import read_config
+from perpetune.runs.directory import Run
 from perpetune.streams import Stream, fingerprint, load_again, load_stream
 from perpetune.streams.folder import natural
 

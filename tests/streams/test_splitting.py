@@ -104,7 +104,7 @@ def test_refused(reviews: Path, write_task: WriteTask, tmp_path: Path) -> None:
         load_stream(reviews, split_by="class")
     with pytest.raises(StreamError, match="no column `store` .* `text`, `label`, `shop`"):
         load_stream(reviews, split_by="store")
-    with pytest.raises(StreamError, match="is a file: say how to divide it"):
+    with pytest.raises(StreamError, match="is a file: put it into a folder of task folders.*say how to divide it"):
         load_stream(reviews)
     with pytest.raises(StreamError, match="no task `zo` .*did you mean `zoo`"):
         load_stream(reviews, split_by="shop", tasks=["zo"])

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..core.errors import ConfigError, PerpetuneError, first_line
+from ..core.errors import ConfigError, LostProcess, PerpetuneError, first_line
 from ..core.processes import first, launched
 from . import generate, inspect, manage, predict, run, verify
 
@@ -36,7 +36,7 @@ for panel, commands in {
         manage.tune_scale,
         verify.verify,
     ),
-    "Choose": (inspect.list_,),
+    "Choose": (inspect.list_, run.recommend),
 }.items():
     for command in commands:
         app.command(command.__name__.rstrip("_").replace("_", "-"), rich_help_panel=panel)(command)
@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("PERPETUNE_TRACEBACK"):
             raise
-        if first() or not isinstance(error, PerpetuneError):  # which all processes raise alike
+        alike = isinstance(error, PerpetuneError) and not isinstance(error, LostProcess)  # on all processes
+        if first() or not alike:
             typer.echo(f"perpetune: {_line(error)}", err=True)
         code = 2
     if code == 130 and first():  # also from typer, which turns Ctrl-C into it

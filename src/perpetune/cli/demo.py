@@ -11,7 +11,7 @@ from ..core.progress import Progress
 from ..learning.config import CompareConfig, StreamConfig
 from ..metrics.records import ResultRecord, write_records
 from ..operations.compare import compare
-from .output import print_tables, write_page
+from .output import print_failed, print_tables, write_page
 
 RECIPES: list[str | dict[str, Any]] = [
     {"name": "sequential_lora", "rank": 4, "target": "all-linear"},
@@ -45,8 +45,7 @@ def run_demo(out: Path, *, jobs: int, seeds: list[int], progress: Progress) -> l
     records, failed = compare(config, out, "image", progress)
     write_records(out / "results.json", records)
     print_tables(records)
-    for label, reason in failed:
-        typer.echo(f"failed: {label}: {reason}", err=True)
+    print_failed(failed)
     if records:
         page = write_page([], records, out / "report" / "index.html", "compare")
         typer.echo(f"results: {out / 'results.json'}\nreport:  {page}")

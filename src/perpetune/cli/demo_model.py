@@ -66,7 +66,7 @@ def demo_vit(
     for content in (digits.images.tobytes(), digits.labels.tobytes()):
         key.update(content)
     for source in (pretrain, builtin):
-        key.update(Path(source.__file__).read_bytes())
+        key.update(Path(str(source.__file__)).read_bytes())
 
     def make() -> PretrainedViT:
         train, test = (digits.labels[rows] for rows in (~held_out, held_out))

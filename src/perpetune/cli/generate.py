@@ -15,12 +15,15 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="One prompt; its answer is shown as it comes.")] = None,
     input_: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="Prompts: .txt, one a line; .jsonl with prompt or messages."),
+        typer.Option(
+            "--input", metavar="FILE", help="Prompts: .txt, one a line; .jsonl with prompt or messages; CSV, Parquet."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.jsonl", help="Where the rows of --input go, each with its answer as `generated`; else stdout."
+            metavar="FILE",
+            help="The rows of --input with a column `generated`: .jsonl, .csv or .parquet; else stdout.",
         ),
     ] = None,
     task: Annotated[
@@ -49,21 +52,27 @@ def generate(
     """
     from ..core.errors import ConfigError
     from ..learning.learner import Learner
-    from .prompt_files import read_prompts, write_answers
+    from ..streams.predict_files import asked, check_output, generated_lines, read_prompts, write_generated
 
     if (prompt is None) == (input_ is None):
         raise ConfigError("give one prompt, or a file of prompts (--input)")
     if output is not None and input_ is None:
         raise ConfigError("--output is for the answers to --input; that to one prompt is shown")
-    rows: list[dict[str, Any]] = [] if input_ is None else read_prompts(input_)
+    if output is not None:
+        check_output(output)
+    rows = [] if input_ is None else read_prompts(input_)
     imports(import_)
     learner = Learner.open(run, model=model, device=device)
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if prompt is not None:
         learner.generate([prompt], task=task, streamer=_streamer(learner), **how)
         return
-    asked = [row.get("messages") or row["prompt"] for row in rows]
-    write_answers(output, rows, learner.generate(asked, task=task, batch_size=batch_size, **how))
+    answers = learner.generate(list(map(asked, rows)), task=task, batch_size=batch_size, **how)
+    if output is None:
+        typer.echo(generated_lines(rows, answers), nl=False)
+        return
+    write_generated(output, rows, answers)
+    typer.echo(f"{output}: {len(answers)} answers")
 
 
 def _streamer(learner: Any) -> Any:

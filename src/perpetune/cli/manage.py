@@ -61,6 +61,7 @@ def export(
     import sys
 
     from ..core.errors import ConfigError
+    from ..learning.export import Choice
     from ..learning.export import export as write
     from ..learning.learner import Learner
 
@@ -73,7 +74,7 @@ def export(
     choice: dict[str, Any] = {"only": names, "without": without or (), "scales": factors}
     how: dict[str, Any] = {"dtype": dtype, "head": head or not no_head, "format": format, "cumulative": cumulative}
     command = shlex.join(["perpetune", *sys.argv[1:]])
-    folder, told = write(learner.setup, learner.state, out, **choice, **how, command=command)
+    folder, told = write(learner.setup, learner.state, out, Choice(**choice, **how, command=command))
     typer.echo(f"{folder}: {_composed(learner, choice)}; {told}")
     if push_to_hub is not None:
         from ..operations.publish import push_to_hub as push
@@ -245,11 +246,13 @@ def adopt(
     command says what they cannot know.
     """
     from ..core.progress import RichProgress
-    from ..learning.adopted_files import goes_on
     from ..learning.learner import Learner
     from .options import value_of_recipe
 
     given: Any = {"recipe": None if recipe is None else value_of_recipe(recipe), "data": data, "task": task}
     options: Any = {"metric": metric, "same_base": same_base, "progress": RichProgress()}
     learner = Learner.adopt(trained, model, out, **given, **options)
-    typer.echo(f"{out}: `{task}` is its first task; go on with --recipe {goes_on(learner.recipe)!r} --out {out}")
+    typer.echo(
+        f"{out}: `{task}` is its first task, recipe `{learner.recipe.name}`; go on with `perpetune run --stream TASKS "
+        f"--out {out}`, which takes recipe and model from there"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -112,6 +113,42 @@ def value_of(setting: Setting, given: Any) -> Any:
     if origin in (Union, types.UnionType) and given.lstrip().startswith("{"):
         return _yaml(setting.option, given)
     return given
+
+
+def make_command(kind: type[Any], command: str, config: Any, **instead: Any) -> str:
+    """The command line with those settings of a configuration that are not the defaults of `kind`.
+
+    Args:
+        instead: settings of the first level that are others there.
+    """
+    given, settings = {**config.model_dump(exclude_unset=True), **instead}, settings_of(kind, command)
+    words = ["perpetune", command]
+    for setting in settings:
+        value: Any = given
+        for key in setting.path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, dict):  # without what has an option of its own
+            shortcuts = [s.path[-1] for s in settings if s.path[:-1] == setting.path]
+            value = {k: v for k, v in value.items() if k not in shortcuts}
+        if setting.option and value not in (None, {}, [], setting.default):
+            words += _written(setting, value)
+    return shlex.join(words)
+
+
+def _written(setting: Setting, value: Any) -> list[str]:
+    """An option and its value, as `value_of` reads it."""
+    if isinstance(value, bool):
+        return [setting.option if value else f"--no-{setting.option.removeprefix('--')}"]
+    if get_origin(bare(setting.annotation)) is dict:
+        return [word for key, v in value.items() for word in (setting.option, f"{key}={_plain(v)}")]
+    return [setting.option, ",".join(map(_plain, value)) if isinstance(value, list | tuple) else _plain(value)]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    flow = isinstance(value, dict | list)
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip() if flow else str(value)
 
 
 def value_of_recipe(text: str) -> Any:

@@ -39,6 +39,23 @@ def print_tables(records: list[Any]) -> None:
         Console().print(table(aggregated, kind))
 
 
+def print_failed(failed: list[tuple[str, str]]) -> None:
+    """The runs of a comparison that failed, with the reason, on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not failed:
+        return
+    table = Table("failed", "reason", caption="All others are kept; the same command tries these again.")
+    for label, reason in failed:
+        table.add_row(Text(label), Text(reason))
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 1000  # a log has no edge: each is one line
+    console.print(table)
+
+
 def show(found: Any) -> None:
     """A dictionary as JSON, anything else as rich shows it."""
     from rich.console import Console

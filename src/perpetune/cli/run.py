@@ -15,9 +15,10 @@ from .options import (
     MinClassAccuracy,
     MinGain,
     configured,
+    make_command,
     whole_numbers,
 )
-from .output import print_tables, show, write_json, write_page
+from .output import print_failed, print_tables, show, write_json, write_page
 
 if TYPE_CHECKING:
     from ..runs.result import Result
@@ -175,6 +176,10 @@ def compare(settings: CompareConfig, json: JsonFile = None) -> None:
     Settings come from options, or from a YAML file under the names of the configuration, and options win. Controls run
     beside the recipes, so that a figure says something: what training without protection forgets (sequential), what
     training on all data at once reaches (joint), and what the model knew before (frozen_ridge).
+
+    Runs that were made are kept whatever becomes of the others: started again, in the same --out, it makes what is
+    missing; started twice at a time, also on two machines, each makes what the other is not making. `--jobs 4` makes
+    four runs at a time, `--on ray` as many as a Ray cluster has room for.
     """
     from ..core.progress import RichProgress
     from ..metrics.records import write_records
@@ -188,7 +193,38 @@ def compare(settings: CompareConfig, json: JsonFile = None) -> None:
     print_tables(records)
     if records:
         typer.echo(f"report: {write_page([], records, folder / 'report' / 'index.html', 'compare')}")
+    print_failed(failed)
     if failed:
-        for label, reason in failed:
-            typer.echo(f"failed: {label}: {reason}", err=True)
         raise typer.Exit(1)
+
+
+@configured(CompareConfig, "compare")
+def recommend(
+    settings: CompareConfig,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", help="What all runs together may take; those that do not fit are left out."),
+    ] = None,
+    first: Annotated[int, typer.Option(metavar="N", help="On how many tasks recipes are tried: the first N.")] = 3,
+) -> None:
+    """Try the recipes that make sense on a validation share of the first tasks; print a table and the command to run.
+
+    `perpetune recommend --model M --stream my_tasks/ --budget 20`
+
+    The test data is never read. Started again with the same --out, it goes on where it stopped. With --recipes it tries
+    those instead; of figures within half a point, the cheaper recipe is recommended.
+    """
+    from ..core.progress import RichProgress
+    from ..metrics.records import write_records
+    from ..operations.recommend import recommend as tried
+
+    folder = Path(settings.out or "runs/recommend")
+    found = tried(settings, folder, first=first, budget=budget, progress=RichProgress())
+    write_records(folder / "results.json", found.records)
+    print_tables(found.records)
+    for name, why in found.left_out:
+        typer.echo(f"left out: {name}: {why}")
+    for name, error in found.failed:
+        typer.echo(f"failed: {name}: {error}", err=True)
+    chosen = make_command(RunConfig, "run", settings, recipe=found.recipe, out=None)
+    typer.echo(f"{found.recipe if isinstance(found.recipe, str) else found.recipe['name']}: {found.why}\n{chosen}")

@@ -156,6 +156,10 @@ class Consolidation:
     def guarantee(self) -> list[Measurement]:
         return []
 
+    def decision(self) -> str | None:
+        """In one line what decides a prediction on the tasks so far, and why, where that follows from the tasks."""
+        return None
+
 
 def stored_adapter(commit: StoredFiles) -> dict[str, Tensor]:
     for name in ("adapter_model.safetensors", "weights.safetensors"):

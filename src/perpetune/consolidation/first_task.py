@@ -89,7 +89,7 @@ class FirstTask(Continue, PerTaskStates):
 
     def _fold(self, rows: datasets.Dataset) -> tuple[list[int], list[int]]:
         """Indices of the rows to train on and of those held out; all of them for both where one would be empty."""
-        held = [in_holdout(i, self.holdout) for i in rows["id"]]
+        held = [in_holdout(i, self.holdout) for i in rows["id"][:]]
         train, out = ([k for k, is_out in enumerate(held) if is_out is which] for which in (False, True))
         return (train, out) if train and out else (list(range(len(rows))), list(range(len(rows))))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from ..models.backbone import Backbone
 from ..models.precision import check_base, precision, quantised, reduced
 from ..tuners import Additive, Multiplicative, Tuner, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
+from .on_disk import OnDisk
 from .slots import Slots
 from .stack import Stack, stackable
 
@@ -43,15 +44,15 @@ class Merge(Consolidation):
     On a base that is quantised or of half precision, merging would round what tasks have learned: there the past stays
     beside the weights as the low-rank factors that it is (`Stack`), and an export merges them into the fp32 base.
 
-    Memory: of the weights that the tuner touches, and of no others, the base and the sum (or the product) beside the
-    model's own: two more copies in fp32, however many tasks there are.
+    Memory: nothing beside the model. Of the weights that the tuner touches, and of no others, the base and the sum (or
+    the product) lie in a temporary folder: they are read and written once a task, one weight after the other.
     """
 
     branch = "fresh"
     adapters = "sum"
-    _base: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _sum: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _product: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _base: OnDisk = field(default_factory=OnDisk, init=False, repr=False, compare=False)
+    _sum: OnDisk = field(default_factory=OnDisk, init=False, repr=False, compare=False)
+    _product: OnDisk = field(default_factory=OnDisk, init=False, repr=False, compare=False)
     _files: Files = field(default_factory=dict, init=False, repr=False, compare=False)
     _kept: list[Measurement] = field(default_factory=list, init=False, repr=False, compare=False)
     _merge_error: float = field(default=0.0, init=False, repr=False, compare=False)
@@ -90,25 +91,33 @@ class Merge(Consolidation):
         read = self.backbone.responses if free else self.backbone.outputs
         change = relative_change if free else self.backbone.change
         unmerged = read(probe, len(probe))
-        touched = self._gather(self.tuner.change(self.backbone.model), 1.0)
+        touched = self._gather(self.tuner.change(self.backbone.model), 1.0, self._sum, self._product)
         self._write(touched)
         self.backbone.version += 1
         self._merge_error = change(read(probe, len(probe)), unmerged)
 
     def _probe(self, session: Session) -> list:
-        return self.backbone.prepare(session.tasks[0].test.select(range(min(16, len(session.tasks[0].test)))))
+        """Few of free texts, which a language model reads twice for as much as a step of training takes."""
+        test, most = session.tasks[0].test, 16 if session.tasks[0].metric is None else 4
+        return self.backbone.prepare(test.select(range(min(most, len(test)))))
 
     @torch.no_grad()
-    def _gather(self, change: Additive | Multiplicative | None, scale: float) -> list[str]:
-        """Add the change of the adapter that is in the model to the sum, or to the product; the weights it touches."""
+    def _gather(
+        self,
+        change: Additive | Multiplicative | None,
+        scale: float,
+        sums: MutableMapping[str, Tensor],
+        products: MutableMapping[str, Tensor],
+    ) -> list[str]:
+        """Add the change of the adapter that is in the model to sums, or to products; the weights it touches."""
         if isinstance(change, Multiplicative):
-            turned = change.turn(self._product)
-            self._product |= turned
+            turned = change.turn(products)
+            products.update(turned)
             return list(turned)
         deltas = change.deltas() if isinstance(change, Additive) else {}
         for name, delta in deltas.items():
-            total = self._sum.setdefault(name, torch.zeros_like(delta))
-            total.add_(delta, alpha=scale)
+            total = sums[name] if name in sums else torch.zeros_like(delta)
+            sums[name] = total.add_(delta, alpha=scale)
         return list(deltas)
 
     @torch.no_grad()
@@ -117,8 +126,10 @@ class Merge(Consolidation):
         self.backbone.model = self.tuner.detach(self.backbone.model)
         parameters = dict(self.backbone.model.named_parameters())
         for name in touched:
-            base = self._base.setdefault(name, parameters[name].detach().clone())
-            parameters[name].copy_(self._product[name] if name in self._product else base.float() + self._sum[name])
+            if name not in self._base:
+                self._base[name] = parameters[name]
+            turned = name in self._product
+            parameters[name].copy_(self._product[name] if turned else self._base[name].float() + self._sum[name])
 
     def files(self) -> Files:
         return self._files if self._beside is None else self._beside.files()
@@ -151,14 +162,17 @@ class Merge(Consolidation):
         """Add what commits hold, each times a factor: one adapter is put on, takes the values of one after the other,
         and every weight is written once."""
         slots, touched = None, dict[str, None]()
+        sums, products = dict(self._sum), dict(self._product)  # in memory while they change with every commit
         for commit, scale in parts:
             if slots is None:
                 self.backbone.model = self.tuner.attach(self.backbone.model)
                 slots, change = Slots(self.tuner, self.backbone.model), self.tuner.change(self.backbone.model)
             slots.put(stored_adapter(commit))
-            touched |= dict.fromkeys(self._gather(change, scale))
+            touched |= dict.fromkeys(self._gather(change, scale, sums, products))
             self.backbone.version += 1
         if slots is not None:
+            self._sum.update(sums)
+            self._product.update(products)
             self._write(touched)
 
     def guarantee(self) -> list[Measurement]:

@@ -17,6 +17,7 @@ from ..core.errors import ConfigError
 from ..core.measurement import Measurement
 from ..heads import Head
 from ..models.backbone import Backbone
+from ..models.layers import read_layers
 from ..routers import Router, make_router
 from ..tuners import Tuner
 from .adapters import AdapterPerTask
@@ -51,6 +52,7 @@ class PerTask(AdapterPerTask):
             keep to `prior`.
         features: what the router reads: the frozen model's features, or those under the adapter of the first task
             ("first_adapted"; then the routes depend on which task came first).
+        layers: of how many last layers of an encoder the router reads the features, side by side (`read_layers`).
 
     Raises:
         ConfigError: an unknown router; several candidates of a router without probabilities; a setting out of range.
@@ -63,6 +65,7 @@ class PerTask(AdapterPerTask):
     prior: float = 0.0
     features: Features = "frozen"
     frozen: float = field(default=0.0, metadata={"unwritten": 0.0})
+    layers: int = field(default=1, metadata={"unwritten": 1})
 
     def __post_init__(self) -> None:
         self.router: Router = make_router(self.router)
@@ -71,6 +74,8 @@ class PerTask(AdapterPerTask):
         if self.candidates > 1 and type(self.router).log_posterior is Router.log_posterior:
             kind = type(self.router).__name__
             raise ConfigError(f"PerTask: {kind} makes a hard choice: set candidates to 1, or use RidgeRouter")
+        if self.layers < 1:
+            raise ConfigError(f"PerTask: layers={self.layers}: the last one (1), or more")
         for name, weight in (("prior", self.prior), ("frozen", self.frozen)):
             if not 0 <= weight < math.inf:
                 raise ConfigError(f"PerTask: {name}={weight}: a weight, 0 or more")
@@ -79,6 +84,7 @@ class PerTask(AdapterPerTask):
 
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         super().open(backbone, tuner, labels)
+        read_layers(backbone, self.layers)
         self.router.open(backbone.pooled_width, (*labels, FREE_TEXT), seed=0)
 
     # ---- learning ----
@@ -88,10 +94,16 @@ class PerTask(AdapterPerTask):
             rows = session.tasks[0].train
             with self.view(None):
                 seen = self.backbone.pooled(self.backbone.prepare(rows), BATCH)
-            kinds = torch.tensor(rows["label"])
-            self.router.observe(session.index, seen, kinds.where(kinds >= 0, len(self._labels)), rows["id"])
+            kinds = torch.tensor(rows["label"][:])
+            self.router.observe(session.index, seen, kinds.where(kinds >= 0, len(self._labels)), rows["id"][:])
         if session.index in self.router.known:
             self._files[ROUTER] = self.router.task_state(session.index)
+
+    def committed(self, commit: StoredFiles) -> None:
+        """What the router stores of the task can be megabytes: it is read from the commit from now on."""
+        super().committed(commit)
+        if self._files.pop(ROUTER, None) is not None:
+            self.router.hold_mapped(len(self._adapters) - 1, commit.tensors(ROUTER))
 
     def _keep(self, adapter: dict[str, Tensor], classes: Sequence[int], name: str, reopened: int | None) -> None:
         super()._keep(adapter, classes, name, reopened)
@@ -179,6 +191,16 @@ class PerTask(AdapterPerTask):
 
     def guarantee(self) -> list[Measurement]:
         return self.router.guarantee()
+
+    def decision(self) -> str | None:
+        if not self.frozen or not self._adapters:
+            return None
+        if "answers" in self.backbone.offers:
+            return "routed adapters, since no features predict what a language model answers"
+        if not self._opinions()[1]:
+            return "routed adapters alone, since all tasks have the same classes: there is nothing else to find out"
+        read = f"the last {self.backbone.layers} layers" if self.backbone.layers > 1 else "the last layer"
+        return f"routed adapters times the frozen model ({read}), since tasks bring new classes"
 
 
 def _log_softmax(scores: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Replay(Continue):
         super().end_task(session)
         rows = super().rows(session)
         by_class: dict[int, list[tuple[str, int]]] = {}
-        for i, (sample, label) in enumerate(zip(rows["id"], rows["label"], strict=True)):
+        for i, (sample, label) in enumerate(zip(rows["id"][:], rows["label"][:], strict=True)):
             by_class.setdefault(label, []).append((hashlib.sha256(sample.encode()).hexdigest(), i))
         chosen = sorted(i for group in by_class.values() for _, i in sorted(group)[: self.per_class])
         # pictures themselves, not the paths they were read from: the memory must outlive the stream's folder

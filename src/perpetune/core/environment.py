@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -64,11 +65,16 @@ def quick_collection() -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
+    return {**_installed_versions(), "python": sys.version.split()[0], "threads": str(torch.get_num_threads())}
+
+
+@functools.cache
+def _installed_versions() -> dict[str, str]:
+    """Read once: each is a file of thousands of lines to parse."""
     from importlib.metadata import version
 
     names = ("perpetune", "torch", "transformers", "peft", "datasets", "safetensors")
-    found = {name: version(name) for name in names if _installed(name)}
-    return {**found, "python": sys.version.split()[0], "threads": str(torch.get_num_threads())}
+    return {name: version(name) for name in names if _installed(name)}
 
 
 def _installed(name: str) -> bool:

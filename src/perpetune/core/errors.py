@@ -42,6 +42,10 @@ class RunError(PerpetuneError):
     """A run directory cannot be read, written or continued."""
 
 
+class LostProcess(RunError):
+    """Of several processes that train together, another one has ended; each that is left says so by itself."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of others says, in one line; its kind, if it says nothing."""
     lines = str(error).strip().splitlines()

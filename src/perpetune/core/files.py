@@ -20,6 +20,8 @@ from torch import Tensor
 from ..core.errors import RunError
 
 HEADER = TypeAdapter(dict[str, Any])
+ENTRY = 96  # bytes of it, at least
+LAST_ENTRY = re.compile(rb',(\n? )"[^"\n]{1,8}": "[^"\n]{64}"\n?\}\s*\Z')
 ARRAYS = {
     name: np.dtype(kind)
     for name, kind in {
@@ -87,13 +89,46 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = aside_of(path)
     with writing(path):
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def aside_of(path: Path) -> Path:
+    """Where `write_text` writes a file before it is put in place."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sealed(text: str) -> str:
+    """The text of a JSON object, with the hash of all that stands before it as one more entry, the last."""
+    body, end = (text[:-2], ("\n ", "\n}")) if text.endswith("\n}") else (text[:-1], (" ", "}"))
+    return body + _seal(body.encode("utf-8"), end)
+
+
+def as_sealed(content: bytes) -> bool:
+    """Whether the bytes of a JSON object are those that `sealed` made; also where it made none of them.
+
+    A single changed byte is found wherever it is: also in the name of the entry, by the length of its value.
+    """
+    end = content[-2 * ENTRY :]  # a manifest may be long
+    entry = LAST_ENTRY.search(end)
+    if entry is None:
+        return True
+    body, start = content[: len(content) - len(end) + entry.start()], entry[1].decode()
+    return end[entry.start() :].decode(errors="replace") == _seal(body, (start, "\n}" if "\n" in start else "}"))
+
+
+def _seal(body: bytes, around: tuple[str, str]) -> str:
+    start, end = around
+    return f',{start}"sha256": "{hashlib.sha256(body).hexdigest()}"{end}'
 
 
 def write_file(path: Path, content: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import ConfigError, PerpetuneError, RunError, first_line
+from .errors import ConfigError, LostProcess, PerpetuneError, RunError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +51,7 @@ def join(device: str | torch.device | None) -> torch.device:
         The device of this process: of several accelerators the one that is its own.
 
     Raises:
-        ConfigError: they were started for an engine that keeps weights where rules do not find them.
+        ConfigError: they were started for an engine that keeps weights where rules do not find them, or compiled.
     """
     for name, engine in OTHER_ENGINES.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
@@ -57,6 +59,11 @@ def join(device: str | torch.device | None) -> torch.device:
                 f"accelerate was told to use {engine}, and runs train under DDP: take it out of accelerate's "
                 "configuration (FSDP2: pt.attach in a loop of your own, docs/how-to/several-processes.md)"
             )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
+        raise ConfigError(
+            "accelerate was told to compile the model (dynamo_backend), and compiled code follows no adapters that "
+            "come and go with tasks: take it out of accelerate's configuration"
+        )
     import torch
 
     from .environment import default_device
@@ -66,8 +73,34 @@ def join(device: str | torch.device | None) -> torch.device:
         return device
     from accelerate import PartialState
 
-    PartialState(cpu=device.type == "cpu")
+    with all_there():
+        PartialState(cpu=device.type == "cpu")
     return device if device.type == "cpu" else torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def all_there() -> Iterator[None]:
+    """Turn what a collective call says of a process that has ended into what a user can do about it.
+
+    Raises:
+        LostProcess: one of the processes that were started together is not there any more.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if launched() == 1 or not _lost(error):
+            raise
+        raise LostProcess(
+            "another of the processes that were started together has ended, or cannot be reached: every finished task "
+            "is safe, the same command for all of them goes on after it"
+        ) from error
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether an error is of torch's own about other processes; gloo's has no kind, but names the file it is from."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or "/gloo/" in str(error) or "process group" in str(error).lower()
 
 
 def from_first(found: T) -> T:
@@ -104,6 +137,38 @@ def sum_(tensors: Sequence[Tensor]) -> None:
             there = there.cuda()
         distributed.all_reduce(there)
         t.copy_(there)
+
+
+_dividing: ContextVar[bool] = ContextVar("dividing", default=False)
+
+
+@contextmanager
+def divided(whether: bool = True) -> Iterator[None]:
+    """Inside, batches that are read without gradients are dealt to the processes, which all come here alike."""
+    token = _dividing.set(whether)
+    try:
+        yield
+    finally:
+        _dividing.reset(token)
+
+
+def dealt(number: int) -> bool:
+    """Whether the batch of this number is this process's own to read; outside of `divided` each reads all."""
+    return not _dividing.get() or together() == 1 or number % together() == int(os.environ["RANK"])
+
+
+def joined(rows: Tensor) -> None:
+    """Put together, in place, what each process has read of `rows` (fp32), which are 0 where it has not: to the bit,
+    since they are added up as whole numbers. A collective call inside of `divided`."""
+    if _dividing.get():
+        import torch
+
+        sum_([rows.view(torch.int32)])
+
+
+def parts(found: T) -> list[T]:
+    """What each process has found of batches dealt to it. A collective call inside of `divided`."""
+    return from_all(found) if _dividing.get() else [found]
 
 
 def by_first(do: Callable[[], object]) -> None:

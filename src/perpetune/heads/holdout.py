@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -78,10 +79,26 @@ class HoldoutMoments:
         root = U * d.clamp(min=0).sqrt()  # root root^T = Theta^T S Theta
         C, draws = len(root), max(FEWEST_DRAWS, DRAWS // len(self.present))
         D = None if self.D is None else self.D @ Theta  # (present x B x C)
+        shards = 0 if D is None else D.shape[1]
+        parts = torch.arange(len(self.present)).split(max(1, ENTRIES // (draws * C)))
         g = torch.Generator().manual_seed(0)
-        for rows in torch.arange(len(self.present)).split(max(1, ENTRIES // (draws * C))):
-            z = torch.randn(len(rows), draws, C, generator=g, dtype=torch.float64) @ root.T
+        for rows in parts:
+            size = (len(rows), draws, C, shards)
+            z, e = _only_normals(*size) if len(parts) == 1 else _normals(*size, g)
+            z = z @ root.T
             if D is not None:
-                e = torch.randn(len(rows), draws, D.shape[1], generator=g, dtype=torch.float64)
                 z = self.own[rows].sqrt() * (e @ D[rows]) + (1 - self.own[rows]).sqrt() * z
             yield centres[rows][:, None] + z, self.present[rows], self.n[rows]
+
+
+def _normals(classes: int, draws: int, C: int, shards: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Standard normal numbers, (classes x draws x C) and (classes x draws x shards)."""
+    z = torch.randn(classes, draws, C, generator=g, dtype=torch.float64)
+    return z, torch.randn(classes, draws, shards, generator=g, dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=2)
+def _only_normals(classes: int, draws: int, C: int, shards: int) -> tuple[Tensor, Tensor]:
+    """Those of all classes at once, kept (at most `ENTRIES`, 16 MB): drawing them takes ten times as long as all else
+    that is done for a read-out, and a head compares dozens."""
+    return _normals(classes, draws, C, shards, torch.Generator().manual_seed(0))

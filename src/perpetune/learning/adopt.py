@@ -24,6 +24,7 @@ from ..runs.directory import Run
 from ..streams import Stream, Task, load_stream
 from ..streams.tokens import METRIC, SOURCE
 from .adopted_files import adapter_config, adapter_tensors, check_base, check_fits, with_adapter
+from .committing import commit_session
 from .kept import named
 from .language_losses import passages
 from .opening import Opened
@@ -31,6 +32,7 @@ from .session import Training, gather, task_seed
 from .state import LearnerState
 from .task_loop import TaskLoop
 from .trainer import TrainingLog
+from .trainer_choice import settle
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -88,7 +90,7 @@ def adopt(
     if states is not None and data is None:
         raise ConfigError(f"recipe `{made.name}` finds tasks by their inputs: give a sample of the data (--data)")
     tensors = adapter_tensors(folder) if config is not None else _model_tensors(folder, learner)
-    stream = _stream(setup.path.name, name, data, metric, backbone)
+    stream = settle(setup, _stream(setup.path.name, name, data, metric, backbone), backbone)
     opened = Run.open(setup.path, setup.config(stream, backbone))
     try:
         if len(opened.commits) > 1:
@@ -134,7 +136,7 @@ class Adoption(TaskLoop):
             trainable = sum(t.numel() for t in tensors.values())
             facts = self._facts(session, measured, trainable)
             facts["adopted"] = {"kind": "model" if whole else "adapter", "name": folder.name, "unknown": unknown}
-            commit = self._commit(session, {**consolidation.files(), **state.files(predictions)}, facts)
+            commit = commit_session(self.run, state, session.name, predictions, facts)
         self.log = TrainingLog(0, None, None)
         self._note(commit, session)
         for text in unknown:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +118,3 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
             "embeddings, save that with the tokenizer, and adopt the adapter without them (save_embedding_layers=False)"
         )
     return found
-
-
-def goes_on(recipe: Recipe) -> str:
-    """A recipe as `--recipe` takes it: its name, where that says all; else all of it."""
-    written, parts = recipe.to_dict(), ("tuner", "rules", "consolidation")
-    try:
-        known = make_recipe(recipe.name).to_dict()
-    except ConfigError:
-        known = {}
-    return recipe.name if all(known.get(k) == written[k] for k in parts) else json.dumps(written)

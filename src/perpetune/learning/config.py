@@ -162,6 +162,44 @@ class CompareConfig(RunConfig):
     jobs: int = setting(
         1, "Runs at a time, each in its own process.", panel="Comparison", example="2", commands=("compare",), ge=1
     )
+    retries: int = setting(
+        2,
+        "How often a run is tried again whose process or machine is lost; it goes on after its last finished task.",
+        panel="Comparison",
+        example="5",
+        commands=("compare",),
+        ge=0,
+    )
+    on: Literal["processes", "ray"] = setting(
+        "processes",
+        "Where runs are made: in processes of this machine, or on a Ray cluster (ray).",
+        panel="Comparison",
+        example="ray",
+        commands=("compare",),
+    )
+    address: str | None = setting(
+        None,
+        "Of the Ray cluster, as usual in Ray; by default $RAY_ADDRESS, or the cluster of this machine, or a new one.",
+        panel="Comparison",
+        example="auto",
+        commands=("compare",),
+    )
+    num_cpus: float | None = setting(
+        None,
+        "CPUs of each run: its threads, and what Ray reserves. By default 1 on Ray; here an equal share.",
+        panel="Comparison",
+        example="4",
+        commands=("compare",),
+        gt=0,
+    )
+    num_gpus: float | None = setting(
+        None,
+        "GPUs of each run, below 1 where several share one. By default 1 where there are any.",
+        panel="Comparison",
+        example="0.5",
+        commands=("compare",),
+        ge=0,
+    )
 
 
 def settings_reference() -> list[Setting]:

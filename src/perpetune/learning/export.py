@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,41 +34,51 @@ if TYPE_CHECKING:
 FORMATS = ("merged", "adapters")
 
 
-def export(
-    setup: Setup,
-    state: LearnerState,
-    folder: Path,
-    only: Sequence[str] | None = None,
-    without: Collection[str] = (),
-    scales: Mapping[str, float] | None = None,
-    dtype: str = "float32",
-    head: bool | str = True,
-    format: str = "merged",
-    cumulative: bool = False,
-    command: str = "",
-) -> tuple[Path, str]:
-    """See `Learner.export`; also what became of the head, in words.
+@dataclass(frozen=True)
+class Choice:
+    """What is exported, and how; see `Learner.export`.
 
-    Args:
+    Attributes:
         command: that makes the export, for its card.
     """
+
+    only: Sequence[str] | None = None
+    without: Collection[str] = ()
+    scales: Mapping[str, float] | None = None
+    dtype: str = "float32"
+    head: bool | str = True
+    format: str = "merged"
+    cumulative: bool = False
+    command: str = ""
+
+    @property
+    def everything(self) -> bool:
+        return self.only is None and not self.without and not self.scales
+
+    def of(self, learned: Sequence[str]) -> dict[str, float]:
+        """See `choose`."""
+        return choose(learned, self.only, self.without, self.scales)
+
+
+def export(setup: Setup, state: LearnerState, folder: Path, choice: Choice) -> tuple[Path, str]:
+    """See `Learner.export`; also what became of the head, in words."""
     backbone = state.backbone
     if not backbone.network:
         raise ConfigError(f"recipe `{state.recipe.name}` has no network to export")
-    if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype is float32 or bfloat16, not `{dtype}`")
+    if choice.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype is float32 or bfloat16, not `{choice.dtype}`")
     commits = Run.read(setup.path).commits
     if not commits:
         raise ConfigError("nothing is learned yet: call learn(stream) first")
-    if format not in FORMATS or (cumulative and format == "merged"):
-        raise ConfigError(f"format is {' or '.join(FORMATS)}, not `{format}`; cumulative goes with adapters")
-    if isinstance(head, str):
-        chosen_head(state, head)
-    if format == "adapters":
+    if choice.format not in FORMATS or (choice.cumulative and choice.format == "merged"):
+        raise ConfigError(f"format is {' or '.join(FORMATS)}, not `{choice.format}`; cumulative goes with adapters")
+    if isinstance(choice.head, str):
+        chosen_head(state, choice.head)
+    if choice.format == "adapters":
         from .export_adapters import export_adapters  # which composes as is done here
 
-        return export_adapters(setup, state, folder, only, without, scales, dtype, head, cumulative, command)
-    everything, chosen = only is None and not without and not scales, {}
+        return export_adapters(setup, state, folder, choice)
+    everything, chosen = choice.everything, {}
     if everything and state.consolidation.states is None and not reduced(backbone.model):
         model: Any = plain(copy.deepcopy(backbone.model), commits[-1].path)
     elif everything and state.consolidation.states is None:
@@ -75,19 +86,19 @@ def export(
         consolidation.restore(active(commits))
         model = plain(backbone.model, commits[-1].path)
     else:
-        chosen = choose(commits[-1].manifest["learned"], only, without, scales)
+        chosen = choice.of(commits[-1].manifest["learned"])
         backbone, consolidation = fresh(setup, state)
         by_task = {c.manifest["task"]: c for c in active(commits)}
         consolidation.compose(by_task, chosen)
         model = plain(backbone.model, by_task[list(chosen)[-1]].path if chosen else commits[-1].path)
-    if not head:
+    if not choice.head:
         exported = ExportedHead(model, False, "without its head")
     elif everything:
-        exported = with_head(state, model, head)
+        exported = with_head(state, model, choice.head)
     else:
         exported = ExportedHead(model, False, "its head reads the features of all tasks, and stays in the run")
     note = note_of(chosen) if chosen else ""
-    saved: Any = exported.model.to(dtype=getattr(torch, dtype))
+    saved: Any = exported.model.to(dtype=getattr(torch, choice.dtype))
 
     def write(aside: Path) -> None:
         with quiet():
@@ -95,7 +106,7 @@ def export(
         backbone.save_processors(str(aside))
         if exported.beside and exported.readout is not None:
             write_beside(aside, exported.readout, exported.labels, backbone)
-        write_text(aside / CARD, model_card(setup, state, about_merged(exported, backbone, command, note)))
+        write_text(aside / CARD, model_card(setup, state, about_merged(exported, backbone, choice.command, note)))
 
     write_folder(folder, write)
     old = not exported.beside and (folder / FILES[1]).exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..heads.readout import Readout
 from ..models.backbone import Backbone
 from ..runs.commit import Commit, active
 from ..runs.directory import Run, write_folder
-from .export import choose, fresh, plain
+from .export import Choice, fresh, plain
 from .export_head import base_of, chosen_head, linear_head, write_beside
 from .lora_factors import Change, adapter_files, found_factors, joined, stored_factors
 from .model_card import CARD, about_adapters, model_card, note_of
@@ -37,41 +37,30 @@ class Wanted:
     parts: tuple[tuple[Commit, float], ...]
 
 
-def export_adapters(
-    setup: Setup,
-    state: LearnerState,
-    folder: Path,
-    only: Sequence[str] | None = None,
-    without: Collection[str] = (),
-    scales: Mapping[str, float] | None = None,
-    dtype: str = "float32",
-    head: bool | str = True,
-    cumulative: bool = False,
-    command: str = "",
-) -> tuple[Path, str]:
+def export_adapters(setup: Setup, state: LearnerState, folder: Path, choice: Choice) -> tuple[Path, str]:
     """See `Learner.export`, with `format="adapters"`; also what was written, in words.
 
     Raises:
         ConfigError: a recipe without adapters, a change that is no LoRA of small rank, or an unknown choice.
     """
     commits = active(Run.read(setup.path).commits)
-    if cumulative and state.consolidation.adapters == "each":
+    if choice.cumulative and state.consolidation.adapters == "each":
         raise ConfigError(
             "every task has an adapter of its own, so there is none that accumulates: leave out cumulative"
         )
-    wanted = _wanted(state, commits, only, without, scales, cumulative)
+    wanted = _wanted(state, commits, choice)
     base, task_type = _base(setup), _task_type(state.backbone)
     model, found = base_of(state.backbone), []
     for each in wanted:
-        change = _cast(_change(setup, state, commits, each), dtype)
+        change = _cast(_change(setup, state, commits, each), choice.dtype)
         served = replace(each.served, rank=max(factors.rank for factors in change.values()))
         found.append((served, adapter_files(change, base, task_type, model)))
     told, tensors = routes(state, [served for served, _ in found], base)
-    everything = only is None and not without and not scales
-    heads = {served.name: _head(state, served, head) for served, _ in found if everything or served.index >= 0}
+    headed = [served for served, _ in found if choice.everything or served.index >= 0]
+    heads = {served.name: _head(state, served, choice.head) for served in headed}
 
-    summed = state.consolidation.adapters == "sum" and not everything
-    note = note_of(choose(list(state.known.tasks), only, without, scales)) if summed else ""
+    summed = state.consolidation.adapters == "sum" and not choice.everything
+    note = note_of(choice.of(list(state.known.tasks))) if summed else ""
 
     def write(aside: Path) -> None:
         for served, files in found:
@@ -83,7 +72,7 @@ def export_adapters(
         write_text(aside / ROUTES, json.dumps(told, indent=1, ensure_ascii=False))
         if tensors:
             write_file(aside / ROUTER, tensors)
-        about = about_adapters(state.backbone, told, heads, command, note)
+        about = about_adapters(state.backbone, told, heads, choice.command, note)
         write_text(aside / CARD, model_card(setup, state, about))
 
     earlier = _names(folder)
@@ -97,18 +86,11 @@ def export_adapters(
     return folder, f"LoRA of {', '.join(names)} for {base}{router}"
 
 
-def _wanted(
-    state: LearnerState,
-    commits: Sequence[Commit],
-    only: Sequence[str] | None,
-    without: Collection[str],
-    scales: Mapping[str, float] | None,
-    cumulative: bool,
-) -> list[Wanted]:
+def _wanted(state: LearnerState, commits: Sequence[Commit], choice: Choice) -> list[Wanted]:
     consolidation, learned = state.consolidation, list(state.known.tasks)
-    chosen = choose(learned, only, without, scales)
+    chosen = choice.of(learned)
     if consolidation.adapters == "each":
-        if scales:
+        if choice.scales:
             raise ConfigError("every task has an adapter of its own, which a scale would spoil: leave out the scale")
         states: Any = consolidation.states
         of: dict[int, list[str]] = {}
@@ -127,7 +109,7 @@ def _wanted(
         kind = type(consolidation).__name__
         raise ConfigError(f"{kind} leaves no adapters that could be served: use --format merged")
     if consolidation.adapters == "newest":
-        if only is not None or without or scales:
+        if not choice.everything:
             raise ConfigError("one adapter was trained on all tasks, so none can be chosen, left out or scaled")
         steps: list[tuple[list[str], tuple[tuple[Commit, float], ...]]]
         steps = [(list(commit.manifest["learned"]), ((commit, 1.0),)) for commit in commits]
@@ -140,7 +122,7 @@ def _wanted(
         Wanted(Served(name, tuple(t for t in tasks if t in learned), _labels(state, parts[-1][0]), -1, 0), parts)
         for name, (tasks, parts) in zip(names, steps, strict=True)
     ]
-    return found if cumulative else found[-1:]
+    return found if choice.cumulative else found[-1:]
 
 
 def _labels(state: LearnerState, commit: Commit) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ greedy answers to them; and the share of prompts whose greedy answer is still th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ import datasets
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, StreamError
 from ..core.measurement import Measurement
 from ..models.answer_scoring import generate, last_logits, positions
 from ..models.backbone import Examples
 from ..models.language_model import LanguageBackbone
+from ..streams.predict_files import asked, read_prompts
 from .language_losses import SOURCE
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ KL, SAME = "KL from the untouched model on general prompts", "general prompts an
 
 
 def read_general(given: str | Path | Sequence[Any] | None) -> tuple[Any, ...]:
-    """Prompts as they are, or of a file: .txt, one a line; .jsonl with `prompt` or `messages` on each.
+    """Prompts as they are, or of a file, see `read_prompts`.
 
     Raises:
         ConfigError: the file cannot be read, or holds something else.
@@ -43,20 +43,12 @@ def read_general(given: str | Path | Sequence[Any] | None) -> tuple[Any, ...]:
         return ()
     if not isinstance(given, (str, Path)):
         return tuple(given)
-    path = Path(given)
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        rows = [json.loads(line) if path.suffix == ".jsonl" else {"prompt": line} for line in lines]
-        found = [row["messages"] if "messages" in row else row["prompt"] for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"general: {path} holds no prompts ({type(error).__name__}: {error}): give .txt with one a line, or .jsonl "
-            "with `prompt` or `messages`"
-        ) from error
-    if not found:
-        raise ConfigError(f"general: {path} holds no prompt")
+        found = [asked(row) for row in read_prompts(Path(given))]
+    except StreamError as error:
+        raise ConfigError(f"general: {error}") from error
     if len({isinstance(each, str) for each in found}) > 1:
-        raise ConfigError(f"general: {path} mixes prompts and messages: give one kind")
+        raise ConfigError(f"general: {given} mixes prompts and messages: give one kind")
     return tuple(found)
 
 

@@ -12,7 +12,8 @@ from datasets import Features, Value
 
 from ..core.errors import RunError, StreamError
 from ..runs.commit import Commit, active
-from ..runs.directory import CONFIG, Run, read_config
+from ..runs.config_file import CONFIG, read_config
+from ..runs.directory import Run
 from ..streams import Stream, Task, fingerprint, split_fingerprints
 
 

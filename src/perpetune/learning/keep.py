@@ -20,11 +20,13 @@ from ..core.measurement import Measurement, finite
 from ..recipes.recipe import Recipe
 from ..rules import Attached, TaskContext, attach
 from ..runs.commit import Commit
+from ..runs.config_check import SAVING
 from ..runs.directory import Run
 from ..runs.result import BEFORE
 from ..streams import Task, fingerprint, split_fingerprints
 from ..streams.tokens import METRIC, as_rows, without_rows
 from . import kept
+from .committing import commit_session, commit_untouched
 from .given_model import GivenModel
 from .keep_checks import (
     check_finite,
@@ -34,11 +36,10 @@ from .keep_checks import (
     check_trainer,
     trainer_of,
 )
-from .language_losses import general_loss, measured_language
 from .likelihoods import HEAD, filed, likelihoods, losses
 from .session import Training, task_seed
 from .state import LearnerState
-from .task_loop import UNTOUCHED, begun
+from .task_loop import begun
 from .token_rows import TokenBackbone, token_rows
 from .trainer import check_buffers
 from .training_settings import HONOURED
@@ -154,7 +155,7 @@ class Keep(TrainerCallback):
             try:
                 self._before = likelihoods(self.state, self.stream, len(self._learned), ended=False)
                 if not self.run.commits:
-                    self._commit_untouched()
+                    commit_untouched(self.run, self.state, filed(self._before))
                 self.training = Training(self.state, self.session)
                 self.context = TaskContext(
                     self.state.backbone, begun(self.run), self.training.batches, self.training.losses, warnings.warn
@@ -195,12 +196,6 @@ class Keep(TrainerCallback):
             kept.as_before(run, self.commits[-1].digest)
         return run
 
-    def _commit_untouched(self) -> None:
-        facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
-        if measured_language(self.state):
-            facts["general_loss"] = general_loss(self.state.backbone, self.state.setup.batch_size)  # type: ignore[arg-type]
-        self.run.commit(UNTOUCHED, {"predictions.safetensors": filed(self._before)}, facts)
-
     # ---- when training ends ----
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
@@ -238,17 +233,16 @@ class Keep(TrainerCallback):
         predictions = filed(scores)
         if self._learned:
             predictions |= filed({k: v for k, v in self._before.items() if k == self.task}, BEFORE)
-        files = {**consolidation.files(), **learner.files(predictions)}
         self.run.grow({"stream": learner.setup.config(self.stream, backbone)["stream"]})
         facts = self._facts(measured, sum(p.numel() for p in trained), list(scores))
-        commit = self.run.commit(self.task, files, facts)
+        commit = commit_session(self.run, learner, self.task, predictions, facts)
         self._done = True
         self._note(commit, state, began)
         self._model.hand_back(backbone)
 
     def _facts(self, measured: list[Measurement], trainable: int, scored: Sequence[str]) -> dict[str, Any]:
         task, args = self.session.tasks[0], self._trainer.args
-        said = {name: getattr(args, name) for name in sorted(HONOURED) if hasattr(args, name)}
+        said = {name: getattr(args, name) for name in sorted(HONOURED.difference(SAVING)) if hasattr(args, name)}
         left_out = [] if task.name in scored else ["scores: the trainer has no eval_dataset of this task"]
         left_out += [f"eval_dataset `{name}`: it is called as no task" for name in self._unread]
         heads = [head.name for head in self.state.heads if head.observes]

@@ -24,7 +24,8 @@ from ..recipes import make_recipe
 from ..recipes.recipe import Recipe
 from ..runs.commit import Commit, active, reverted
 from ..runs.config_check import check_same
-from ..runs.directory import CONFIG, Run, read_config
+from ..runs.config_file import CONFIG, read_config
+from ..runs.directory import Run
 from ..streams import Stream, Task
 from ..streams.splitting import slug
 from ..streams.tokens import SOURCE, without_rows

@@ -27,7 +27,7 @@ from .adopt import adopt
 from .config import RunConfig
 from .general import read_general
 from .generation import Generation, generate
-from .opening import arguments_of, reopened
+from .opening import arguments_of, going_on, reopened
 from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
@@ -49,12 +49,11 @@ class Learner:
             features.
         training: names of `TrainingArguments` (and TRL's `SFTConfig`), and our own; see `resolve_training`.
         seed: decides everything random; progress: a display; None shows nothing.
-        trainer, response_prefix: see `settle`.
+        trainer, response_prefix: see `settle`; processor: of a model in memory, where it is given alone.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
         general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
         device: where to train and predict; None takes an accelerator where there is one, each process its own.
-        processor: of a model in memory, where it is given alone.
         loading: names of `Loading`: pooling, dtype, device_map and others.
 
     Raises:
@@ -96,6 +95,7 @@ class Learner:
             heads_given=bool(heads),
             path=path,
             training=resolve_training(made.training, training or {}),
+            given=frozenset(training or ()),
             loading=Loading(**loading),
             evaluate_every=evaluate_every,
             general=read_general(general),
@@ -109,12 +109,12 @@ class Learner:
 
     @classmethod
     def from_config(cls, config: RunConfig, **instead: Any) -> Learner:
-        """The learner that a configuration describes; `instead` replaces arguments of the constructor."""
+        """The learner of a configuration, see `going_on`; `instead` replaces arguments of the constructor."""
         import_modules(config.imports)
         recipe = config.recipe if isinstance(config.recipe, str) else config.recipe.get("name", "custom")
         own = RunConfig.model_fields.keys() - {"model", "stream", "out", "imports"}
         settings = {"run": config.out or Path("runs") / recipe, **{name: getattr(config, name) for name in own}}
-        return cls(config.model, **{**settings, **instead})
+        return cls(**{"model": config.model, **settings, **going_on(config), **instead})
 
     @classmethod
     def described(cls, run: str | Path, **options: Any) -> Learner:
@@ -292,8 +292,8 @@ class Learner:
                 task, head or format; tasks that leave nothing to choose from.
             RunError: the folder is a run directory, or cannot be written; then nothing of it is there.
         """
-        choice = (only, without, scales, dtype, head, format, cumulative)
-        return export.export(self.setup, self.state, Path(folder), *choice)[0]
+        choice = export.Choice(only, without, scales, dtype, head, format, cumulative)
+        return export.export(self.setup, self.state, Path(folder), choice)[0]
 
     def fresh(self) -> tuple[Backbone, Consolidation]:
         """The base model once more, untouched, and the recipe's consolidation over it, nothing restored yet."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..core.files import writing
+from ..core.files import write_text, writing
 
 FILE = "losses.jsonl"
 POINTS = 60  # of a curve in the journal, at most
@@ -32,6 +32,24 @@ class LossLog(TrainerCallback):
 
     def __init__(self, task: str, path: Path | None, show: Callable[[str], None]) -> None:
         self.task, self.path, self.show = task, path, show
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the losses of steps that are made again: those of a training that was interrupted stand last."""
+        if self.path is None or not state.is_world_process_zero or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        stay = len(lines)
+        while stay and self._again(lines[stay - 1], state.global_step):
+            stay -= 1
+        if stay < len(lines):
+            write_text(self.path, "".join(lines[:stay]))
+
+    def _again(self, line: str, step: int) -> bool:
+        try:
+            found = json.loads(line)
+        except ValueError:  # cut short by a crash
+            return True
+        return bool(found["task"] == self.task and found["step"] > step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:

@@ -12,23 +12,26 @@ from torch import Tensor
 
 from ..core.environment import versions
 from ..core.errors import ConfigError, RunError, StreamError
-from ..core.processes import launched
+from ..core.processes import divided, launched
 from ..models.backbone import Backbone
 from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
 from ..runs.commit import active, reverted
 from ..runs.config_check import BATCH, together
-from ..runs.directory import Run, read_config
+from ..runs.config_file import CONFIG, read_config
+from ..runs.directory import Run
 from ..runs.result import JOINED, NO_READING
 from ..streams import Stream
 from .class_weights import SETTING, check_class_weights
+from .config import RunConfig
 from .general import general_of
 from .gone_data import check_needed, completed, told, with_known_scenario
 from .retry import set_aside
 from .setup import Setup, task_settings
 from .state import LearnerState
 from .trainer_choice import OLD, check_trl_settings, settle, settled
-from .training_settings import DEFAULTS, REFUSED, check_training
+from .training_defaults import DEFAULTS
+from .training_settings import REFUSED, check_training
 
 
 class Opened(NamedTuple):
@@ -43,6 +46,15 @@ class Opened(NamedTuple):
     stream: Stream
     state: LearnerState
     joined: dict[str, Tensor]
+
+
+def going_on(config: RunConfig) -> dict[str, Any]:
+    """Recipe and model of the run that is there already, where a configuration does not name them."""
+    if config.out is None or not (Path(config.out) / CONFIG).is_file():
+        return {}
+    written = read_config(Path(config.out))
+    recipe = {} if "recipe" in config.model_fields_set else {"recipe": written["recipe"]}
+    return {**recipe, "model": config.model or written.get("model_name")}
 
 
 def arguments_of(path: Path, given: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -207,7 +219,7 @@ def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Ru
     if not joined:
         return {}
     state = untouched()
-    with setup.progress:
+    with setup.progress, divided():
         found = state.evaluator.predictions(stream, None, state.heads, state.consolidation, joined)
     return filed(JOINED, found)
 

@@ -16,7 +16,9 @@ from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
 from ..models.language_model import LanguageBackbone
 from ..models.prompt_examples import cut_line
+from ..runs.directory import Run
 from ..streams import Task
+from .checkpoints import Checkpoints, key_of, saving
 from .class_weights import SETTING, class_weights
 from .loss_log import FILE, LossLog, logging_steps
 from .setup import task_settings
@@ -24,7 +26,7 @@ from .state import LearnerState
 from .token_masking import STM, mask_tokens
 from .trainer import TaskModel, TrainingLog, train_task
 from .trainer_choice import OLD
-from .training_settings import count_steps
+from .training_settings import REPORTING, count_steps
 from .trl_training import packed_count
 
 
@@ -79,7 +81,26 @@ class Training:
                 "tell it from: its loss is 0, and this class is predicted until a task brings another"
             )
 
-    def train(self, of: int, step_limit: int | None = None) -> TrainingLog:
+    def steps(self, limit: int | None = None) -> int:
+        """Optimizer steps, `limit` at most."""
+        setup, settings = self.state.setup, self.state.setup.training_of(self.session.tasks)
+        steps = step_budget(self.session, setup.training)
+        if settings.get("packing"):  # an epoch has fewer rows
+            count = packed_count(self.state.backbone, self.examples, settings.get("packing_strategy", "bfd"))
+            steps = min(steps, count_steps(count, settings))
+        return steps if limit is None else min(steps, limit)
+
+    def checkpoints(self, run: Run, steps: int) -> Checkpoints | None:
+        """Those inside this task, the newest one found and given to the rules; None where none are kept."""
+        state, settings = self.state, self.state.setup.training_of(self.session.tasks)
+        if not self.learns or saving(settings)["save_strategy"] == "no":
+            return None
+        key = key_of(run, self.session, settings, steps, REPORTING)
+        found = Checkpoints(run, self.session.name, key, state.recipe.rules)
+        found.look(state.known.tasks, state.setup.progress)
+        return found
+
+    def train(self, of: int, steps: int, checkpoints: Checkpoints | None = None) -> TrainingLog:
         """
         Args:
             of: number of sessions of the run, for the display.
@@ -91,11 +112,6 @@ class Training:
             self.trainable = 0
             return TrainingLog(0, None, None)
         settings = setup.training_of(session.tasks)
-        steps = step_budget(session, setup.training)
-        if settings.get("packing"):  # an epoch has fewer rows
-            count = packed_count(backbone, self.examples, settings.get("packing_strategy", "bfd"))
-            steps = min(steps, count_steps(count, settings))
-        steps = steps if step_limit is None else min(steps, step_limit)
         title = f"{state.recipe.name} · {session.name} ({session.index + 1}/{of}) · train"
         with setup.progress.bar(title, steps) as advance:
             return train_task(
@@ -111,6 +127,7 @@ class Training:
                 logs=setup.path / "logs" / session.name,
                 callbacks=[LossLog(session.name, setup.path / FILE, setup.progress.note)],
                 by=setup.trainer or OLD,
+                checkpoints=checkpoints,
             )
 
     def close_heads(self) -> None:
@@ -161,9 +178,9 @@ def gather(state: LearnerState, tasks: Sequence[Task], new: Sequence[Task] = (),
                 head.carry(before, after)
     for task in tasks if anew else new if observing else ():
         features = state.evaluator.observed(task, state.consolidation.states)
-        labels = torch.tensor(task.train["label"])
+        labels, ids = torch.tensor(task.train["label"][:]), task.train["id"][:]
         for head in observing if task in new else anew:
-            head.observe(features, labels, task.train["id"])
+            head.observe(features, labels, ids)
 
 
 def step_budget(session: Session, training: dict[str, Any]) -> int:

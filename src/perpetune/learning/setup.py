@@ -20,7 +20,7 @@ from ..models.language_model import LanguageBackbone
 from ..models.loading import load_model
 from ..models.precision import Loading, check_base, dequantised, precision, quantised
 from ..recipes.recipe import Recipe
-from ..runs.directory import CONFIG, read_config
+from ..runs.config_file import CONFIG, read_config
 from ..streams import Stream, Task
 from .compatibility import suited
 from .trainer_choice import AUTO, TrainerName
@@ -38,7 +38,7 @@ class Setup:
         recipe: untouched; whoever trains with it takes a copy, since rules, heads and consolidations hold state.
         heads_given: whether the user chose the heads.
         path: the run directory.
-        training: complete training settings, see `resolve_training`.
+        training: complete training settings, see `resolve_training`; given: names of those that the user gave.
         loading: how the model is loaded.
         evaluate_every, seed, device, progress: see `Learner`; general: its prompts.
         trainer, response_prefix: see `Learner`; None until `settle` has chosen them.
@@ -55,6 +55,7 @@ class Setup:
     device: torch.device
     progress: Progress
     general: tuple[Any, ...] = ()
+    given: frozenset[str] = frozenset()
     trainer: TrainerName | None = None
     response_prefix: str | None = None
 
@@ -84,11 +85,15 @@ class Setup:
         check_base(keeps, loading.quantization is not None, asked, self.recipe.name)
         with loaded_from(None if isinstance(self.model, InMemory) else self.model):
             backbone = load_model(self.model, modality, loading)
-        if isinstance(backbone, LanguageBackbone) and self.response_prefix is not None:
-            backbone.tokens.prefix = None if self.response_prefix == AUTO else self.response_prefix
+        self.put_prefix(backbone)
         found = precision(backbone.model)
         check_base(keeps, quantised(backbone.model), found if found in HALF else None, self.recipe.name)
         return backbone if loading.device_map is not None else backbone.to(self.device)
+
+    def put_prefix(self, backbone: Backbone) -> None:
+        """Tell a language model what stands between its prompts and their responses, once that is chosen."""
+        if isinstance(backbone, LanguageBackbone) and self.response_prefix is not None:
+            backbone.tokens.prefix = None if self.response_prefix == AUTO else self.response_prefix
 
     def loading_of(self, modality: str) -> Loading:
         """How the model is loaded, with the precision where the user leaves it open: as a run that is there was made;

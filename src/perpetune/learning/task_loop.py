@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers.trainer_utils import set_seed
@@ -14,14 +14,15 @@ from ..consolidation import Session
 from ..core.environment import peak_memory, quick_collection
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement, finite
-from ..models.language_model import LanguageBackbone
+from ..core.processes import all_there, divided
 from ..rules import TaskContext
 from ..runs.commit import Commit, active
 from ..runs.directory import Run
 from ..runs.result import BEFORE
 from ..streams import Stream, Task, fingerprint, split_fingerprints
+from .committing import commit_session, commit_untouched
 from .evaluator import choices
-from .language_losses import general_loss, language_losses, measured_language
+from .language_losses import language_losses
 from .opening import Opened, filed, open_run, reopened, task_of
 from .reporting import report
 from .retry import Accept, kept
@@ -30,7 +31,6 @@ from .setup import Setup
 from .state import LearnerState
 from .trainer import TrainingLog
 
-UNTOUCHED = "untouched"
 EVALUATING = ("before", "observe", "evaluate", "commit")  # phases of a session that train nothing
 
 
@@ -42,7 +42,8 @@ class TaskLoop:
         step_limit: optimizer steps of a session at most, for a trial; None takes all.
 
     Attributes:
-        phases: seconds of each phase of the newest session, by name; log: of its training.
+        phases: seconds of each phase of the newest session, by name; log: of its training; checkpoint_bytes: of one
+            checkpoint inside it.
     """
 
     def __init__(self, opened: Opened, step_limit: int | None = None) -> None:
@@ -52,6 +53,7 @@ class TaskLoop:
         self.sessions = self.state.consolidation.schedule(self.stream)
         self.phases: dict[str, float] = {}
         self.log = TrainingLog(0, None, None)
+        self.checkpoint_bytes = 0
         self._untested = {task.name for task in self.stream if not len(task.test)}
 
     # ---- the order in which things happen ----
@@ -71,7 +73,8 @@ class TaskLoop:
         if not self.run.commits:
             self.commit_untouched()
         elif 0 < done < len(self.sessions):
-            self._refresh_caches(self.sessions[done])
+            with divided():
+                self._refresh_caches(self.sessions[done])
         for session in self.sessions[done:]:
             self.phases = {}
             self.learn(session)
@@ -89,6 +92,8 @@ class TaskLoop:
             consolidation.begin_task(session)
             training = Training(state, session)
             training.open_heads()
+            steps = training.steps(self.step_limit) if training.learns else 0
+            checkpoints = training.checkpoints(self.run, steps)
         with self._phase("rules"):
             context = TaskContext(
                 state.backbone, begun(self.run), training.batches, training.losses, self.setup.progress.say
@@ -96,7 +101,8 @@ class TaskLoop:
             for rule in rules:
                 rule.begin_task(context)
         with self._phase("train"):
-            self.log = training.train(len(self.sessions), self.step_limit)
+            self.log = training.train(len(self.sessions), steps, checkpoints)
+            self.checkpoint_bytes = checkpoints.size if checkpoints else 0
         with self._phase("rules"):
             measured = [m for rule in rules for m in rule.guarantee()]
             for rule in rules:
@@ -115,8 +121,8 @@ class TaskLoop:
             untouched = self.run.commits[0].manifest.get("general_loss")
             measured += language_losses(state, evaluated, untouched, self._due(session))
         with self._phase("commit"):
-            files = {**consolidation.files(), **state.files(predictions | before)}
-            commit = self._commit(session, files, self._facts(session, measured, training.trainable))
+            facts = self._facts(session, measured, training.trainable)
+            commit = commit_session(self.run, state, session.name, predictions | before, facts)
         self._note(commit, session)
         report(self.run.path, self.setup.training, state.backbone)
         return commit
@@ -126,11 +132,9 @@ class TaskLoop:
     def commit_untouched(self) -> None:
         """The first commit: baseline predictions of the model as it was loaded."""
         state = self.state
-        predictions = state.evaluator.predictions(self.stream, None, state.heads, state.consolidation)
-        facts: dict[str, Any] = {"learned": [], "classes": [], "guarantees": []}
-        if measured_language(state):
-            facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), self.setup.batch_size)
-        self.run.commit(UNTOUCHED, {"predictions.safetensors": predictions}, facts)
+        with divided():
+            predictions = state.evaluator.predictions(self.stream, None, state.heads, state.consolidation)
+        commit_untouched(self.run, state, predictions)
 
     def _refresh_caches(self, session: Session) -> None:
         """What an undisturbed run would still hold of the model before this session: features and label texts."""
@@ -203,13 +207,6 @@ class TaskLoop:
     def _tried_before(self, session: Session) -> bool:
         return any(commit.manifest.get("undoes") == session.name for commit in self.run.history)
 
-    def _commit(self, session: Session, files: dict[str, Any], facts: dict[str, Any]) -> Commit:
-        """What the session leaves, written down, and the state told that it is."""
-        commit = self.run.commit(session.name, files, facts)
-        self.state.consolidation.committed(commit)
-        self.state.learned(commit.manifest["classes"], commit.manifest["learned"])
-        return commit
-
     def _note(self, commit: Commit, session: Session) -> None:
         evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)
         training = sum(self.phases.values()) - evaluating
@@ -218,6 +215,7 @@ class TaskLoop:
             index=session.index,
             task=session.name,
             steps=self.log.steps,
+            **({"resumed_at": self.log.resumed} if self.log.resumed else {}),
             first_loss=finite(self.log.first_loss),
             last_loss=finite(self.log.last_loss),
             losses=[[step, finite(loss)] for step, loss in self.log.losses],
@@ -234,16 +232,20 @@ class TaskLoop:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         begun = perf_counter()
-        yield
+        with divided(name in EVALUATING):
+            yield
         self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - begun
 
 
 def learn(setup: Setup, stream: Stream, accept: Accept | None = None, retry: str | None = None) -> LearnerState:
     """See `Learner.learn` and `Learner.retry`; the state after the newest commit."""
-    opened = open_run(setup, stream, retry=retry)
+    with all_there():
+        opened = open_run(setup, stream, retry=retry)
     try:
-        with setup.progress, quick_collection():
+        with setup.progress, quick_collection(), all_there():
             stays = TaskLoop(opened).learn_all(accept)
+            if stays and (decision := opened.state.consolidation.decision()) is not None:
+                setup.progress.say(f"{setup.recipe.name}: {decision}")
     except KeyboardInterrupt:
         setup.progress.say("stopped: every finished task is safe; start again with the same run directory to go on")
         raise

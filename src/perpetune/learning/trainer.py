@@ -20,6 +20,7 @@ from ..core.processes import from_all, sum_, together
 from ..heads import Head
 from ..models.backbone import Backbone, Examples
 from ..rules import Rule
+from .checkpoints import Checkpoints
 from .loss_log import curve
 from .trainer_choice import TrainerName
 from .training_settings import one_line, training_arguments
@@ -61,13 +62,15 @@ class TaskModel(nn.Module):
 @dataclass(frozen=True)
 class TrainingLog:
     """Optimizer steps taken, the mean loss over the first and the last tenth of them, and the mean seconds of a step
-    (all but the first, which warms up); and the losses in between, see `loss_log.curve`."""
+    (all but the first, which warms up); the losses in between, see `loss_log.curve`; and at which step training went on
+    from a checkpoint, 0 where it did not."""
 
     steps: int
     first_loss: float | None
     last_loss: float | None
     step_seconds: float = 0.0
     losses: tuple[tuple[int, float], ...] = ()
+    resumed: int = 0
 
 
 class _Finite(TrainerCallback):
@@ -103,6 +106,10 @@ class _Advance(TrainerCallback):
     def __init__(self, advance: Callable[[int], None]) -> None:
         self.advance = advance
         self.ends: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:  # made before a checkpoint
+            self.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ends.append(perf_counter())
@@ -151,6 +158,7 @@ def train_task(
     logs: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     by: TrainerName = "perpetune",
+    checkpoints: Checkpoints | None = None,
 ) -> TrainingLog:
     """Train the backbone's and the head's trainable parameters on one task.
 
@@ -160,6 +168,7 @@ def train_task(
         logs: folder for integrations (`report_to`) that write files; None throws them away.
         by: "trl" trains a language model by `SFTTrainer`; see `choose_trainer`.
         callbacks: of transformers; they see what is logged.
+        checkpoints: where those inside the task go, and the one that training goes on from.
 
     Raises:
         ConfigError: settings with which no Trainer can be made; see `check_training`, which says so beforehand.
@@ -195,7 +204,7 @@ def train_task(
         trainer.add_callback(finite)
         buffers = {name: buffer.clone() for name, buffer in backbone.model.named_buffers()}
         try:
-            trainer.train()
+            trainer.go(checkpoints)
         finally:
             if trainer.attached is not None:
                 trainer.attached.remove()
@@ -214,6 +223,7 @@ def train_task(
         sum(losses[-tenth:]) / tenth if losses else None,
         steps_taken.step_seconds,
         curve(losses, trainer.state.global_step),
+        trainer.found.step if trainer.found else 0,
     )
 
 

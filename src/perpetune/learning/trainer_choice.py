@@ -13,9 +13,10 @@ from ..core.processes import launched
 from ..models.backbone import Backbone
 from ..models.language_model import LanguageBackbone
 from ..recipes.recipe import Recipe
-from ..runs.directory import read_config
+from ..runs.config_file import read_config
 from ..streams import Stream
-from ..streams.free_texts import stripped
+from ..streams.free_texts import check_classes, stripped
+from .training_defaults import take_language_defaults
 
 if TYPE_CHECKING:
     from .setup import Setup
@@ -44,26 +45,29 @@ REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.
 
 def settle(setup: Setup, stream: Stream, backbone: Backbone) -> Stream:
     """Settings that are chosen at the first start of a run: its trainer, "trl" (TRL's `SFTTrainer`) for language models
-    where it is installed and can train them, else "perpetune"; and what stands between prompts and responses, nothing,
-    or "auto" (a blank, unless the prompt ends with one) where prompts were posed. A run that is there goes on with its
-    own; one that says nothing, as all runs began at first.
+    where it is installed and can train them, else "perpetune"; what stands between prompts and responses, nothing, or
+    "auto" (a blank, unless the prompt ends with one) where prompts were posed; and training settings of language models
+    that nobody gave. A run that is there goes on with its own; one that says nothing, as all runs began at first.
 
     Returns:
         The stream, its responses as the run has read them.
 
     Raises:
-        ConfigError: TRL is asked for, and cannot train this.
+        ConfigError: TRL is asked for, and cannot train this; a task of a new run that needs a metric.
     """
     if not isinstance(backbone, LanguageBackbone):
         if setup.trainer == "trl" and stream.modality != "language":  # a control without a network trains by itself
             raise ConfigError("trainer `trl` trains language models on prompts, and this stream has none: leave it out")
         setup.trainer = OLD
         return stream
+    take_language_defaults(setup)
     written = read_config(setup.path) if (Path(setup.path) / "run.yaml").is_file() else None
     if written is not None:
         adopt(setup, written)
         stream = stream if "trainer" in written else stripped(stream)
     else:
+        if not stream.source.get("pose"):  # labels are classes, however many
+            check_classes(stream)
         posed = stream.source.get("pose") in ("instruction", "published")
         if setup.response_prefix is None:  # the prompts of templates end with `Answer:`
             setup.response_prefix = AUTO if posed else ""
@@ -74,7 +78,7 @@ def settle(setup: Setup, stream: Stream, backbone: Backbone) -> Stream:
             setup.progress.say(f"this run is trained by {by}; choose with trainer: trl or perpetune")
     if setup.trainer == "trl" and (why := not_trl(backbone, setup.recipe)):
         raise ConfigError(f"trainer `trl` cannot train this run: {why}; leave it out, or set trainer: perpetune")
-    backbone.tokens.prefix = None if setup.response_prefix == AUTO else setup.response_prefix
+    setup.put_prefix(backbone)
     return stream
 
 

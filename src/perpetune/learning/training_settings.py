@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,19 +21,12 @@ from ..core.processes import launched
 from ..core.validation import number
 from ..models.backbone import Backbone
 from . import trainer_choice as trl
+from .checkpoints import SAVING, saving
 from .class_weights import SETTING, checked
 from .earlier_names import CALLED
 from .token_masking import STM
+from .training_defaults import DEFAULTS
 
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "num_train_epochs": 3,
-    "learning_rate": 1e-3,
-    "head_learning_rate": 1e-2,
-    "weight_decay": 0.01,
-    "warmup_steps": 0,
-}
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_steps": 50}
 
 _LENGTH = "per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps dataloader_drop_last"
@@ -55,7 +48,7 @@ _LOGGING = (
     "logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node disable_tqdm"
 )
 REPORTING = frozenset(_LOGGING.split())  # what trackers and terminals are told
-HONOURED = frozenset(" ".join((_LENGTH, _STEP, _NUMBERS, _MEMORY, _LOADING, _LOGGING)).split())
+HONOURED = frozenset(" ".join((_LENGTH, _STEP, _NUMBERS, _MEMORY, _LOADING, _LOGGING, *SAVING)).split())
 
 # the run's own option for it
 OURS = {"output_dir": "out", "seed": "seed", "data_seed": "seed", "use_cpu": "device"}
@@ -71,10 +64,10 @@ _REASONS = {
     ),
     "a task is trained for all of its steps, so that recipes are compared at one budget; choose num_train_epochs with "
     "--validation": "load_best_model_at_end metric_for_best_model greater_is_better",
-    "every finished task is a commit of the run, and nothing is saved in between": (
-        "save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint"
+    "a checkpoint inside a task (save_steps) holds all that it takes to go on to the same bits, for all processes": (
+        "save_only_model save_on_each_node enable_jit_checkpoint"
     ),
-    "a run that is started again goes on after its last finished task": (
+    "a run that is started again goes on after its last finished task, or its last checkpoint (save_steps)": (
         "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint do_train"
     ),
     "a run is exported as a folder, which you may upload (perpetune export)": (
@@ -122,7 +115,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
         ConfigError: a name that `transformers.TrainingArguments` does not have, one that has no effect here, or one
             that the run sets itself.
     """
-    known = {*inspect.signature(TrainingArguments.__init__).parameters, *_OWN, *trl.HONOURED} - {"self"}
+    known = {*(f.name for f in fields(TrainingArguments) if f.init), *_OWN, *trl.HONOURED}
     ours, refused = {**OURS, **trl.OURS}, {**REFUSED, **trl.REFUSED}
     settings = dict(DEFAULTS)
     for layer in layers:
@@ -149,6 +142,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
     _above_zero("num_train_epochs", settings["num_train_epochs"])
     if settings.get("max_steps", -1) != -1:
         settings["max_steps"] = _above_zero("max_steps", settings["max_steps"], whole=True)
+    saving(settings)
     for key in _NOT_BELOW_ZERO:
         value = settings.get(key) or 0.0
         if not isinstance(value, (int, float)) or value is True or not 0 <= value < math.inf:
@@ -172,7 +166,7 @@ def training_arguments(
     Raises:
         ConfigError: a value that TrainingArguments refuses.
     """
-    own = {k: v for k, v in settings.items() if k not in _OWN}
+    own = {k: v for k, v in {**settings, **saving(settings)}.items() if k not in _OWN}
     with one_line(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind: type[TrainingArguments] = TrainingArguments
@@ -183,7 +177,6 @@ def training_arguments(
         return kind(
             output_dir=folder,
             seed=seed,
-            save_strategy="no",
             eval_strategy="no",
             remove_unused_columns=False,
             **{**QUIET, "dataloader_pin_memory": torch.accelerator.is_available(), "use_cpu": use_cpu, **own},

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..models.backbone import Backbone, Examples
 from ..models.language_model import IGNORED
@@ -18,9 +18,10 @@ from ..models.loading import quiet
 from ..rules import Attached, Rule, attach
 from ..streams.quiet import without_bars
 from ..tuners.decay import decays
+from .resumable import Resumable
 
 
-class UnderRules(Trainer):
+class UnderRules(Resumable):
     """Any Trainer, with rules hanging on its optimizer and with its losses kept, none of which any step waits for.
 
     Attributes:
@@ -144,6 +145,24 @@ def packed_count(backbone: Backbone, examples: Examples, strategy: str) -> int:
 
 
 @contextlib.contextmanager
+def scored_where_told(model: nn.Module) -> Iterator[None]:
+    """On a CPU, TRL's fused head computes the logits of every position, so that a compiled graph need not be compiled
+    anew for every batch, and on a GPU those of the tokens with loss alone. Nothing is compiled here: these are enough
+    on a CPU, too, where the others took two fifths of a step."""
+    from trl.trainer import utils
+
+    theirs = getattr(utils, "_use_triton", None)
+    if theirs is None or next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = theirs
+
+
+@contextlib.contextmanager
 def lent(backbone: Backbone) -> Iterator[None]:
     """The model as `SFTTrainer` takes it, and afterwards as it was.
 
@@ -160,7 +179,7 @@ def lent(backbone: Backbone) -> Iterator[None]:
     tags, pad = getattr(base, "model_tags", None), tokenizer.pad_token
     backbone.train()
     try:
-        with quiet():
+        with quiet(), scored_where_told(model):
             yield
     finally:
         for module, name, before in forwards:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import datasets
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.errors import ModelError
+from ..core.processes import dealt, joined
 from ..core.tensors import relative_change
 from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 from .classifier import Classifier
 from .fingerprint import fingerprint
+from .layers import layered
 from .pooling import Pooling, in_full, pool
 from .tokenizer_check import check_ids, embedding_rows, spare_token
 
@@ -37,6 +40,7 @@ class Backbone(nn.Module):
         pads_all: texts are all padded to `max_length`, for models that read their padding (see `settle_padding`).
         left_out: what the classes of the model's own head are called, which is not read; nothing where it has none.
         classifier: reads that head, see `load_classifier`.
+        layers: how many of its last layers `pooled` reads side by side, see `read_layers`.
     """
 
     offers: tuple[Reads, ...] = ("features",)
@@ -44,6 +48,7 @@ class Backbone(nn.Module):
     pads_all: bool = False
     left_out: tuple[str, ...] = ()
     classifier: Callable[[], Classifier] | None = None
+    layers: int = 1
 
     def __init__(
         self,
@@ -87,14 +92,14 @@ class Backbone(nn.Module):
                 raise ModelError(
                     f"`{self.name}` reads text, but the task has the columns {', '.join(rows.column_names)}"
                 )
-            inputs = self._tokenised(*(list(rows[c]) for c in columns))
+            inputs = self._tokenised(*(rows[c][:] for c in columns))
         else:
             if "image" not in rows.column_names:
                 raise ModelError(
                     f"`{self.name}` reads images, but the task has the columns {', '.join(rows.column_names)}"
                 )
             inputs = [{"pixel_values": pixels} for pixels in self._pixels(rows["image"])]
-        return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"], rows["id"], strict=True)]
+        return [{**x, "label": y, "id": i} for x, y, i in zip(inputs, rows["label"][:], rows["id"][:], strict=True)]
 
     def _tokenised(self, *texts: list[str]) -> Examples:
         """Texts, or pairs of texts, as token ids with what else the model reads of them.
@@ -121,7 +126,7 @@ class Backbone(nn.Module):
             pictures = [Image.radial_gradient("L"), Image.linear_gradient("L")]
             return [{"pixel_values": pixels, "label": 0, "id": ""} for pixels in self._pixels(pictures)]
         texts = ["the", "the parcel came late and so they asked for a refund"]
-        return self.prepare(datasets.Dataset.from_dict({"text": texts, "label": [0, 0], "id": ["", ""]}))
+        return [{**x, "label": 0, "id": ""} for x in self._tokenised(texts)]
 
     def _takes(self, name: str) -> bool:
         """Whether the model reads an input of this name; token types only where it has more than one of them."""
@@ -156,9 +161,11 @@ class Backbone(nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor:
         assert self.pooling is not None
         mask = inputs.get("attention_mask")
-        if not self._takes("attention_mask"):
-            inputs.pop("attention_mask", None)
-        return in_full(pool(self.model(**inputs), mask, self.pooling), self.model)
+        return in_full(pool(self.model(**self.taken(inputs)), mask, self.pooling), self.model)
+
+    def taken(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a batch, what the model itself reads: a mask may be for pooling alone."""
+        return {k: v for k, v in inputs.items() if k != "attention_mask" or self._takes(k)}
 
     def train(self, mode: bool = True) -> Backbone:
         """As any module, but running statistics (BatchNorm) stay what pre-training made them: no rule sees them move,
@@ -182,14 +189,19 @@ class Backbone(nn.Module):
         read: Callable[[Examples], Tensor],
         width: int | None = None,
     ) -> Tensor:
-        """See `features`; `read` makes features (n x width) of a batch. width: None for that of the backbone."""
-        out = torch.empty(len(examples), self.width if width is None else width)
+        """See `features`; `read` makes features (n x width) of a batch. width: None for that of the backbone.
+
+        Batches are those of one process, however many share them (`divided`).
+        """
+        out = torch.zeros(len(examples), self.width if width is None else width)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].get("input_ids", ())))
         with self.asked():
-            for start in range(0, len(order), batch_size):
+            for number, start in enumerate(range(0, len(order), batch_size)):
                 chosen = order[start : start + batch_size]
-                out[chosen] = read([examples[i] for i in chosen]).float().cpu()
+                if dealt(number):
+                    out[chosen] = read([examples[i] for i in chosen]).float().cpu()
                 advance(len(chosen))
+        joined(out)
         return out
 
     def read(self, examples: Examples) -> Tensor:
@@ -219,11 +231,15 @@ class Backbone(nn.Module):
 
     @property
     def pooled_width(self) -> int:
-        return self.width
+        return self.layers * self.width
 
+    @torch.inference_mode()
     def pooled(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
-        """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features."""
-        return self.features(examples, batch_size, advance)
+        """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features, or
+        those of several layers, see `layered`."""
+        if self.layers == 1:
+            return self.features(examples, batch_size, advance)
+        return self._read_all(examples, batch_size, advance, partial(layered, self), self.pooled_width)
 
     def outputs(
         self,

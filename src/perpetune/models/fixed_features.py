@@ -41,7 +41,7 @@ class FixedFeatures(Backbone):
 
     def prepare(self, rows: datasets.Dataset) -> Examples:
         values = self._grey(rows["image"]) if self.modality == "image" else self._words(rows)
-        return [{"x": x, "label": y, "id": i} for x, y, i in zip(values, rows["label"], rows["id"], strict=True)]
+        return [{"x": x, "label": y, "id": i} for x, y, i in zip(values, rows["label"][:], rows["id"][:], strict=True)]
 
     def _words(self, rows: datasets.Dataset) -> list[Tensor]:
         from sklearn.feature_extraction.text import HashingVectorizer

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,25 @@ def located(name: str | Path, loading: Loading) -> tuple[str, str | None]:
     if not path.is_file():
         raise ModelError(f"there is no file {path}: give a GGUF file, a hub id, or a folder (--model)")
     return str(path.parent), path.name
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Within it, a GGUF file is parsed once: transformers does so for the configuration, the weights and the tokenizer,
+    and takes seconds for a vocabulary each time; and makes the table of tensor names anew for every module."""
+    try:
+        package = importlib.import_module("gguf")
+    except ImportError:  # transformers says what to install
+        yield
+        return
+    theirs = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, made in theirs.items():
+        setattr(package, name, functools.cache(made))
+    try:
+        yield
+    finally:
+        for name, made in theirs.items():
+            setattr(package, name, made)
 
 
 def load_gguf(auto: Any, source: str, file: str, loading: Loading) -> tuple[Any, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ModelError, first_line
-from .gguf import load_gguf, located
+from .gguf import load_gguf, located, parsed_once
 from .in_memory import InMemory
 from .language_model import LanguageBackbone
 from .precision import Loading
@@ -77,8 +77,9 @@ def _read(name: str, loading: Loading) -> tuple[Any, Any, Collection[str]]:
     try:
         with quiet():
             if file is not None:
-                model, info = load_gguf(AutoModelForCausalLM, source, file, loading)
-                return model, AutoTokenizer.from_pretrained(source, gguf_file=file, **own), info["missing_keys"]
+                with parsed_once():
+                    model, info = load_gguf(AutoModelForCausalLM, source, file, loading)
+                    return model, AutoTokenizer.from_pretrained(source, gguf_file=file, **own), info["missing_keys"]
             config = AutoConfig.from_pretrained(source, **own)
             pictures = reads_images(config)
             decoder: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM

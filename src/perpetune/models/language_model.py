@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
+from ..core.processes import dealt, parts
 from ..core.tensors import relative_change
 from ..metrics.text import normalised, rouge_l
 from . import answer_scoring as scoring
@@ -127,7 +128,7 @@ class LanguageBackbone(Backbone):
 
     def responses_of(self, rows: datasets.Dataset) -> list[str]:
         """The expected response of each row: its own text, or the label text of its class."""
-        return rows["response"][:] if "response" in rows.column_names else [self.labels[y] for y in rows["label"]]
+        return rows["response"][:] if "response" in rows.column_names else [self.labels[y] for y in rows["label"][:]]
 
     def _fitted(self, answer: tuple[int, ...], prompt: list[int]) -> tuple[int, ...]:
         """
@@ -237,9 +238,11 @@ class LanguageBackbone(Backbone):
     @torch.inference_mode()
     def answers(self, examples: Examples, batch_size: int, longest: int | None = None, **how: Any) -> list[str]:
         """Generated answers, of at most so many tokens; `how` as in `answer_scoring.generate`, by default greedily."""
-        batches = (examples[i : i + batch_size] for i in range(0, len(examples), batch_size))
+        mine = [(k, i) for k, i in enumerate(range(0, len(examples), batch_size)) if dealt(k)]
         with self.asked():
-            return [text for batch in batches for text in self._answers(batch, longest, **how)]
+            found = {i: self._answers(examples[i : i + batch_size], longest, **how) for _, i in mine}
+        every = {i: texts for part in parts(found) for i, texts in part.items()}
+        return [text for i in sorted(every) for text in every[i]]
 
     def _answers(self, examples: Examples, longest: int | None = None, **how: Any) -> list[str]:
         ends = (self.start, self.ends, self.tokens.pad, longest or self.longest)

@@ -18,8 +18,12 @@ def pool(output: Any, attention_mask: Tensor | None, pooling: Pooling) -> Tensor
         if getattr(output, "pooler_output", None) is None:
             raise ModelError("this model has no pooler: choose pooling mean, cls or last")
         return output.pooler_output
-    hidden = output.last_hidden_state
-    if pooling == "cls":
+    return pool_states(output.last_hidden_state, attention_mask, pooling)
+
+
+def pool_states(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """(N x tokens x width) to (N x width), of any layer; a pooler, which only the last has, reads the first token."""
+    if pooling in ("cls", "pooler"):
         return hidden[:, 0]
     if attention_mask is None:
         return hidden.mean(1) if pooling == "mean" else hidden[:, -1]

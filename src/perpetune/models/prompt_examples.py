@@ -27,7 +27,8 @@ def examples(
         prompts: of the rows; responses: of the rows; room: tokens of a text that answers nothing.
     """
     column = rows["messages" if turn else "prompt"][:]
-    for prompt, told, text, y, i in zip(prompts, column, responses, rows["label"], rows["id"], strict=True):
+    labels, ids = rows["label"][:], rows["id"][:]
+    for prompt, told, text, y, i in zip(prompts, column, responses, labels, ids, strict=True):
         if told:
             answer = tokens.reply(told) if turn else None
             answer = tokens.answer(text, prompt.blank, turn) if answer is None else answer

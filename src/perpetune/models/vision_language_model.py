@@ -71,7 +71,7 @@ class PicturedBackbone(LanguageBackbone):
                 than one place in a prompt, or a place and no image; an image that leaves no room for a prompt.
         """
         if "image" not in rows.column_names:
-            for text in rows["prompt"] if "prompt" in rows.column_names else ():
+            for text in rows["prompt"][:] if "prompt" in rows.column_names else ():
                 self._placed(text, 0)
             return super().prepare(rows, all_turns=all_turns)
         if "prompt" not in rows.column_names:

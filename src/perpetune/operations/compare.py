@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ConfigError, PerpetuneError
+from ..core.errors import ConfigError
 from ..core.progress import Progress
 from ..heads import make_head
 from ..learning.config import CompareConfig
@@ -19,20 +18,9 @@ from ..metrics.records import ResultRecord
 from ..recipes import make_recipe
 from ..recipes.recipe import Recipe
 from ..recipes.user_pieces import import_modules
+from .grid import HeadSpec, Job, Workers, attempt, in_turn, outcomes
 
-HeadSpec = str | dict[str, Any]
 CONTROLS = ("sequential", "joint", "frozen_ridge")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a comparison."""
-
-    recipe: str | dict[str, Any]
-    name: str
-    seed: int
-    heads: tuple[HeadSpec, ...] | None
-    path: Path
 
 
 def head_groups(heads: Sequence[HeadSpec]) -> list[tuple[HeadSpec, ...]]:
@@ -91,60 +79,68 @@ def _unique(recipe: Recipe, seen: set[str]) -> str:
     return name
 
 
-def run_job(
-    config: CompareConfig, job: Job, threads: int | None = None, progress: Progress | None = None
-) -> list[dict]:
-    """Learn the stream with one recipe, or take up where an earlier try stopped."""
-    import torch
-
-    from ..learning.learner import Learner
-    from ..learning.task_free import learn
-
-    if threads:
-        torch.set_num_threads(threads)
-    import_modules(config.imports)  # in a process of its own
-    recipe = make_recipe(job.recipe)
-    recipe.name = job.name
-    learner = Learner.from_config(
-        config, recipe=recipe, run=job.path, heads=job.heads, seed=job.seed, progress=progress
-    )
-    result = learn(learner, config.stream.load(), config.stream.drift)
-    return [r.model_dump() for r in result.records()]
-
-
 def compare(
     config: CompareConfig, out: Path, modality: str, progress: Progress | None = None, captions: bool = False
 ) -> tuple[list[ResultRecord], list[tuple[str, str]]]:
-    """Run every recipe with every seed.
+    """Run every recipe with every seed. Several comparisons on one folder divide the runs among them.
 
     Args:
         modality, captions: of the stream, which decide the controls.
 
     Returns:
-        All records, and (run, error) for the runs that failed: one recipe that cannot run does not take the others with
-        it.
+        All records, and (run, error) for the runs that failed: one that cannot run does not take the others with it.
 
     Raises:
-        ConfigError: there is nothing to compare.
+        ConfigError: there is nothing to compare, or nobody who could make the runs.
     """
     progress = progress or Progress()
     import_modules(config.imports)
     todo = list(jobs(config, modality, out, captions))
     if not todo:
         raise ConfigError("nothing to compare: give --recipes, for instance sequential,lora,olora")
-    found: dict[Path, list[dict]] = {}
+    found: dict[Path, Sequence[dict]] = {}
     failed: list[tuple[str, str]] = []
-    with progress, progress.bar(f"{len(todo)} runs", len(todo)) as advance:
-        for job, outcome in _outcomes(config, todo, progress):
-            label = f"{job.name} seed {job.seed}"
-            if isinstance(outcome, PerpetuneError):
-                failed.append((label, str(outcome)))
-                progress.say(f"{label}: {outcome}")
+    with progress, workers(config, out, progress) as made, progress.bar(f"{len(todo)} runs", len(todo)) as advance:
+        for job, outcome in outcomes(made, todo, progress):
+            if outcome.error:
+                failed.append((job.label, outcome.error))
+                if outcome.trace and os.environ.get("PERPETUNE_TRACEBACK"):
+                    progress.say(outcome.trace)
             else:
-                found[job.path] = outcome
-                progress.say(f"{label} ({job.path.name}): done")
+                found[job.path] = outcome.records
+            progress.say(f"{job.label}: {outcome.error or 'done'}")
             advance(1)
     return with_intransigence([r for job in todo for r in found.get(job.path, ())]), failed
+
+
+@contextlib.contextmanager
+def workers(config: CompareConfig, out: Path, progress: Progress) -> Iterator[Workers]:
+    """Who makes the runs.
+
+    Raises:
+        ConfigError: settings that do not fit together, or there are no such workers.
+    """
+    if config.num_gpus is not None and config.num_gpus > 1 and config.num_gpus % 1:
+        raise ConfigError(f"--num-gpus {config.num_gpus:g}: give a whole number, or less than 1 where runs share a GPU")
+    if config.on == "ray":
+        from .ray_workers import on_ray
+
+        if config.jobs > 1:
+            raise ConfigError("--jobs is for processes on this machine: on Ray say what a run takes (--num-cpus)")
+        threads = max(1, int(config.num_cpus or 1))
+        with on_ray(partial(attempt, config, threads), config, out, progress) as made:
+            yield made
+        return
+    from .workers import environments, processes, run_threads
+
+    if config.address is not None:
+        raise ConfigError("--address is of a Ray cluster: add --on ray")
+    if config.jobs == 1 and config.num_gpus is None:
+        yield in_turn(partial(attempt, config, int(config.num_cpus) if config.num_cpus else None))
+        return
+    make = partial(attempt, config, run_threads(config))
+    with processes(make, environments(config), config.retries, progress) as made:
+        yield made
 
 
 def found_records(out: Path) -> list[ResultRecord]:
@@ -170,30 +166,3 @@ def with_intransigence(records: Sequence[dict[str, Any]]) -> list[ResultRecord]:
             record = record.model_copy(update={"intransigence": figure})
         out.append(record)
     return out
-
-
-def _outcomes(config: CompareConfig, todo: list[Job], progress: Progress) -> Iterator[tuple[Job, Any]]:
-    if config.jobs == 1:
-        for job in todo:
-            try:
-                yield job, run_job(config, job)
-            except PerpetuneError as error:
-                yield job, error
-        return
-    threads = threads_each(config.jobs)
-    with ProcessPoolExecutor(config.jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run_job, config, job, threads): job for job in todo}
-        for future in as_completed(futures):
-            problem = future.exception()
-            if problem is not None and not isinstance(problem, PerpetuneError):
-                pool.shutdown(cancel_futures=True)
-                raise problem
-            yield futures[future], problem or future.result()
-
-
-def threads_each(jobs: int) -> int:
-    """Threads of each of several runs at a time: as many as the machine has for it, but no more than a run alone would
-    take (OMP_NUM_THREADS)."""
-    import torch
-
-    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // jobs))

@@ -213,6 +213,8 @@ def _losses(result: Result, tasks: list[str]) -> tuple[Loss, ...]:
 
 def _reading(result: Result, head: str | None, scenario: str | None) -> tuple[str, str]:
     readings = result.readings
+    if not readings:
+        raise ConfigError(f"{result.path} has predicted nothing yet: no task that it has learned has test data")
     heads = list(dict.fromkeys(h for h, _ in readings))
     if head is not None and head not in heads:
         raise ConfigError(f"this run reads no head `{head}`: {nearest(head, heads)}")

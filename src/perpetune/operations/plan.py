@@ -14,13 +14,15 @@ from scipy.optimize import nnls
 
 from ..consolidation import Session
 from ..core.environment import peak_memory
+from ..learning.checkpoints import KEPT, saving
 from ..learning.learner import Learner
 from ..learning.opening import open_run
 from ..learning.session import step_budget
 from ..learning.task_loop import TaskLoop, all_due
 from ..learning.trainer_choice import adopt
+from ..learning.training_defaults import take_language_defaults
 from ..runs.commit import Commit
-from ..runs.directory import read_config
+from ..runs.config_file import read_config
 from ..streams import Stream, Task
 
 TRIAL_STEPS = 6  # optimizer steps of a session
@@ -35,7 +37,8 @@ class Plan:
     Attributes:
         trainable, total: parameters; steps: optimizer steps over all tasks.
         seconds: training, evaluation and commits. memory: peak bytes of the process (or accelerator).
-        disk: bytes of all commits. trial_seconds: what this estimate took.
+        disk: bytes of all commits. trial_seconds: what this estimate took. checkpoints: bytes of those inside a task,
+            gone once it is learned; 0 where none are kept.
     """
 
     recipe: str
@@ -47,6 +50,7 @@ class Plan:
     memory: int
     disk: int
     trial_seconds: float
+    checkpoints: int = 0
 
     @property
     def disk_per_task(self) -> int:
@@ -54,6 +58,7 @@ class Plan:
 
     def text(self) -> str:
         share = f" ({100 * self.trainable / self.total:.2f} % of {self.total:,})" if self.total else ""
+        inside = f", and {self.checkpoints / 1e6:.1f} MB while one is learned" if self.checkpoints else ""
         long = self.seconds >= 90
         time = f"about {round(self.seconds / 60)} min" if long else f"about {self.seconds:.0f} s"
         return "\n".join(
@@ -61,7 +66,7 @@ class Plan:
                 f"recipe {self.recipe}, {self.tasks} tasks, {self.steps:,} steps",
                 f"  trainable parameters  {self.trainable:,}{share}",
                 f"  memory                {self.memory / 1e9:.1f} GB at the peak",
-                f"  disk                  {self.disk / 1e6:.1f} MB, {self.disk_per_task / 1e6:.1f} MB a task",
+                f"  disk                  {self.disk / 1e6:.1f} MB, {self.disk_per_task / 1e6:.1f} MB a task{inside}",
                 f"  time                  {time}",
                 f"  (measured in {self.trial_seconds:.0f} s on a share of the data; nothing of it is kept)",
             )
@@ -94,9 +99,14 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
     started = perf_counter()
     here = tuple(task for task in stream if len(task.train) and len(task.test))
     stream = replace(stream, tasks=here)  # of what is learned already, the data may be gone
+    if stream.modality == "language":
+        take_language_defaults(learner.setup)
     size = int(learner.setup.training["per_device_train_batch_size"])
     with tempfile.TemporaryDirectory() as folder:
         untold = {**learner.setup.training, "report_to": "none"}  # a trial is nobody else's news
+        kept = saving(untold)
+        if kept["save_strategy"] != "no":
+            untold |= {"save_strategy": "steps", "save_steps": TRIAL_STEPS // 2}
         setup = replace(learner.setup, path=Path(folder), evaluate_every=1, training=untold)
         if (learner.path / "run.yaml").is_file():
             adopt(setup, read_config(learner.path))
@@ -132,6 +142,7 @@ def make_plan(learner: Learner, stream: Stream) -> Plan:
         memory,
         _bytes(trials, sessions, fixed, learner.setup.evaluate_every, tested),
         perf_counter() - started,
+        loop.checkpoint_bytes * int(kept.get("save_total_limit", KEPT)),
     )
 
 

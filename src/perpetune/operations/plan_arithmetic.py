@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.errors import ModelError, first_line
 from ..learning.learner import Learner
+from ..learning.training_defaults import take_language_defaults
 from ..models.gguf import located
 from ..models.in_memory import InMemory
 from ..models.language_loading import quiet
@@ -74,6 +75,7 @@ def on_paper(learner: Learner, stream: Stream) -> OnPaper | None:
     setup = learner.setup
     if stream.modality != "language" or setup.model is None or setup.recipe.tuner.own_backbone("language") is not None:
         return None
+    take_language_defaults(setup)
     loading, training, tuner = setup.loading_of("language"), setup.training, setup.recipe.tuner
     model = _skeleton(setup.model, loading)
     config = model.config.get_text_config(decoder=True)

@@ -86,11 +86,12 @@ def accuracy_by_scale(
             evaluator = Evaluator(backbone, learner.setup.batch_size, Progress())
             reader.open(backbone.width, stream.labels, seed=learner.setup.seed, label_embeddings=lengths)
             for task in stream if not speaks else ():
-                reader.observe(evaluator.features(task, "train"), torch.tensor(task.train["label"]), task.train["id"])
+                labels, ids = torch.tensor(task.train["label"][:]), task.train["id"][:]
+                reader.observe(evaluator.features(task, "train"), labels, ids)
             right = []
             for task in stream:
                 choice = reader.scores(evaluator.features(task, "test", seen))[:, seen].argmax(1).cpu()
-                right.append(float((torch.tensor(seen)[choice] == torch.tensor(task.test["label"])).double().mean()))
+                right.append(float((torch.tensor(seen)[choice] == torch.tensor(task.test["label"][:])).double().mean()))
             found[float(s)] = sum(right) / len(right)
             advance(1)
     return found

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, PerpetuneError, RunError, first_line
-from ..core.files import file_digest
+from ..core.files import file_digest, write_text
 from ..runs.commit import MANIFEST, Commit
-from ..runs.directory import COMMITS, CONFIG, read_config, set_aside
+from ..runs.config_file import CONFIG, TWIN, read_config
+from ..runs.directory import COMMITS, set_aside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,12 +77,15 @@ class Verification:
         """What can still be had, in a sentence or two."""
         if self.passed:
             return f"all is as it was written, after {', '.join(self.tasks) or 'no task'}"
-        if any(damage.where == CONFIG for damage in self.damages):
+        back = f"; `perpetune verify {self.run} --repair` goes back there and deletes nothing"
+        config = {damage.where for damage in self.damages} & {CONFIG, TWIN}
+        if config == {CONFIG, TWIN} or config == {CONFIG} and not (self.run / TWIN).is_file():
             return f"without {CONFIG} the run does not open: restore it from a copy; commits can be read by themselves"
+        if all(damage.where in config for damage in self.damages):
+            return f"can still be had: all{back}"
         kept = f"the run after {', '.join(self.tasks) or 'no task'}" if self.whole else "no state of the run"
         lost = f"; {', '.join(self.lost)} would be learned again" if self.lost else ""
         apart = f"; files that are whole by themselves: {', '.join(self.apart)}" if self.apart else ""
-        back = f"; `perpetune verify {self.run} --repair` goes back there and deletes nothing"
         return f"can still be had: {kept}{lost}{apart}{back if self.whole else ''}"
 
 
@@ -110,7 +114,7 @@ def verify(run: str | Path) -> Verification:
             checked += 1 + len(commit.manifest["files"])
         before = commit.digest if commit is not None else ""
         damages += [*found, *own]
-        if not damages:
+        if all(damage.where in (CONFIG, TWIN) for damage in damages):
             whole, tasks = folder.name, tuple(commit.manifest.get("learned", ()))  # type: ignore[union-attr]
         elif commit is not None and not own:
             apart.append(folder.name)
@@ -120,19 +124,26 @@ def verify(run: str | Path) -> Verification:
 
 def repair(run: str | Path) -> tuple[Verification, Path | None]:
     """Set the first damaged commit and all later ones aside, so that the run opens, and goes on, after the last whole
-    one: what was found, and the folder in which they lie (None: nothing was damaged). Nothing is deleted.
+    one: what was found, and the folder in which they lie (None: nothing was damaged). A damaged run.yaml is set aside
+    too, and written again from its copy. Nothing is deleted.
 
     Raises:
-        ConfigError: no commit is whole, or run.yaml is damaged.
+        ConfigError: no commit is whole, or run.yaml is damaged and so is its copy.
         RunError: there is no run, or another process uses it.
     """
     found = verify(run)
     if found.passed:
         return found, None
-    if found.whole is None or any(damage.where == CONFIG for damage in found.damages):
+    bad = [name for name in (CONFIG, TWIN) if any(damage.where == name for damage in found.damages)]
+    whole = [name for name in (CONFIG, TWIN) if name not in bad and (found.run / name).is_file()]
+    if found.whole is None and _folders(found.run) or not whole:
         raise ConfigError(f"{found.run} cannot be repaired: {found.summary()}")
-    later = [folder for folder in _folders(found.run) if folder.name > found.whole]
-    return found, set_aside(found.run, later)
+    later = [folder for folder in _folders(found.run) if folder.name > (found.whole or "")]
+    there = [found.run / name for name in bad if (found.run / name).exists()]
+    folder = set_aside(found.run, [*there, *later])
+    for name in bad:
+        write_text(found.run / name, (found.run / whole[0]).read_text(encoding="utf-8"))
+    return found, folder
 
 
 def check_base(run: str | Path, model: str | None = None) -> None:
@@ -156,10 +167,11 @@ def _folders(path: Path) -> list[Path]:
 def _config(path: Path) -> Iterator[Damage]:
     if not path.is_dir() or not (path / CONFIG).exists() and not _folders(path):
         raise RunError(f"{path} is no run: it holds no {CONFIG}")
-    try:
-        read_config(path)
-    except PerpetuneError as error:
-        yield Damage(CONFIG, CONFIG, first_line(error))
+    for name in (CONFIG, TWIN) if (path / TWIN).exists() else (CONFIG,):
+        try:
+            read_config(path, name)
+        except PerpetuneError as error:
+            yield Damage(name, name, first_line(error).split(":")[0] if name == TWIN else first_line(error))
 
 
 def _files(commit: Commit) -> Iterator[Damage]:

@@ -76,6 +76,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         routing.color_oracle,
         routing.routed,
         routing.routed_product,
+        routing.routed_layers,
         first_task.ranpac,
         first_task.aper,
         controls.anacp,

@@ -9,7 +9,7 @@ from ..rules import OrthogonalToPast, ProductL1, ReleasedProductL1
 from ..tuners import QUERY_VALUE
 from .recipe import Recipe
 
-SQUARED_STRENGTH = 0.5  # of OrthogonalToPast's squared form; to be chosen by the table of configs/strengths_text.yaml
+SQUARED_STRENGTH = 0.5  # of OrthogonalToPast's squared form: docs/results/strengths_text.md
 
 
 def lora_config(rank: int, alpha: float | None, target: str | list[str], dropout: float) -> Any:
@@ -52,7 +52,8 @@ def olora(
     Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning, 2310.14152 (EMNLP Findings 2023).
     Published: r = 8, alpha = 32, dropout 0.1 (ours 0), learning rate 1e-3 (ours 5e-4), and strength (lambda_1) 0.5 for
     most tasks, 5 for some, of the absolute form (`olora_released`). The squared form is our reading of the paper's
-    norm; its slope is 27 (d = 384) to 84 (d = 4096) times less, so that it has a default of its own, SQUARED_STRENGTH.
+    norm, and its slope is 27 (d = 384) to 84 (d = 4096) times less. Its default is from a table of strengths in
+    decades: larger ones bring A no further from past A, and move old features more.
     """
     return Recipe(
         lora_config(rank, alpha, target, dropout), [OrthogonalToPast(strength)], Merge(), training=LORA_TRAINING

@@ -121,6 +121,10 @@ class Recipe:
         for key in data:
             if key not in known:
                 raise ConfigError(f"a recipe has no slot `{key}`: {nearest(key, known)}")
+        for slot, kind in (("rules", list), ("heads", list), ("training", dict), ("name", str)):
+            if not isinstance(data.get(slot) or kind(), (kind, tuple) if kind is list else kind):
+                told = {list: "a list", dict: "a mapping", str: "a text"}[kind]
+                raise ConfigError(f"`{slot}` of a recipe is {told}, not {data[slot]!r}")
         if "tuner" not in data:
             raise ConfigError("a recipe needs a `tuner`, for instance {type: LoraConfig, r: 8}")
         by_class = {rule.__name__: rule for rule in RULES.values()}

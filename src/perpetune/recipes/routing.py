@@ -100,3 +100,28 @@ def routed_product(
         PerTask(router, candidates, mass, prior=0.5, frozen=frozen),
         training=LORA_TRAINING,
     )
+
+
+def routed_layers(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    candidates: int = 3,
+    mass: float = 0.95,
+    frozen: float = 1.0,
+    layers: int = 3,
+) -> Recipe:
+    """`routed_product` whose router reads the last three layers of the frozen encoder side by side. Ours.
+
+    The middle layers know of tasks and classes what the last one has given up. p(c | x) is as in `routed_product`, with
+    the frozen expert at its full weight, as the better one that it is. Where all tasks have the same classes the routed
+    adapters decide alone; language models, which are read at their last layer, are read as under `routed`.
+    """
+    router = PooledRouter(many_tasks=True, discriminants=True)
+    return Recipe(
+        lora_config(rank, alpha, target, dropout),
+        [],
+        PerTask(router, candidates, mass, prior=0.5, frozen=frozen, layers=layers),
+        training=LORA_TRAINING,
+    )

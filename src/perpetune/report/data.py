@@ -137,8 +137,8 @@ class Record:
 
     @property
     def _last(self) -> tuple[float | None, ...]:
-        measured = [row for row in self.matrix if any(v is not None for v in row)]
-        return measured[-1] if measured else (None,) * len(self.tasks)
+        measured = (row for row in reversed(self.matrix) if any(v is not None for v in row))
+        return next(measured, (None,) * len(self.tasks))
 
     @property
     def work(self) -> tuple[str, int | None, str]:

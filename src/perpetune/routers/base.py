@@ -139,7 +139,8 @@ class Router:
         return {name: tensor.clone() for name, tensor in self.known[self._observed(task)].items()}
 
     def load_task_state(self, task: int, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `task_state`: afterwards this is all that is known of the task.
+        """Inverse of `task_state`: afterwards this is all that is known of the task. Tensors are held, and not copied:
+        those of a file are mapped.
 
         Raises:
             PerpetuneError: the state is not one of this router (names, shapes).
@@ -147,8 +148,18 @@ class Router:
         self.known[task] = self._read(state)
         self.changed()
 
+    def hold_mapped(self, task: int, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a file, which are read from there when they are needed, in place of those in memory.
+
+        Args:
+            state: what `task_state` gave, from the file that it was written to.
+        """
+        held = self.known[self._observed(task)]  # the same dictionary: nothing has changed
+        for name in held:
+            held[name] = state[name]
+
     def _read(self, state: Mapping[str, Tensor]) -> State:
-        held = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        held = {name: tensor.detach().cpu() for name, tensor in state.items()}
         self.check_state(held)
         return held
 

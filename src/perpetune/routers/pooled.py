@@ -75,6 +75,11 @@ class PooledRouter(Router):
             expert.load_task_state(task, _part(state, name))
         self.known[task] = self._held(task)
 
+    def hold_mapped(self, task: int, state: Mapping[str, Tensor]) -> None:
+        for name, expert in self._experts.items():
+            expert.hold_mapped(task, _part(state, name))
+        self.known[task] = self._held(task)
+
     def check_state(self, state: State) -> None:
         for name, expert in self._experts.items():
             expert.check_state(_part(state, name))

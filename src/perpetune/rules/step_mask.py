@@ -49,6 +49,8 @@ class StepMask(Rule):
     _generators: dict[torch.device, torch.Generator] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
+    _task: int = field(init=False, repr=False, compare=False, default=0)
+    _resumed: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         check_keep(self, self.keep, self.seed)
@@ -62,8 +64,12 @@ class StepMask(Rule):
                 "StepMask acts on weights that train, and this model trains none: use a tuner that trains some "
                 "(AllWeights, LoRA), or take the rule out"
             )
-        seed = mixed(self.seed, task.index)
-        self._generators = {d: torch.Generator(d).manual_seed(seed) for d in {p.device for p in self._params}}
+        seed, devices = mixed(self.seed, task.index), dict.fromkeys(p.device for p in self._params)
+        self._generators = {d: torch.Generator(d).manual_seed(seed) for d in devices}
+        if self._resumed and int(self._resumed["task"]) == task.index:
+            for i, generator in enumerate(self._generators.values()):
+                generator.set_state(self._resumed[f"draws.{i}"])
+        self._task, self._resumed = task.index, {}
 
     @torch.no_grad()
     def on_gradient(self) -> None:
@@ -85,3 +91,22 @@ class StepMask(Rule):
                 w_before = values[start : start + len(w)] if p.ndim else values
                 start += len(w) if p.ndim else 0
                 restore(w, w_before, inside=M.neg_())
+
+    def end_task(self, task: TaskContext) -> None:
+        self._params, self._generators = [], {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Within a task, how far the draws have come: `task`, its number, and `draws.<i>` of each device."""
+        draws = {f"draws.{i}": generator.get_state() for i, generator in enumerate(self._generators.values())}
+        return {"task": torch.tensor(self._task), **draws} if draws else {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`. Loaded within a task, `begin_task` goes on with its draws.
+
+        Raises:
+            RuleError: tensors that are not this rule's.
+        """
+        strange = [key for key in state if key != "task" and not key.startswith("draws.")]
+        if strange or (state and "task" not in state):
+            raise RuleError(f"`{(strange or ['draws'])[0]}` is no state of StepMask: expected `task` and `draws.<i>`")
+        self._params, self._generators, self._resumed = [], {}, dict(state)

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..core.errors import ConfigError, RunError, nearest
-from ..core.files import file_digest, read_arrays
+from ..core.files import as_sealed, file_digest, read_arrays
 
 MANIFEST = "commit.json"
 
@@ -30,8 +30,11 @@ class Commit:
     @classmethod
     def read(cls, path: Path) -> Commit:
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            content = (path / MANIFEST).read_bytes()
+            manifest = json.loads(content)
             manifest["files"], manifest["task"], manifest["index"]
+            if not as_sealed(content):
+                raise ValueError("another hash")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path / MANIFEST} is damaged: {mend(path)}") from error
         return cls(path, manifest)

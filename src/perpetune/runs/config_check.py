@@ -11,6 +11,7 @@ from ..streams.tokens import SOURCE
 
 UNWRITTEN = {"trainer": "perpetune"}  # what runs had that do not say
 BATCH = "per_device_train_batch_size"
+SAVING = ("save_strategy", "save_steps", "save_total_limit")  # training settings that decide nothing about the result
 
 
 def together(config: dict[str, Any]) -> dict[str, Any]:
@@ -23,8 +24,13 @@ def together(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in whole.items() if key != "processes"}
 
 
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    training = config.get("training") or {}
+    return {**config, "training": {name: value for name, value in training.items() if name not in SAVING}}
+
+
 def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    count, old, new = new.get("processes", 1), together(old), together(plain(new))
+    count, old, new = new.get("processes", 1), _deciding(together(old)), _deciding(together(plain(new)))
     for key, wanted in new.items():
         if key in ("versions", "model_name", "in_memory"):
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -14,17 +13,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..core import processes
 from ..core.errors import RunError
-from ..core.files import file_digest, plain, sync, write_file, write_text, writing
+from ..core.files import as_sealed, aside_of, file_digest, plain, sealed, sync, write_file, write_text, writing
 from .commit import MANIFEST, Commit, mend, standing
 from .config_check import check_same
-from .earlier import in_todays_words
+from .config_file import CONFIG, TWIN, read_config, write_config
+from .locks import lock_file
 
-CONFIG, JOURNAL, COMMITS, DAMAGED = "run.yaml", "journal.jsonl", "commits", "damaged"
+JOURNAL, COMMITS, DAMAGED = "journal.jsonl", "commits", "damaged"
+UNFINISHED = "unfinished"  # checkpoints inside the task that is being learned
 WORTH_LINKING = 4096  # bytes: a block of most disks
 
 
@@ -71,28 +71,48 @@ class Run:
         with writing(path):
             (path / COMMITS).mkdir(parents=True, exist_ok=True)
             lock = _lock(path)
-            for stale in (path / COMMITS).glob(".*"):
-                shutil.rmtree(stale)
-            if (path / CONFIG).exists():
-                written = read_config(path)
-                try:
-                    check_same(path, written, config)
-                except RunError:
-                    if _learned(path):
-                        raise
-                    shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
-                    (path / COMMITS).mkdir()
-                    written = _write_config(path, config)
-            else:
-                if any(p for p in path.iterdir() if p.name not in (COMMITS, ".lock")):
-                    raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
-                written = _write_config(path, config)
-            journal = path / JOURNAL
-            # a crash cut the last line short: the next event starts a new one
-            if journal.exists() and not journal.read_bytes().endswith(b"\n"):
-                with open(journal, "a", encoding="utf-8") as file:
-                    file.write("\n")
-        return cls(path, written, lock)
+            try:
+                for stale in (path / COMMITS).glob(".*"):
+                    shutil.rmtree(stale)
+                written = cls._configured(path, config)
+                journal = path / JOURNAL
+                # a crash cut the last line short: the next event starts a new one
+                if journal.exists() and not journal.read_bytes().endswith(b"\n"):
+                    with open(journal, "a", encoding="utf-8") as file:
+                        file.write("\n")
+                return cls(path, written, lock)
+            except BaseException:
+                lock.release()
+                raise
+
+    @classmethod
+    def _configured(cls, path: Path, config: dict[str, Any]) -> dict[str, Any]:
+        """What run.yaml holds, once it is there."""
+        if not (path / CONFIG).exists():
+            own = {COMMITS, ".lock", TWIN, *(aside_of(path / name).name for name in (CONFIG, TWIN))}
+            if _learned(path):
+                raise RunError(
+                    f"{path} has lost its {CONFIG}: `perpetune verify {path} --repair` restores it from a copy"
+                )
+            if any(p for p in path.iterdir() if p.name not in own):
+                raise RunError(f"{path} holds other files and no {CONFIG}: give an empty or new directory (--out)")
+            return write_config(path, config)
+        written = read_config(path)
+        try:
+            check_same(path, written, config)
+        except RunError:
+            if (path / UNFINISHED).exists():
+                raise
+            if not _learned(path):
+                shutil.rmtree(path / COMMITS)  # no task is learned: nothing is lost with the old settings
+                (path / COMMITS).mkdir()
+                return write_config(path, config)
+            if not all("adopted" in commit.manifest for commit in cls.read(path).history[1:]):
+                raise
+            training: dict[str, Any] = {k: config[k] for k in ("training", "trainer") if k in config}
+            check_same(path, {**written, **plain(training)}, config)
+            written = write_config(path, {**written, **training})  # nothing was trained here yet
+        return written
 
     @property
     def digest(self) -> str:
@@ -103,7 +123,7 @@ class Run:
         """Write down that the stream has grown, once it is known that what was learned is still the same."""
         if self.config.get("stream") != plain(config).get("stream"):
             self.config = plain({**self.config, "stream": config["stream"]})
-            processes.by_first(lambda: _write_config(self.path, self.config))
+            processes.by_first(lambda: write_config(self.path, self.config))
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -118,7 +138,8 @@ class Run:
         """Append one line to the journal: what happened when. Clock times live here and nowhere else."""
         if not processes.first():
             return
-        line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}, allow_nan=False)
+        told = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
+        line = sealed(json.dumps(told, allow_nan=False))
         with writing(self.path / JOURNAL), open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(line + "\n")
             journal.flush()
@@ -149,10 +170,12 @@ class Run:
                     **facts,
                     "files": {file: file_digest(aside / file) for file in sorted(files)},
                 }
-                write_text(aside / MANIFEST, json.dumps(plain(manifest), indent=1, sort_keys=True, allow_nan=False))
+                text = json.dumps(plain(manifest), indent=1, sort_keys=True, allow_nan=False)
+                write_text(aside / MANIFEST, sealed(text))
                 sync(aside)
                 os.rename(aside, final)
                 sync(final.parent)
+                shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
@@ -182,8 +205,8 @@ class Run:
             self._lock.release()
 
 
-def set_aside(path: Path, commits: Sequence[Path]) -> Path:
-    """Move commits out of a run, the newest first, into a new folder in it; nothing is deleted.
+def set_aside(path: Path, damaged: Sequence[Path]) -> Path:
+    """Move commits (and other files) out of a run, the newest first, into a new folder in it; nothing is deleted.
 
     Raises:
         RunError: another process uses the run, or it cannot be written.
@@ -194,7 +217,7 @@ def set_aside(path: Path, commits: Sequence[Path]) -> Path:
             number = next(n for n in itertools.count(1) if not (path / f"{DAMAGED}-{n}").exists())
             folder = path / f"{DAMAGED}-{number}"
             folder.mkdir()
-            for commit in sorted(commits, reverse=True):  # stopped half way, the run is one with fewer commits
+            for commit in sorted(damaged, reverse=True):  # stopped half way, the run is one with fewer commits
                 os.rename(commit, folder / commit.name)
             sync(path / COMMITS)
             sync(folder)
@@ -208,40 +231,19 @@ def _learned(path: Path) -> bool:
     return len(list((path / COMMITS).iterdir())) > 1
 
 
-def _write_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    written: dict[str, Any] = plain(config)
-    write_text(path / CONFIG, yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
-    return written
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        RunError: there is no run here, or its configuration cannot be read.
-    """
-    try:
-        config = yaml.safe_load((Path(path) / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{Path(path) / CONFIG} cannot be read ({type(error).__name__}): restore it from a copy"
-        ) from error
-    if not isinstance(config, dict):
-        raise RunError(f"{Path(path) / CONFIG} is empty or damaged: restore it from a copy")
-    return in_todays_words(config)
-
-
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All events; a line cut short by a crash is passed over: what it spoke of was not committed, or comes again."""
+    """All events; a line that a crash cut short, or that was damaged, is passed over: what it spoke of was not
+    committed, or comes again, or is a matter of clock times alone."""
     try:
-        lines = (Path(path) / JOURNAL).read_text(encoding="utf-8").splitlines()
+        lines = (Path(path) / JOURNAL).read_bytes().splitlines()
     except FileNotFoundError:
         return []
     events = []
     for line in lines:
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(line) if as_sealed(line) else None
+            if isinstance(event, dict) and "event" in event:
+                events.append({key: value for key, value in event.items() if key != "sha256"})
     return events
 
 
@@ -269,20 +271,12 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _lock(path: Path) -> FileLock:
-    """The lock of a run, held until it is released or its process ends, however it ends.
+    """The lock of a run.
 
     Raises:
         RunError: another process holds it, or the file system has no locks.
     """
-    lock = FileLock(path / ".lock", blocking=False, thread_local=False)  # whichever thread closes the run releases it
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RunError(
-            f"{path} is in use by another process: wait for it, or give another directory (--out)"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOLCK:
-            raise RunError(f"{path} lies on a disk that cannot lock files: give another directory (--out)") from error
-        raise
+    lock = lock_file(path / ".lock")
+    if lock is None:
+        raise RunError(f"{path} is in use by another process: wait for it, or give another directory (--out)")
     return lock

@@ -58,8 +58,8 @@ def read_folder(
     folders = [] if split_files(path) else task_folders(path)
     if not folders:
         raise StreamError(
-            f"no task folder in {path}: {LAYOUT}. If this is one dataset, say how to divide it: "
-            'split_by="class" with classes_per_task, or a column'
+            f"no task folder in {path}: {LAYOUT}. If this is a task, give the folder above it; if it is one dataset, "
+            'say how to divide it: split_by="class" with classes_per_task, or a column'
         )
     lost = set(learned) - {slug(folder.name) for folder in folders}
     folders = sorted([*folders, *(path / name for name in lost)], key=lambda folder: natural(folder.name))

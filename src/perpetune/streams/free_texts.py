@@ -14,6 +14,7 @@ from .quiet import without_bars
 from .task import Stream, Task
 
 Responses = Literal["exact", "stripped"]
+MANY = 20  # responses that may be classes, however few rows there are
 
 
 def metrics_of(tasks: Sequence[Task], chosen: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -35,6 +36,20 @@ def metrics_of(tasks: Sequence[Task], chosen: str | Mapping[str, str] | None) ->
         if metric(name) is rouge_l:
             scorer()  # before anything is trained
     return found
+
+
+def check_classes(stream: Stream) -> None:
+    """
+    Raises:
+        ConfigError: a task whose responses are read as classes, and are nearly all different.
+    """
+    for task in stream:
+        if task.metric is None and len(task.classes) > max(MANY, len(task.train) // 2):
+            raise ConfigError(
+                f"task `{task.name}` has {len(task.classes)} different responses to {len(task.train)} prompts, and "
+                "without a metric each is a class to choose among: say how its answers are scored (--metric token_f1, "
+                "rouge_l, exact_match, contains or likelihood)"
+            )
 
 
 def answers_nothing(task: Task) -> bool:

@@ -268,7 +268,9 @@ def _dataset(
 def _no_source(path: Path, text: str) -> StreamError:
     if path.exists():
         return StreamError(
-            f'{path} is a file: say how to divide it, split_by="class" with classes_per_task or a column'
+            f"{path} is a file: put it into a folder of task folders, as TASK/train{path.suffix} with test rows in "
+            f'TASK/test{path.suffix}; or, if it holds all tasks, say how to divide it, split_by="class" with '
+            "classes_per_task or a column"
         )
     if path.parent != Path(".") and path.parent.is_dir():
         beside = [child.name for child in path.parent.iterdir()]

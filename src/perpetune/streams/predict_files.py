@@ -1,15 +1,18 @@
-"""New inputs for `predict` as they lie in a file, and the predictions written beside them."""
+"""New inputs as they lie in a file, and what was predicted or generated written beside them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 from PIL import Image
 
 from ..core.errors import StreamError, nearest
+from ..core.files import write_text
 from .columns import USUAL
 from .formats import read_files
 from .pictures import eight_bits
@@ -58,6 +61,45 @@ def read_inputs(path: Path, columns: Sequence[str], names: Mapping[str, str] | N
     return rows
 
 
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Rows with `prompt` or `messages`, and whatever else stands beside these, JSON lines as they are.
+
+    Args:
+        path: .txt, a prompt in every line; .jsonl; or what `read_inputs` takes, with a column `prompt`.
+
+    Raises:
+        StreamError: the file cannot be read, or a line of it is no prompt; says which.
+    """
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        return read_inputs(path, ("prompt",)).to_list()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StreamError(f"{path} cannot be read: {error}") from error
+    rows = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise StreamError(f"{path} holds no prompt")
+    return rows
+
+
+def _prompt(path: Path, number: int, line: str) -> dict[str, Any]:
+    if path.suffix.lower() == ".txt":
+        return {"prompt": line.rstrip("\r")}
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise StreamError(f"{path}, line {number}, is no JSON: {error}") from error
+    known = isinstance(row, dict) and (isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list))
+    if not known:
+        raise StreamError(f"{path}, line {number}, has neither a `prompt` (text) nor `messages` (a list)")
+    return row
+
+
+def asked(row: Mapping[str, Any]) -> Any:
+    """The prompt of a row, or its messages."""
+    return row["messages"] if isinstance(row.get("messages"), list) else row["prompt"]
+
+
 def as_inputs(rows: datasets.Dataset, columns: Sequence[str]) -> list[Any]:
     """Each row as `predict` takes it: one value, or a tuple of the values of the input columns."""
     held = [column for column in columns if column in rows.column_names]
@@ -95,10 +137,32 @@ def write_predictions(path: Path, rows: datasets.Dataset, predictions: Sequence[
     if "prediction" in rows.column_names:
         rows = rows.remove_columns("prediction")
     frame = rows.add_column("prediction", list(predictions)).to_pandas()
+    if path.suffix.lower() == ".jsonl":
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)
+    else:
+        _write_frame(path, frame)
+
+
+def write_generated(path: Path, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> None:
+    """The rows of `read_prompts`, each with its answer as `generated`."""
+    if path.suffix.lower() == ".jsonl":
+        write_text(path, generated_lines(rows, answers))
+    else:
+        _write_frame(path, pd.DataFrame(_generated(rows, answers)))
+
+
+def generated_lines(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
+    """The same as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _generated(rows, answers))
+
+
+def _generated(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[dict[str, Any]]:
+    return [{**row, "generated": answer} for row, answer in zip(rows, answers, strict=True)]
+
+
+def _write_frame(path: Path, frame: pd.DataFrame) -> None:
     if path.suffix.lower() == ".csv":
         frame.to_csv(path, index=False, encoding="utf-8")
-    elif path.suffix.lower() == ".jsonl":
-        frame.to_json(path, orient="records", lines=True, force_ascii=False)
     else:
         frame.to_parquet(path, index=False)
 

@@ -106,15 +106,15 @@ def _posed(task: Task, labels: tuple[str, ...], template: Template) -> Task:
         if data is None:
             return None
         keep = (lambda text: text) if template == "published" else str.strip
-        columns = [[mark(keep(text)) for text in data["text"]]]
+        columns = [[mark(keep(text)) for text in data["text"][:]]]
         if "text_pair" in data.column_names:
-            columns.append([keep(text) for text in data["text_pair"]])
+            columns.append([keep(text) for text in data["text_pair"][:]])
         tail = () if template == "chat" else ("Answer:",)
         posed, name = ["\n".join((*head, *texts, *tail)) for texts in zip(*columns, strict=True)], "prompt"
         if template == "chat":
             posed, name = [Conversation([{"role": "user", "content": text}]).written() for text in posed], "messages"
         made = Dataset.from_dict({name: posed}, features=Features({name: Value("string")}))
-        texts = np.array([labels[y] for y in data["label"]], dtype=object)
+        texts = np.array([labels[y] for y in data["label"][:]], dtype=object)
         rows = Rows(f"the {split} split of task `{task.name}`", made, np.arange(len(made)), texts)
         return rows.finish({label: c for c, label in enumerate(labels)})
 

@@ -124,9 +124,15 @@ class PeftTuner(Tuner):
         return model.unload()
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The adapter alone. peft would compare the vocabulary with that of the base's files, or ask the Hub for them,
+        at every save, and store resized embeddings; the base is known by its fingerprint."""
         import peft
+        from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
-        return {k: v.contiguous() for k, v in peft.get_peft_model_state_dict(model).items()}
+        tuned = getattr(model.base_model, "targeted_module_names", ())
+        embedded = any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in tuned)
+        found = peft.get_peft_model_state_dict(model, save_embedding_layers="auto" if embedded else False)
+        return {k: v.contiguous() for k, v in found.items()}
 
     def load(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         import peft
