@@ -18,6 +18,7 @@ RECIPES: list[str | dict[str, Any]] = [
     {"name": "lora", "rank": 4, "target": "all-linear"},
     {"name": "olora", "rank": 4, "target": "all-linear"},
     {"name": "nlora", "rank": 4, "target": "all-linear", "strength": 1e-3},
+    {"name": "routed_product", "rank": 4, "target": "all-linear"},
     {"name": "replay", "rank": 4, "target": "all-linear"},
     {"name": "joint", "rank": 4, "target": "all-linear"},
     "sequential",
@@ -27,11 +28,11 @@ RECIPES: list[str | dict[str, Any]] = [
 
 
 def run_demo(out: Path, *, jobs: int, seeds: list[int], progress: Progress) -> list[ResultRecord]:
-    """Five tasks of two transposed digits each, learned one after another by a micro ViT that was pre-trained, on the
-    spot, on the same ten digits upright. Writes `results.json` and `report/index.html` under `out`."""
+    """Five tasks of two transposed digits each, at random places in clutter, learned one after another by a micro ViT
+    that was pre-trained, on the spot, on upright and turned digits in clutter. Writes `results.json` and `report/index.html` under `out`."""
     from .demo_model import demo_vit
 
-    typer.echo("A micro ViT, pre-trained on upright digits, learns transposed digits: five tasks of two, one by one.")
+    typer.echo("A micro ViT that finds upright digits in clutter learns transposed ones: five tasks of two, one by one.")
     config = CompareConfig(
         model=str(demo_vit()),
         stream=StreamConfig(source="digits-clutter"),
