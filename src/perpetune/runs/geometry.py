@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
     from .result import Result
 
 
-def geometry(result: Result, tolerance: float) -> dict[str, float | None]:
-    """See `Result.geometry`."""
+def updates(result: Result) -> list[tuple[g.Factors, ...]]:
+    """For every layer the LoRA updates of all tasks, in order.
+
+    Raises:
+        ConfigError: see `Result.geometry`.
+    """
     name, config = "adapter_model.safetensors", "adapter_config.json"
     if result.config["recipe"]["consolidation"]["type"] not in ("Merge", "Stack") or not all(
         c.has(name) and c.json(config).get("peft_type") == "LORA" for c in result.active
@@ -28,13 +33,19 @@ def geometry(result: Result, tolerance: float) -> dict[str, float | None]:
         scale = settings["lora_alpha"] / settings["r"]
         names = sorted(k for k in tensors if "lora_A" in k)
         tasks.append([g.Factors(tensors[k.replace("lora_A", "lora_B")], tensors[k], scale) for k in names])
-    layers = list(zip(*tasks, strict=True))
-    last = [updates[-1] for updates in layers]
+    return list(zip(*tasks, strict=True))
+
+
+def geometry(result: Result, tolerance: float) -> dict[str, float | None]:
+    """See `Result.geometry`."""
+    layers = updates(result)
+    last = [tasks[-1] for tasks in layers]
+    sparse = [g.sparsity(update) for update in last]
     return {
         "average_collision_rate": g.pooled_collision_rate(layers, tolerance),
         "subspace_overlap": sum(g.subspace_overlap([u.A for u in past], now.A) for *past, now in layers),
         "awom": sum(g.awom(torch.cat([u.A for u in past]), now.A) for *past, now in layers if past),
-        "nuclear_norm": sum(g.nuclear_norm(*u) for task in tasks for u in task) / (len(tasks) * len(last)),
-        "zero_share": sum(g.sparsity(u).zero_share for u in last) / len(last),
-        "above_share": sum(g.sparsity(u).above_share for u in last) / len(last),
+        "nuclear_norm": statistics.fmean(g.nuclear_norm(*update) for tasks in layers for update in tasks),
+        "zero_share": statistics.fmean(found.zero_share for found in sparse),
+        "above_share": statistics.fmean(found.above_share for found in sparse),
     }
