@@ -121,6 +121,6 @@ def test_responses_that_nearly_all_differ_ask_for_a_metric(tmp_path, tiny_lm):
     for split in ("train", "test"):
         (tmp_path / "s" / "week" / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     learner = pt.Learner(tiny_lm("llama"), "lora", tmp_path / "run")
-    with pytest.raises(ConfigError, match="24 different responses to 24 prompts.*--metric token_f1"):
+    with pytest.raises(ConfigError, match="24 different responses, to 24 prompts.*--metric token_f1"):
         learner.learn(pt.load_stream(tmp_path / "s"))
     assert not (tmp_path / "run" / "run.yaml").exists()

@@ -29,10 +29,13 @@ RECIPES: list[str | dict[str, Any]] = [
 
 def run_demo(out: Path, *, jobs: int, seeds: list[int], progress: Progress) -> list[ResultRecord]:
     """Five tasks of two transposed digits each, at random places in clutter, learned one after another by a micro ViT
-    that was pre-trained, on the spot, on upright and turned digits in clutter. Writes `results.json` and `report/index.html` under `out`."""
+    that was pre-trained, on the spot, on upright and turned digits in clutter. Writes `results.json` and
+    `report/index.html` under `out`."""
     from .demo_model import demo_vit
 
-    typer.echo("A micro ViT that finds upright digits in clutter learns transposed ones: five tasks of two, one by one.")
+    typer.echo(
+        "A micro ViT that finds upright digits in clutter learns transposed ones: five tasks of two, one by one."
+    )
     config = CompareConfig(
         model=str(demo_vit()),
         stream=StreamConfig(source="digits-clutter"),

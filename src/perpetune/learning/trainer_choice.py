@@ -66,7 +66,7 @@ def settle(setup: Setup, stream: Stream, backbone: Backbone) -> Stream:
         adopt(setup, written)
         stream = stream if "trainer" in written else stripped(stream)
     else:
-        if not stream.source.get("pose"):  # labels are classes, however many
+        if not (setup.heads_given or stream.source.get("pose")):  # posed labels are classes, however many
             check_classes(stream)
         posed = stream.source.get("pose") in ("instruction", "published")
         if setup.response_prefix is None:  # the prompts of templates end with `Answer:`

@@ -46,9 +46,9 @@ def check_classes(stream: Stream) -> None:
     for task in stream:
         if task.metric is None and len(task.classes) > max(MANY, len(task.train) // 2):
             raise ConfigError(
-                f"task `{task.name}` has {len(task.classes)} different responses to {len(task.train)} prompts, and "
-                "without a metric each is a class to choose among: say how its answers are scored (--metric token_f1, "
-                "rouge_l, exact_match, contains or likelihood)"
+                f"task `{task.name}` has {len(task.classes)} different responses, to {len(task.train)} prompts that "
+                "are learned, and without a metric each is a class to choose among: say how its answers are scored "
+                "(--metric token_f1, rouge_l, exact_match, contains or likelihood)"
             )
 
 
