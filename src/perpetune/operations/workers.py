@@ -17,6 +17,7 @@ from ..learning.config import CompareConfig
 from .grid import Job, Make, Outcome, Workers, given_up
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+IDLE = 10.0  # seconds that a process without work has to end
 
 
 class Worker:
@@ -29,7 +30,7 @@ class Worker:
     def __init__(self, make: Make, environment: dict[str, str]) -> None:
         self._work = (make, environment)
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._starting, self._closed = threading.Lock(), False
+        self._starting, self._closed, self._busy = threading.Lock(), False, False
 
     def make(self, job: Job, wait: bool) -> Outcome:
         """The run of this job; if the process is lost with it, an outcome that says so."""
@@ -40,12 +41,15 @@ class Worker:
                 self._start()
             process = self._process
         assert process is not None
+        self._busy = True
         try:
             self._pipe.send((job, wait))
             found: Outcome = self._pipe.recv()
         except (EOFError, OSError):
             process.join()
             return Outcome(error=_lost(process.exitcode), again=True)
+        finally:
+            self._busy = False
         return found
 
     def _start(self) -> None:
@@ -59,6 +63,9 @@ class Worker:
     def stop(self) -> None:
         """End the process; the next run is made by a new one."""
         if self._process is not None:
+            if not self._busy:
+                self._pipe.close()  # it ends by itself, and leaves nothing to the resource tracker
+                self._process.join(IDLE)
             self._process.terminate()  # in the midst of a run it may be: commits are there or not there
             self._process.join()
             self._process = None
