@@ -75,7 +75,7 @@ def tables() -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
     for path in sorted((ROOT / "docs" / "results").glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or "rows" not in data:
             continue  # a benchmark's records
         for recipe in {line["recipe"] for line in data["rows"]}:
             found.setdefault(recipe, []).append((path.stem, data["command"].splitlines()[0]))
