@@ -31,7 +31,9 @@ def test_every_configuration_can_be_read(path: Path) -> None:
         assert recipe.with_heads(recipe.heads).name == (spec if isinstance(spec, str) else spec["name"])
     header = path.read_text().split("\nmodel:")[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    commands = re.findall(r"^# (perpetune (?:compare|run) .*)$", header, re.MULTILINE)
+    commands = re.findall(
+        r"^# ((?:perpetune (?:compare|run)|python -m benchmarks\.questions) .*)$", header, re.MULTILINE
+    )
     assert commands and all(f"configs/{path.relative_to(ROOT)}" in command for command in commands)
     for command in commands:
         named = re.search(r"--stream (\S+)", command)
