@@ -13,6 +13,7 @@ from perpetune.cli import app as cli
 from perpetune.heads import make_head
 from perpetune.learning.config import CompareConfig, load_config
 from perpetune.recipes import make_recipe
+from perpetune.recipes.user_pieces import import_modules
 from perpetune.streams import load_stream
 from perpetune.streams.benchmarks import BENCHMARKS
 
@@ -26,6 +27,7 @@ TEXT = [path for path in CONFIGS if re.search(r"source: (cl-order-\d|trace|super
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_configuration_can_be_read(path: Path) -> None:
     config = load_config(path, CompareConfig, {})
+    import_modules(config.imports)
     for spec in config.recipes:
         recipe = make_recipe(spec)
         assert recipe.with_heads(recipe.heads).name == (spec if isinstance(spec, str) else spec["name"])
