@@ -49,18 +49,24 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+_set_aside = False
+
+
 @contextlib.contextmanager
 def quick_collection() -> Iterator[None]:
     """What is alive now is not looked at by the garbage collector any more: a full collection, as the Trainer asks for
     before every task, then looks at what was made since, and not at all of torch and transformers (half a second)."""
-    if gc.get_freeze_count():
+    global _set_aside
+    if _set_aside or gc.get_freeze_count():  # which takes the time to count them
         yield
         return
     gc.collect()
     gc.freeze()
+    _set_aside = True
     try:
         yield
     finally:
+        _set_aside = False
         gc.unfreeze()
 
 
