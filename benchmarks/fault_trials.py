@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 TASKS = 3
 LIMIT = 900.0  # seconds for a command: the machine may be busy
+TELLING, STACK = 0.5, 3000  # seconds to tell where it is, and how many letters of that are told on
 WRITING = {"os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
 
 
@@ -30,16 +32,21 @@ class Child:
         self.code: int | None = None
 
     def wait(self, limit: float = LIMIT) -> int:
-        """Its exit code, the negative number of a signal that ended it; past the limit it is killed."""
+        """Its exit code, the negative number of a signal that ended it; past the limit it tells where it is, and is
+        killed."""
         end = time.monotonic() + limit
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > end:
+                if limit == LIMIT:
+                    self.signal(signal.SIGUSR1)
+                    time.sleep(TELLING)
                 self.signal(signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise TimeoutError(f"still running after {limit:.0f} s")
+                self.code = -signal.SIGKILL
+                raise TimeoutError(f"still running after {limit:.0f} s: {self.said[-STACK:]}")
             else:
                 time.sleep(0.002)
         return self.code
@@ -178,6 +185,7 @@ def _child(
             os.dup2(out, number)
         os.close(out)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", buffering=1) for n in (1, 2))
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         from perpetune.cli import main
 
         before()

@@ -90,9 +90,15 @@ class Faults:
         """Started again, it ends as the run that nothing happened to."""
         command = self.trials.command(run, ranks=ranks)
         children = [self.trials.start(command)] if ranks == 1 else self.trials.together(command)
-        for child in children:
-            if child.wait():
-                return f"does not go on: {child.said[-300:]}"
+        try:
+            codes = [child.wait() for child in children]
+        except TimeoutError as error:
+            found = f"{error}; of the others: {[child.said[-300:] for child in children if child.code is not None]}"
+            for child in children:
+                child.signal(signal.SIGKILL)
+            return found
+        if any(codes):
+            return f"does not go on: {[child.said[-300:] for child in children if child.code]}"
         return "" if contents(run) == self.whole[ranks] else "ends in other bits"
 
     def _after(self, kind: str, seed: int, run: Path, wrong: str = "", ranks: int = 1) -> Trial:
