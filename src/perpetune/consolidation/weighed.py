@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement
@@ -49,7 +50,8 @@ class WeighedPerTask(PerTask):
 
     Args:
         holdout: share of the rows that are held out of the training of adapters, at most a fifth. A task of which it
-            leaves fewer than 10, or a class without a row to train on, trains on all rows and has no say in w.
+            leaves fewer than 10, or a class without a row to train on, trains on all rows and has no say in w;
+            nor has any under a head of sums, which have those of all rows.
 
     Raises:
         ConfigError: a setting out of range; a router that is no `ChosenRouter`.
@@ -96,7 +98,7 @@ class WeighedPerTask(PerTask):
     def judge(self, session: Session, head: Head) -> None:
         rows = super().rows(session)
         held, task = self._held(rows), len(self._adapters) - 1
-        if not held or head.reads != "features" or head.follows_texts:
+        if not held or head.reads != "features" or head.follows_texts or head.observes:
             return
         examples, own = self.backbone.prepare(rows.select(held)), torch.tensor(self.task_classes(task))
         assert isinstance(self.router, ChosenRouter)
@@ -143,9 +145,10 @@ class WeighedPerTask(PerTask):
         if not self._mixes():
             return super().scores(head, classes, reading, weights)
         features, w = reading.all(None), self.weight
-        weights = weights.double().cpu()
+        log_t = self.router.log_posterior(features).cpu()
+        weights = F.pad(weights.double().cpu(), (0, log_t.shape[1] - weights.shape[1]), value=-torch.inf)
         shown = weights > -torch.inf
-        log_t = self.router.log_posterior(features).cpu().masked_fill(shown, -torch.inf)
+        log_t = log_t.masked_fill(shown, -torch.inf)
         left = torch.log1p(-weights.exp().sum(1).clamp(max=1))
         log_t = torch.where(shown, weights, log_t.log_softmax(1).nan_to_num(nan=-torch.inf) + left[:, None])
         scores = torch.full((reading.count, classes), -torch.inf, dtype=torch.float64)

@@ -136,11 +136,12 @@ def default(
     mass: float = 0.95,
     layers: int = 3,
     features: int = 2048,
+    holdout: float = 0.1,
 ) -> Recipe:
     """The frozen model, and one LoRA a task that counts beside it as much as held-out examples show it helps. Ours.
 
     The frozen model routes and predicts by discriminant analysis: of its last layers, or of random features of the
-    last, as hold-out moments choose (`ChosenRouter`). A tenth of each task's rows is held out of the adapters' training
+    last, as hold-out moments choose (`ChosenRouter`). A share of each task's rows is held out of the adapters' training
     and chooses their weight (`WeighedPerTask`); where they do not help, the frozen model predicts alone. Where all
     tasks have the same classes the routed adapters decide; language models are read as under `routed`.
     """
@@ -148,6 +149,6 @@ def default(
     return Recipe(
         lora_config(rank, alpha, target, dropout),
         [],
-        WeighedPerTask(router, candidates, mass, prior=0.5, layers=layers),
+        WeighedPerTask(router, candidates, mass, prior=0.5, layers=layers, holdout=holdout),
         training=LORA_TRAINING,
     )

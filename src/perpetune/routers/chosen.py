@@ -20,9 +20,9 @@ class ChosenRouter(Experts):
         kernel   random Fourier features of the last of them alone, at length 1
 
     On texts of several kinds the middle layers tell most; classes that lie close to each other take more features
-    (docs/results/default.md). p(t, c | x), its sum over classes and its sum over tasks are those of the chosen one. What
-    is stored of a task, and the choice, depend on samples alone and not on the order of tasks; the choice is made anew
-    after every task. Of equals, layers.
+    (docs/results/default.md). p(t, c | x), its sum over classes and its sum over tasks are those of the chosen one, and
+    the choice is made anew after every task. What is stored of a task, and the choice, depend on samples alone and not
+    on the order of tasks. Of equals, layers.
 
     Stored for a task: 8 M^2 bytes for either (34 MB at M = 2,048, and 11 MB for three layers of 384).
 
