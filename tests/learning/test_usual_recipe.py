@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 from typer.testing import CliRunner
 
@@ -12,6 +10,7 @@ from perpetune.cli.app import app
 from perpetune.learning.config import RunConfig, load_config
 from perpetune.learning.usual import names_no_recipe, usual_recipe
 from perpetune.recipes import RECIPES, routing
+from perpetune.recipes.recipe import Recipe
 from perpetune.runs.config_file import read_config
 
 
@@ -40,7 +39,10 @@ def test_captions_are_learned_by_one_model():
 
 
 def test_a_run_takes_it_and_goes_on_with_its_own(word_stream, tiny_bert, tmp_path, monkeypatch):
-    monkeypatch.setitem(RECIPES, "default", functools.partial(routing.default, features=64))
+    def smaller(features: int = 64, holdout: float = 0.1) -> Recipe:
+        return routing.default(features=features, holdout=holdout)
+
+    monkeypatch.setitem(RECIPES, "default", smaller)
     options = ["--stream", str(word_stream), "--tasks", "films,news", "--set", "max_steps=2", "--max-length", "16"]
     fresh = CliRunner().invoke(app, ["run", "--model", tiny_bert(), *options, "--out", str(tmp_path / "new")])
     assert fresh.exit_code == 0, fresh.output
