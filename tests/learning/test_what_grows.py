@@ -14,6 +14,7 @@ import perpetune as pt
 from perpetune.consolidation import DeltaMerge, Merge
 from perpetune.heads import make_head
 from perpetune.heads.increments import combined, increment
+from perpetune.learning import evaluator
 from perpetune.runs.directory import Run
 from perpetune.tuners import AllWeights, PeftTuner
 
@@ -153,3 +154,20 @@ def test_counting_where_deltas_meet_reads_each_once(model, stream, tmp_path, mon
     merge = learner.recipe.consolidation
     every = overlap.overlap(merge._deltas)
     assert (merge._meetings.kept, merge._meetings.met) == (int(every.hits[1:].sum()), every.collisions)
+
+
+def test_of_many_tasks_no_more_than_some_test_examples_are_held_and_predictions_are_the_same(
+    lora, model, stream, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluator, "KEPT", 10)  # of two tasks with four each
+    recipe = pt.Recipe(LORA, [], Merge(), training=TRAINING)
+    learner = learned(model, stream, recipe, tmp_path / "run")
+    held = learner.state.evaluator._examples
+    assert sum(map(len, held.values())) == 8 < sum(len(task.test) for task in stream)
+    files = "predictions.safetensors", "commit.json"
+    names = [c.path.name for c in Run.read(lora.path).commits]
+    assert all(
+        (lora.path / "commits" / n / f).read_bytes() == (tmp_path / "run/commits" / n / f).read_bytes()
+        for n in names
+        for f in files
+    )

@@ -138,6 +138,10 @@ class Consolidation:
             "scaled: use a recipe with DeltaMerge (`sotu`) or Merge (`lora`), or export the model as it is"
         )
 
+    def start_of_next(self, newest: StoredFiles) -> dict[str, Tensor]:
+        """What the tuner of the next task starts from, after the newest commit; empty where it starts anew."""
+        return stored_adapter(newest) if self.branch == "kept" else {}
+
     def separable(self, tuner: Tuner) -> bool:
         """Whether `restore` may be given the commits of some tasks, as if the others had left nothing."""
         return not tuner.trains

@@ -91,6 +91,9 @@ class FactorMerge(Consolidation):
             self._slots.put(self._merged)
             self._tasks = self.backbone.version = len(commits)
 
+    def start_of_next(self, newest: StoredFiles) -> dict[str, Tensor]:
+        return newest.tensors(START)
+
     def guarantee(self) -> list[Measurement]:
         if not self._start:
             return []

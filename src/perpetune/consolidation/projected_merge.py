@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement
 from ..models.backbone import Backbone
-from ..tuners import Tuner, check_base_kept
+from ..tuners import Tuner, base_names, check_base_kept
 from .base import Consolidation, Files, Session, StoredFiles, stored_adapter
 from .factor_merge import check_linear
 from .low_rank import LowRank, filtered
@@ -112,7 +112,9 @@ class ProjectedMerge(Consolidation):
         """The base, and on it what is merged; on a model without its tuner."""
         parameters = dict(self.backbone.model.named_parameters())
         for name in update.keys() | self._base.keys():
-            base = self._base.setdefault(name, parameters[name].detach().clone())
+            if name not in self._base:
+                self._base[name] = parameters[name].detach().clone()
+            base = self._base[name]
             dense = update[name].dense().to(base.device) if name in update else 0.0
             parameters[name].copy_(base + dense)
 
@@ -175,7 +177,7 @@ def changes(model: nn.Module) -> dict[str, LowRank]:
     """s B A of every LoRA layer of an attached model, by the name of the weight, in the weight's own layout."""
     from peft.tuners.lora import LoraLayer
 
-    names = {id(p): n.replace(".base_layer.", ".") for n, p in _base_model(model).named_parameters()}
+    names = base_names(model)
     found = {}
     for module in model.modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
@@ -185,10 +187,6 @@ def changes(model: nn.Module) -> dict[str, LowRank]:
             transposed = getattr(layer, "fan_in_fan_out", False)  # `Conv1D` keeps its weight so
             found[names[id(layer.get_base_layer().weight)]] = change.transposed() if transposed else change
     return found
-
-
-def _base_model(model: Any) -> nn.Module:
-    return model.get_base_model()
 
 
 def _norm(parts: Iterable[LowRank]) -> float:

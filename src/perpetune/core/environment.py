@@ -7,7 +7,7 @@ import functools
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -49,18 +49,32 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+_set_aside = False
+
+
 @contextlib.contextmanager
-def quick_collection() -> Iterator[None]:
+def quick_collection() -> Iterator[Callable[[], None]]:
     """What is alive now is not looked at by the garbage collector any more: a full collection, as the Trainer asks for
-    before every task, then looks at what was made since, and not at all of torch and transformers (half a second)."""
-    if gc.get_freeze_count():
-        yield
+    before every task, then looks at what was made since, and not at all of torch and transformers (half a second).
+
+    Yields:
+        What does so again, with what is alive then: after a task, so that a thousand of them are not looked at either.
+    """
+    global _set_aside
+    if _set_aside or gc.get_freeze_count():  # which takes the time to count them
+        yield lambda: None
         return
-    gc.collect()
-    gc.freeze()
+
+    def set_aside() -> None:
+        gc.collect()
+        gc.freeze()
+
+    set_aside()
+    _set_aside = True
     try:
-        yield
+        yield set_aside
     finally:
+        _set_aside = False
         gc.unfreeze()
 
 

@@ -29,9 +29,14 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if {"RANK", "LOCAL_RANK"} <= os.environ.keys() else 1
 
 
+def rank() -> int:
+    """Which of the processes that were started together this is, from 0."""
+    return int(os.environ["RANK"]) if launched() > 1 else 0
+
+
 def first() -> bool:
     """Whether this is the process that alone writes and speaks."""
-    return launched() == 1 or int(os.environ["RANK"]) == 0
+    return rank() == 0
 
 
 def together() -> int:
@@ -154,7 +159,7 @@ def divided(whether: bool = True) -> Iterator[None]:
 
 def dealt(number: int) -> bool:
     """Whether the batch of this number is this process's own to read; outside of `divided` each reads all."""
-    return not _dividing.get() or together() == 1 or number % together() == int(os.environ["RANK"])
+    return not _dividing.get() or together() == 1 or number % together() == rank()
 
 
 def joined(rows: Tensor) -> None:

@@ -19,6 +19,7 @@ from ..models.backbone import Backbone, Examples
 from ..runs.result import SCORE
 from ..streams import Stream, Task
 
+KEPT = 4000  # test examples of all tasks that are held as model inputs; of further tasks they are made when read
 PROBE = 64  # test examples on which it is seen that the features of an earlier task have not changed
 
 
@@ -35,6 +36,7 @@ class Evaluator:
     def __init__(self, backbone: Backbone, batch_size: int, progress: Progress) -> None:
         self.backbone, self.batch_size, self.progress = backbone, batch_size, progress
         self._examples: dict[tuple[str, str], Examples] = {}
+        self._kept = 0
         self._features: dict[tuple[str, str], tuple[int, Tensor]] = {}
         self._views: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         self._embedded: dict[str, tuple[int, set[int]]] = {}
@@ -77,14 +79,15 @@ class Evaluator:
             self._embedded[head.name] = (self.backbone.version, done)
 
     def prepared(self, task: Task, split: str) -> Examples:
-        """The model inputs of a split; those of test texts are kept."""
+        """The model inputs of a split; those of test texts are kept, up to `KEPT` of them."""
         key = (task.name, split)
         if key in self._examples:
             return self._examples[key]
         examples = self.backbone.prepare(getattr(task, split))
         pixels = self.backbone.modality == "image" or any("picture" in e for e in examples)
-        if split == "test" and not pixels:  # which would fill the memory
+        if split == "test" and not pixels and self._kept + len(examples) <= KEPT:  # pixels would fill the memory
             self._examples[key] = examples
+            self._kept += len(examples)
         return examples
 
     def observed(self, task: Task, states: PerTaskStates | None) -> Tensor:

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..consolidation.base import stored_adapter
-from ..consolidation.factor_merge import START
 from ..core.errors import ConfigError, RunError
 from ..core.progress import Progress
 from ..models.language_model import LanguageBackbone
@@ -152,9 +150,7 @@ def stream_of(
 def newest_adapter(recipe: Recipe, commits: Sequence[Commit]) -> dict[str, Tensor]:
     """What the last task left, where the next one goes on with it."""
     left = active(commits) if commits else []
-    if not left or recipe.consolidation.branch != "kept":
-        return {}
-    return left[-1].tensors(START) if left[-1].has(START) else stored_adapter(left[-1])
+    return recipe.consolidation.start_of_next(left[-1]) if left else {}
 
 
 def as_before(run: Run, digest: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..consolidation import Session
-from ..core.processes import launched
+from ..core.processes import launched, rank
 from ..heads.trained import TrainedHead
 from ..models.backbone import Examples
 from ..models.language_model import LanguageBackbone
@@ -146,8 +145,7 @@ class Training:
         part."""
         backbone = self.state.backbone
         model = TaskModel(backbone, self.state.training_head)
-        first, of = (int(os.environ["RANK"]), launched()) if launched() > 1 else (0, 1)
-        for start in range(first * size, len(self.examples), of * size):
+        for start in range(rank() * size, len(self.examples), launched() * size):
             batch = backbone.collate(self.examples[start : start + size])
             yield model(**{k: v.to(self.state.setup.device) for k, v in batch.items()})["loss"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -58,8 +58,11 @@ class TaskLoop:
 
     # ---- the order in which things happen ----
 
-    def learn_all(self, accept: Accept | None = None) -> bool:
+    def learn_all(self, accept: Accept | None = None, after: Callable[[], None] = lambda: None) -> bool:
         """Learn one session after another; each is a commit. With `accept`, up to the first task that is not kept.
+
+        Args:
+            after: called when a task is learned.
 
         Returns:
             Whether all of them stay.
@@ -80,6 +83,7 @@ class TaskLoop:
             self.learn(session)
             if accept is not None and not kept(self.run, accept):
                 return False
+            after()
         return True
 
     def learn(self, session: Session) -> Commit:
@@ -243,8 +247,8 @@ def learn(setup: Setup, stream: Stream, accept: Accept | None = None, retry: str
     with all_there():
         opened = open_run(setup, stream, retry=retry)
     try:
-        with setup.progress, quick_collection(), all_there():
-            stays = TaskLoop(opened).learn_all(accept)
+        with setup.progress, quick_collection() as set_aside, all_there():
+            stays = TaskLoop(opened).learn_all(accept, set_aside)
             if stays and (decision := opened.state.consolidation.decision()) is not None:
                 setup.progress.say(f"{setup.recipe.name}: {decision}")
     except KeyboardInterrupt:

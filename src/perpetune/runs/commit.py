@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ class Commit:
             content = (path / MANIFEST).read_bytes()
             manifest = json.loads(content)
             manifest["files"], manifest["task"], manifest["index"]
+            if "learned" in manifest:  # one string for a name that each of a thousand commits has
+                manifest["learned"] = [sys.intern(name) for name in manifest["learned"]]
             if not as_sealed(content):
                 raise ValueError("another hash")
         except (OSError, ValueError, KeyError, TypeError) as error:

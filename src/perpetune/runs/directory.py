@@ -191,9 +191,11 @@ class Run:
 
     def _once(self, file: Path) -> None:
         """Where an earlier commit holds a file of this name with the same bytes, there is one on disk for both."""
+        if file.stat().st_size < WORTH_LINKING:
+            return
         digest = file_digest(file)
         same = [c for c in self.commits if c.manifest["files"].get(file.name) == digest]
-        if not same or file.stat().st_size < WORTH_LINKING:
+        if not same:
             return
         link = file.with_name(f".{file.name}.tmp")
         with contextlib.suppress(OSError):  # a disk without hard links holds it twice

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .base import Additive, AllWeights, Frozen, Multiplicative, NoNetwork, Tuner, check_base_kept
+from .base import Additive, AllWeights, Frozen, Multiplicative, NoNetwork, Tuner, base_names, check_base_kept
 from .peft_tuner import PeftTuner, as_tuner
 from .targets import ATTENTIONS, KEY_VALUE, KEY_VALUE_FFN, QUERY_KEY_VALUE, QUERY_VALUE
 
@@ -39,6 +39,7 @@ __all__ = [
     "PeftTuner",
     "Tuner",
     "as_tuner",
+    "base_names",
     "check_base_kept",
     *_HOME,
 ]

@@ -155,6 +155,11 @@ class AllWeights(Tuner):
         model.load_state_dict(tensors)
 
 
+def base_names(model: Any) -> dict[int, str]:
+    """The weights of an attached model by `id`, with the names that they have on the model without its tuner."""
+    return {id(p): n.replace(".base_layer.", ".") for n, p in model.get_base_model().named_parameters()}
+
+
 def check_base_kept(tuner: Tuner, user: str) -> None:
     """Refuse a tuner whose initialisation changes the base, for whoever attaches a new one for every task.
 

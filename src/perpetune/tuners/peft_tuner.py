@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ModelError, first_line
 from ..core.measurement import Measurement
-from .base import Additive, Change, Multiplicative, Tuner
+from .base import Additive, Change, Multiplicative, Tuner, base_names
 from .shared_weights import refuse_shared
 from .targets import KEY_VALUE_FFN, ends_with, feed_forward_outputs, resolve_targets
 
@@ -209,7 +209,7 @@ def _adapter_parameters(layer: Any) -> list[nn.Parameter]:
 
 
 def _deltas(model: Any) -> dict[str, Tensor]:
-    names = {id(p): n.replace(".base_layer.", ".") for n, p in model.get_base_model().named_parameters()}
+    names = base_names(model)
     found = {}
     for module in model.modules():
         layer: Any = module

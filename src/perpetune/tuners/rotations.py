@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.errors import ModelError
 from ..core.measurement import Measurement
 from ..metrics.energy import relative_energy_change, row_norm_change
+from .base import base_names
 
 ADVICE = "name linear layers in `target_modules`, or use Continue"
 ROUNDING = 1e-5  # of fp32 rotations: entries of R R^T - I, and relative changes of row norms
@@ -66,8 +67,7 @@ def turns(model: nn.Module) -> Iterator[Turn]:
     Raises:
         ModelError: one of them is no linear layer.
     """
-    unwrapped: Any = model
-    names = {id(p): n.replace(".base_layer.", ".") for n, p in unwrapped.get_base_model().named_parameters()}
+    names = base_names(model)
     for module in model.modules():
         layer: Any = module
         held = getattr(layer, "oft_R", getattr(layer, "perpetune_givens_block_change", None))
