@@ -15,6 +15,7 @@ from perpetune.recipes import make_recipe
 from perpetune.recipes.recipe import Recipe
 from perpetune.routers import KMeansRouter, OracleRouter, PooledRouter, RidgeRouter, Router
 
+RECIPES = ["color", "color_adapted", "routed", "routed_product", "routed_layers", {"name": "default", "features": 64}]
 TRAINING = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
 
 
@@ -174,7 +175,7 @@ def test_candidates_are_asked_until_they_hold_enough(candidates, mass, asked):
     assert [(row > -torch.inf).nonzero().flatten().tolist() for row in weights] == asked
 
 
-@pytest.mark.parametrize("recipe", ["color", "color_adapted", "routed", "routed_product", "routed_layers"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_run_predicts_as_one_that_is_opened_again(recipe, stream, model, tmp_path):
     first = learner(model, recipe, run=tmp_path / "run")
     result = first.learn(stream)

@@ -29,6 +29,7 @@ from perpetune.tuners import (
     PrefixConfig,
 )
 
+RECIPES = ["color", "color_adapted", "routed", "routed_product", "routed_layers", {"name": "default", "features": 64}]
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 2e-2}
 TUNERS = {
     "lora": lambda: peft.LoraConfig(r=4, target_modules=QUERY_VALUE),
@@ -70,7 +71,7 @@ def furthest(one, other):
     return float((one - other)[one.isfinite()].abs().max())
 
 
-@pytest.mark.parametrize("recipe", ["color", "color_adapted", "routed", "routed_product", "routed_layers"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_mixed_batch_is_answered_as_each_input_alone(recipe, stream, model, tmp_path):
     learner, _ = learn(model, stream, tmp_path / "run", recipe)
     texts = mixed_texts(stream)

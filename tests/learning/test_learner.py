@@ -35,7 +35,12 @@ RESUMED = (
     "frozen_ncm",
 )
 SHARED = {*RESUMED, "lora", "olora", "joint"} - {"sotu"}  # whose own head is another one
-FEWER = {"tfidf_ridge": {"words": 64}, "frozen_best": {"features": 64}, "anacp": {"features": 64}}
+FEWER = {
+    "tfidf_ridge": {"words": 64},
+    "frozen_best": {"features": 64},
+    "default": {"features": 64},
+    "anacp": {"features": 64},
+}
 
 
 def small(recipe: str) -> dict | str:

@@ -7,6 +7,7 @@ import pytest
 import perpetune as pt
 from perpetune.operations.plan import make_plan, reads
 
+SMALLER = {"name": "default", "features": 64}
 TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 16}
 
 
@@ -23,7 +24,9 @@ def test_all_tasks_so_far_are_read_where_the_model_moves(sessions):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["lora", "pegp_lora_fresh", "sotu", "routed", "routed_layers", "replay", "joint", "frozen_ridge"]
+    "recipe",
+    ["lora", "pegp_lora_fresh", "sotu", "routed", "routed_layers", SMALLER, "replay", "joint", "frozen_ridge"],
+    ids=str,
 )
 def test_disk_is_that_of_the_run(recipe, word_stream, tiny_bert, tmp_path):
     model, stream = tiny_bert(), pt.load_stream(word_stream)

@@ -53,7 +53,7 @@ def test_every_recipe_learns_resumes_and_opens_again(recipe, pictures, tiny_clip
     assert again.predict(asked) == learner.predict(asked)
 
 
-@pytest.mark.parametrize("recipe", ["color", "routed", "routed_product"])
+@pytest.mark.parametrize("recipe", ["color", "routed", "routed_product", {"name": "default", "features": 64}], ids=str)
 def test_recipes_with_an_adapter_a_task_read_the_images(recipe, pictures, tiny_clip, tmp_path):
     stream = load_stream(pictures, tasks=["films", "games"])
     learner = Learner(tiny_clip(), recipe, tmp_path / "r", training=TRAINING)

@@ -48,7 +48,11 @@ def test_an_input_is_the_mean_state_of_its_prompt(kind, source, tiny_lm):
         torch.testing.assert_close(found, hidden[0].mean(0), rtol=1e-4, atol=1e-5)
 
 
-ROUTED = [("routed", "llama"), ("routed", "t5")]  # architectures differ in what is read, and recipes do not
+ROUTED = [
+    ("routed", "llama"),
+    ({"name": "default", "features": 64}, "llama"),
+    ("routed", "t5"),
+]  # architectures differ in what is read, and recipes do not
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 from perpetune.routers import (
     ROUTERS,
+    ChosenRouter,
     ClassRouter,
     KMeansRouter,
     LDARouter,
@@ -18,7 +19,7 @@ LABELS = ["ant", "bee"]
 WIDTH = 6
 KNOWING = [KMeansRouter(), RidgeRouter(), RidgeRouter(features=20), RidgeRouter(reading="sum")]
 KNOWING += [ClassRouter(0), ClassRouter(20), PooledRouter(20), LDARouter(), LDARouter(20, map="relu")]
-KNOWING += [PooledRouter(20, discriminants=True)]
+KNOWING += [PooledRouter(20, discriminants=True), ChosenRouter(20)]
 
 
 def samples(task, n=100, seed=0):
@@ -46,7 +47,8 @@ def router(request):
 
 
 def test_they_are_found_by_name():
-    assert set(ROUTERS) == {"KMeansRouter", "RidgeRouter", "ClassRouter", "LDARouter", "PooledRouter", "OracleRouter"}
+    known = "KMeansRouter RidgeRouter ClassRouter LDARouter PooledRouter ChosenRouter OracleRouter"
+    assert " ".join(ROUTERS) == known
     assert all(ROUTERS[type(r).__name__] is type(r) for r in KNOWING)
     assert [name for name, r in ROUTERS.items() if r.needs_task] == ["OracleRouter"]
 

@@ -106,6 +106,7 @@ def run(
     from ..core.progress import RichProgress
     from ..learning.gone_data import learned_tasks
     from ..learning.learner import Learner
+    from ..learning.usual import names_no_recipe, usual_recipe
 
     limits = {
         "max_forgetting": max_forgetting,
@@ -120,8 +121,16 @@ def run(
         raise ConfigError("--gate and --retry are for tasks that are told: leave out --drift")
     if launched() > 1 and plan:
         raise ConfigError("--plan is for one process: start it alone, with the batch of all processes together")
+    loaded = None
+    if names_no_recipe(settings):
+        loaded = settings.stream.load()
+        name, why = usual_recipe(loaded, settings.stream.drift is not None)
+        settings = settings.model_copy(update={"recipe": name})
+        if first():
+            typer.echo(f"recipe: {name}, since {why} (--recipe takes another)")
     learner = Learner.from_config(settings, progress=RichProgress())
-    loaded = settings.stream.load(learned_tasks(learner.path))
+    if loaded is None or learned_tasks(learner.path):
+        loaded = settings.stream.load(learned_tasks(learner.path))
     if plan:
         from ..learning.task_free import parts, told_segments
         from ..operations.plan import make_plan

@@ -14,6 +14,7 @@ from .replay import Replay
 from .shared_branch import SharedBranch
 from .stack import Stack
 from .states import PerTaskStates
+from .weighed import WeighedPerTask
 
 CONSOLIDATIONS = {
     c.__name__: c
@@ -26,6 +27,7 @@ CONSOLIDATIONS = {
         FactorMerge,
         ProjectedMerge,
         PerTask,
+        WeighedPerTask,
         SharedBranch,
         Concatenate,
         FirstTask,
@@ -52,4 +54,5 @@ __all__ = [
     "SparseSum",
     "Stack",
     "Session",
+    "WeighedPerTask",
 ]

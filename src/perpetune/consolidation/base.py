@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement
+from ..heads import Head
 from ..models.backbone import Backbone
 from ..streams.task import Stream, Task
 from ..tuners import AllWeights, Tuner
@@ -56,8 +57,8 @@ class StoredFiles(Protocol):
 
 @dataclass
 class Consolidation:
-    """Owns the backbone's weights between tasks. Order of calls per task: `begin_task`, training, `end_task`, `files`,
-    `committed`.
+    """Owns the backbone's weights between tasks. Order of calls per task: `begin_task`, training, `end_task`, `judge`,
+    `files`, `committed`.
 
     A resumed run calls `open` on a fresh backbone, then `restore` with all commits so far: from then on every bit is as
     if it had never stopped.
@@ -106,6 +107,9 @@ class Consolidation:
     def end_task(self, session: Session) -> None:
         """Consolidate what was trained; the backbone is now as it predicts."""
         raise NotImplementedError
+
+    def judge(self, session: Session, head: Head) -> None:
+        """Look once more at what was learned, now that heads have gathered too; with the head that is read first."""
 
     def files(self) -> Files:
         """What the commit of the session just ended must hold."""

@@ -62,12 +62,16 @@ class HoldoutMoments:
 
     def temperature(self, linear: Linear) -> float:
         """tau of the grid with the least expected log-loss of softmax_c ((h Theta + b)_c / tau)."""
+        return float(TEMPERATURES[self.log_losses(linear).argmin()])
+
+    def log_losses(self, linear: Linear) -> Tensor:
+        """That log-loss, in nats a sample, for each tau of the grid, (61,)."""
         losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
         for s, own, weight in self._drawn(linear):
             of_own = s.gather(2, own[:, None, None].expand(-1, s.shape[1], 1))[..., 0]
             for k, tau in enumerate(TEMPERATURES):
                 losses[k] += (((s / tau).logsumexp(2) - of_own / tau).mean(1) * weight).sum()
-        return float(TEMPERATURES[losses.argmin()])
+        return losses / float(self.n.sum())
 
     def _drawn(self, linear: Linear) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Scores of some classes at a time (k x draws x C), their indices (k,) and weights (k,)."""

@@ -34,8 +34,9 @@ class RunConfig(pydantic.BaseModel):
     )
     stream: StreamConfig
     recipe: str | dict[str, Any] = setting(
-        "lora",
-        "The method: a name (`perpetune list recipes`), or a name with settings.",
+        "default",
+        "The method: a name (`perpetune list recipes`), or a name with settings. By default that of the run that is "
+        "there, or `default`; for language models `routed`, for captions and streams whose tasks are not told `lora`.",
         panel="Recipe",
         example="'{name: nlora, rank: 4}'",
         commands=("run",),

@@ -116,6 +116,7 @@ class TaskLoop:
             consolidation.end_task(session)
         with self._phase("observe"):
             gather(state, self.stream.tasks[: session.learned], session.tasks, features)
+            consolidation.judge(session, state.heads[0])
         with self._phase("evaluate"):
             evaluated = self._evaluated(session)
             predictions = state.evaluator.predictions(self.stream, session, state.heads, consolidation, evaluated)

@@ -77,6 +77,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         routing.routed,
         routing.routed_product,
         routing.routed_layers,
+        routing.default,
         first_task.ranpac,
         first_task.aper,
         controls.anacp,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..consolidation import PerTask
-from ..routers import KMeansRouter, OracleRouter, PooledRouter
+from ..consolidation import PerTask, WeighedPerTask
+from ..routers import ChosenRouter, KMeansRouter, OracleRouter, PooledRouter
 from ..tuners import QUERY_VALUE
 from .lora_family import LORA_TRAINING, lora_config
 from .recipe import Recipe
@@ -123,5 +123,32 @@ def routed_layers(
         lora_config(rank, alpha, target, dropout),
         [],
         PerTask(router, candidates, mass, prior=0.5, frozen=frozen, layers=layers),
+        training=LORA_TRAINING,
+    )
+
+
+def default(
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = QUERY_VALUE,
+    dropout: float = 0.0,
+    candidates: int = 3,
+    mass: float = 0.95,
+    layers: int = 3,
+    features: int = 2048,
+    holdout: float = 0.1,
+) -> Recipe:
+    """The frozen model, and one LoRA a task that counts beside it as much as held-out examples show it helps. Ours.
+
+    The frozen model routes and predicts by discriminant analysis: of its last layers, or of random features of the
+    last, as hold-out moments choose (`ChosenRouter`). A share of each task's rows is held out of the adapters' training
+    and chooses their weight (`WeighedPerTask`); where they do not help, the frozen model predicts alone. Where all
+    tasks have the same classes the routed adapters decide; language models are read as under `routed`.
+    """
+    router = ChosenRouter(features, many_tasks=True)
+    return Recipe(
+        lora_config(rank, alpha, target, dropout),
+        [],
+        WeighedPerTask(router, candidates, mass, prior=0.5, layers=layers, holdout=holdout),
         training=LORA_TRAINING,
     )
