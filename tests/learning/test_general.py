@@ -109,6 +109,7 @@ def test_a_file_from_the_command_line(tiny_lm, word_stream, tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p, "id": 1}) for p in PROMPTS), encoding="utf-8")
     arguments = ["run", "--model", tiny_lm("llama"), "--stream", word_stream, "--tasks", "films", "--pose"]
     arguments += ["instruction", "--train-limit", 4, "--test-limit", 3, "--out", tmp_path / "r", "--set", "max_steps=1"]
+    arguments += ["--recipe", "lora"]  # one model for all tasks
     with pytest.raises(SystemExit) as ended:
         main([str(a) for a in (*arguments, "--general", tmp_path / "p.jsonl")])
     assert ended.value.code == 0 and set(measured(Result(tmp_path / "r"), KL)) == {"films"}

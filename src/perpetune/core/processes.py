@@ -31,12 +31,12 @@ def launched() -> int:
 
 def rank() -> int:
     """Which of the processes that were started together this is, from 0."""
-    return int(os.environ["RANK"]) if launched() > 1 else 0
+    return int(os.environ["RANK"]) if launched() > 1 or together() > 1 else 0
 
 
 def first() -> bool:
     """Whether this is the process that alone writes and speaks."""
-    return rank() == 0
+    return launched() == 1 or rank() == 0
 
 
 def together() -> int:
