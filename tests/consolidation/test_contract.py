@@ -49,7 +49,9 @@ CASES = {
     "PerTask, two layers": lambda: pt.Recipe(
         lora(), [], PerTask(PooledRouter(64, many_tasks=True, discriminants=True), 3, frozen=1.0, layers=2)
     ),
-    "WeighedPerTask": lambda: pt.Recipe(lora(), [], WeighedPerTask(pt.ChosenRouter(64, many_tasks=True), holdout=0.2)),
+    "WeighedPerTask": lambda: pt.Recipe(
+        lora(), [], WeighedPerTask(pt.LDARouter(64, many_tasks=True, map="kernel", ridge=True), holdout=0.2)
+    ),
     "SharedBranch": lambda: pt.Recipe(lora(), [], SharedBranch(), LDAHead()),
     "SharedBranch, alike": lambda: pt.Recipe(lora(), [], SharedBranch(start="shared"), LDAHead()),
     "Concatenate": lambda: pt.Recipe(lora(), [], Concatenate(), pt.SubspaceHead()),

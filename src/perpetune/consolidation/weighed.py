@@ -18,7 +18,7 @@ from ..heads import Head
 from ..heads.moments import in_holdout
 from ..heads.ridge import FEWEST
 from ..models.backbone import Backbone
-from ..routers import ChosenRouter
+from ..routers import LDARouter
 from ..tuners import Tuner
 from .base import Session, StoredFiles
 from .per_task import BATCH, PerTask
@@ -27,7 +27,6 @@ from .states import Reading
 VOTES = "held_out.json"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 UNKNOWN = 0.5  # the weight where no task has held-out examples enough
-ROUTER_HOLDOUT = 0.2  # of a `ChosenRouter`: a smaller share by the same hash lies within it
 
 
 @dataclass
@@ -49,15 +48,15 @@ class WeighedPerTask(PerTask):
     models, whose answers no features predict, are read as under `PerTask`, with `prior`, and train on all rows.
 
     Args:
-        holdout: share of the rows that are held out of the training of adapters, at most a fifth. A task of which it
-            leaves fewer than 10, or a class without a row to train on, trains on all rows and has no say in w;
-            nor has any under a head of sums, which have those of all rows.
+        holdout: share of the rows that are held out of the training of adapters, at most that of the router, within
+            which they lie. A task of which it leaves fewer than 10, or a class without a row to train on, trains on all
+            rows and has no say in w; nor has any under a head of sums, which have those of all rows.
 
     Raises:
-        ConfigError: a setting out of range; a router that is no `ChosenRouter`.
+        ConfigError: a setting out of range; a router that is no `LDARouter`.
     """
 
-    router: Any = "ChosenRouter"
+    router: Any = "LDARouter"
     candidates: int = 3
     prior: float = 0.5
     holdout: float = 0.1
@@ -65,10 +64,11 @@ class WeighedPerTask(PerTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.router, ChosenRouter) or self.features != "frozen" or self.frozen:
-            raise ConfigError("WeighedPerTask weighs adapters against what a ChosenRouter predicts of frozen features")
-        if not 0 < self.holdout <= ROUTER_HOLDOUT:
-            raise ConfigError(f"WeighedPerTask: holdout={self.holdout}; above 0, and at most {ROUTER_HOLDOUT}")
+        if not isinstance(self.router, LDARouter) or self.features != "frozen" or self.frozen:
+            raise ConfigError("WeighedPerTask weighs adapters against what an LDARouter predicts of frozen features")
+        if not 0 < self.holdout <= self.router.holdout:
+            most = f"at most {self.router.holdout}, that of the router"
+            raise ConfigError(f"WeighedPerTask: holdout={self.holdout}; above 0, and {most}")
 
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         super().open(backbone, tuner, labels)
@@ -101,7 +101,7 @@ class WeighedPerTask(PerTask):
         if not held or head.reads != "features" or head.follows_texts or head.observes:
             return
         examples, own = self.backbone.prepare(rows.select(held)), torch.tensor(self.task_classes(task))
-        assert isinstance(self.router, ChosenRouter)
+        assert isinstance(self.router, LDARouter)
         with self.view(None):
             log_q = self.router.alone(self.backbone.pooled(examples, BATCH), task)[:, own]
         with self.view(task):
@@ -144,8 +144,12 @@ class WeighedPerTask(PerTask):
         """log p(c | x), (N x C), fp64; tasks that `weights` leaves out share what probability it leaves."""
         if not self._mixes():
             return super().scores(head, classes, reading, weights)
-        features, w = reading.all(None), self.weight
-        log_t = self.router.log_posterior(features).cpu()
+        assert isinstance(self.router, LDARouter)
+        (joint, task_of, class_of), w = self.router.log_joint(reading.all(None)), self.weight
+        log_f = {t: joint[:, task_of == t] for t in self.router.tasks}  # log p_f(t, c | x), (N x k)
+        log_t = joint.new_full((reading.count, max(log_f) + 1), -torch.inf)
+        for t, log_p in log_f.items():
+            log_t[:, t] = log_p.logsumexp(1)
         weights = F.pad(weights.double().cpu(), (0, log_t.shape[1] - weights.shape[1]), value=-torch.inf)
         shown = weights > -torch.inf
         log_t = log_t.masked_fill(shown, -torch.inf)
@@ -154,9 +158,9 @@ class WeighedPerTask(PerTask):
         scores = torch.full((reading.count, classes), -torch.inf, dtype=torch.float64)
         for t in (log_t > -torch.inf).any(0).nonzero().flatten().tolist():
             own = torch.tensor(self.task_classes(t))
-            within = self.router.log_within(features, t)
-            assert within is not None  # the router is calibrated
-            log_q, rows = within[:, own].cpu(), shown[:, t].nonzero().flatten()
+            within = torch.full_like(scores, -torch.inf)
+            within[:, class_of[task_of == t]] = log_f[t]
+            log_q, rows = within[:, own].log_softmax(1), shown[:, t].nonzero().flatten()
             if w and len(rows):
                 log_p = head.scores(reading.read(t, rows), t)[:, own].double().cpu().log_softmax(1)
                 log_q[rows] = _mixed(log_q[rows], log_p, w)
@@ -182,16 +186,11 @@ class WeighedPerTask(PerTask):
             alike = self.router.calibrated
             why = "all tasks have the same classes" if alike else "there are too few examples to weigh them"
             return f"routed adapters alone, since {why}"
-        assert isinstance(self.router, ChosenRouter)
-        frozen = {
-            "layers": f"discriminant analysis of {self.backbone.layers} layers",
-            "kernel": "discriminant analysis of random features of the last layer",
-        }[self.router.chosen]
         samples = sum(vote["samples"] for vote in self._votes.values())
         on = f"the best on {samples} held-out examples" if samples else "no examples could be held out to choose"
         if not self.weight:
-            return f"the frozen model alone ({frozen}): adapters did not help ({on})"
-        return f"the frozen model ({frozen}) and each task's adapter, which counts {self.weight:.0%}: {on}"
+            return f"the frozen model alone: adapters did not help ({on})"
+        return f"the frozen model and each task's adapter, which counts {self.weight:.0%}: {on}"
 
 
 def _mixed(log_q: Tensor, log_p: Tensor, w: float) -> Tensor:

@@ -142,7 +142,7 @@ class ClosedFormHead(MomentsHead):
                 g, q, holdout = G[0, :m, :m], Q[0, :m], self.holdout_moments(seen, prefix, m)
                 for method in self.methods:
                     strengths = SHRINKAGES[::-1] if method == "lda" else PENALTIES[::-1]
-                    found = holdout.accuracies(_readouts(method, g, q, n[0], strengths))
+                    found = holdout.accuracies(readouts(method, g, q, n[0], strengths))
                     for strength, accuracy in zip(strengths, found, strict=True):
                         yield Choice(prefix, m, method, strength, accuracy)
 
@@ -152,7 +152,7 @@ class ClosedFormHead(MomentsHead):
             seen, choice = self.seen(), self.choice()
             G, Q, n = (sums.sum(0) for sums in self.moments(seen, choice.prefix))
             m = choice.features
-            (linear,) = _readouts(choice.method, G[:m, :m], Q[:m], n, [choice.strength])
+            (linear,) = readouts(choice.method, G[:m, :m], Q[:m], n, [choice.strength])
             Theta, self._offset = linear
             self._fitted = seen, Theta, choice.strength
         return self._fitted
@@ -182,7 +182,7 @@ class ClosedFormHead(MomentsHead):
         return measured
 
 
-def _readouts(method: str, G: Tensor, Q: Tensor, n: Tensor, strengths: Sequence[float]) -> Iterator[Linear]:
+def readouts(method: str, G: Tensor, Q: Tensor, n: Tensor, strengths: Sequence[float]) -> Iterator[Linear]:
     """The read-outs of one fold, (M x M), (M x C), (C,), of rising regularisation or not, as given."""
     if method == "lda":
         discriminant = Discriminant(G, Q, n)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core.measurement import Measurement
 from .feature_maps import FeatureMap, Kind, check_map
+from .holdout import Linear
 from .moments import MomentsHead
 from .ridge import FEWEST
 
@@ -73,12 +74,16 @@ class LDAHead(MomentsHead):
         if self._fitted is None:
             seen = self.seen()
             G, Q, n = self.moments(seen)
-            a = self.shrinkage if self.shrinkage is not None else self._chosen_shrinkage(G, Q, n)
-            Theta, self._offset = Discriminant(G.sum(0), Q.sum(0), n.sum(0)).solve(a)
+            a = self.shrinkage if self.shrinkage is not None else self.choose(G, Q, n)
+            Theta, self._offset = self.linear(G.sum(0), Q.sum(0), n.sum(0), a)
             self._fitted = seen, Theta, a
         return self._fitted
 
-    def _chosen_shrinkage(self, G: Tensor, Q: Tensor, n: Tensor) -> float:
+    def linear(self, G: Tensor, Q: Tensor, n: Tensor, shrinkage: float) -> Linear:
+        """The read-out of these sums, (M x M), (M x k), (k,): after `fit`, with what it chose."""
+        return Discriminant(G, Q, n).solve(shrinkage)
+
+    def choose(self, G: Tensor, Q: Tensor, n: Tensor) -> float:
         """The shrinkage of the grid with the best expected accuracy on the hold-out; of equals, the largest."""
         if int(n.sum(1).min()) < FEWEST:
             return DEFAULT

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from ..consolidation import PerTask, WeighedPerTask
-from ..routers import ChosenRouter, KMeansRouter, OracleRouter, PooledRouter
+from ..routers import KMeansRouter, LDARouter, OracleRouter, PooledRouter
 from ..tuners import QUERY_VALUE
 from .lora_family import LORA_TRAINING, lora_config
 from .recipe import Recipe
+
+GAMMA = 0.3  # of a kernel of features of length 1: as of `ClosedFormHead`
 
 
 def color(
@@ -140,12 +142,13 @@ def default(
 ) -> Recipe:
     """The frozen model, and one LoRA a task that counts beside it as much as held-out examples show it helps. Ours.
 
-    The frozen model routes and predicts by discriminant analysis: of its last layers, or of random features of the
-    last, as hold-out moments choose (`ChosenRouter`). A share of each task's rows is held out of the adapters' training
-    and chooses their weight (`WeighedPerTask`); where they do not help, the frozen model predicts alone. Where all
-    tasks have the same classes the routed adapters decide; language models are read as under `routed`.
+    The frozen model routes and predicts by the mean of discriminant analysis and ridge (`LDARidgeHead`), on random
+    features of its last layers side by side, as held-out data of two streams chose (docs/results/default.md). A share
+    of each task's rows is held out of the adapters' training and chooses their weight (`WeighedPerTask`); where they do
+    not help, the frozen model predicts alone. Where all tasks have the same classes the routed adapters decide;
+    language models are read as under `routed`.
     """
-    router = ChosenRouter(features, many_tasks=True)
+    router = LDARouter(features, many_tasks=True, map="kernel_normalised", gamma=GAMMA, ridge=True)
     return Recipe(
         lora_config(rank, alpha, target, dropout),
         [],

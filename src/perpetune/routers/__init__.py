@@ -9,7 +9,6 @@ from ..core.errors import ConfigError, nearest
 from ..core.plugins import with_installed
 from ..core.validation import call_checked
 from .base import Router, RouterError
-from .chosen import ChosenRouter
 from .classes import ClassRouter
 from .detector import Detector, Segment
 from .kmeans import KMeansRouter
@@ -19,7 +18,7 @@ from .pooled import PooledRouter
 from .ridge import RidgeRouter
 
 ROUTERS: dict[str, type[Router]] = {
-    r.__name__: r for r in (KMeansRouter, RidgeRouter, ClassRouter, LDARouter, PooledRouter, ChosenRouter, OracleRouter)
+    r.__name__: r for r in (KMeansRouter, RidgeRouter, ClassRouter, LDARouter, PooledRouter, OracleRouter)
 }
 
 
@@ -45,7 +44,6 @@ def make_router(router: str | dict[str, Any] | Router) -> Router:
 
 __all__ = [
     "ROUTERS",
-    "ChosenRouter",
     "ClassRouter",
     "Detector",
     "KMeansRouter",

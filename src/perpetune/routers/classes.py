@@ -130,13 +130,7 @@ class ClassRouter(SumsRouter):
         return self.fit()[1][self._scores(features).argmax(1)].to(features.device)
 
     def log_posterior(self, features: Tensor) -> Tensor:
-        _, task_of, _, tau = self.fit()
-        if tau is None:
-            raise RouterError(
-                f"{self._name} needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: "
-                "observe more, or call `route`"
-            )
-        log_p = (self._scores(features) / tau).log_softmax(1)
+        log_p, task_of, _ = self.log_joint(features)
         columns = [
             log_p[:, task_of == task].logsumexp(1) if task in self.known else log_p.new_full((len(log_p),), -torch.inf)
             for task in range(max(self.tasks) + 1)
@@ -149,6 +143,20 @@ class ClassRouter(SumsRouter):
         settings, tensors = self._plain(head, task_of.tolist())
         return {**settings, "tau": tau}, {**tensors, "class_of": class_of}
 
+    def log_joint(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(t, c | x) of every pair of a task and a class, (N x K), and the task and the class of each, (K,).
+
+        Raises:
+            RouterError: see `log_posterior`.
+        """
+        _, task_of, class_of, tau = self.fit()
+        if tau is None:
+            raise RouterError(
+                f"{self._name} needs two tasks, and {FEWEST} samples of each in either fold, for probabilities: "
+                "observe more, or call `route`"
+            )
+        return (self._scores(features) / tau).log_softmax(1), task_of, class_of
+
     def log_within(self, features: Tensor, task: int) -> Tensor | None:
         _, task_of, class_of, tau = self.fit()
         if tau is None or task not in self.known:
@@ -159,10 +167,9 @@ class ClassRouter(SumsRouter):
         return log_p
 
     def log_classes(self, features: Tensor) -> Tensor | None:
-        _, _, class_of, tau = self.fit()
-        if tau is None:
+        if not self.calibrated:
             return None
-        log_p = (self._scores(features) / tau).log_softmax(1)
+        log_p, _, class_of = self.log_joint(features)
         summed = torch.full((len(features), len(self.labels)), -torch.inf, dtype=torch.float64)
         for c in class_of.unique():
             summed[:, c] = log_p[:, class_of == c].logsumexp(1)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import State
+from ..core.measurement import Measurement
+from .base import Router, State
 from .classes import ClassRouter
-from .experts import Experts
 from .lda import LDARouter
 from .ridge import RidgeRouter
 
 
 @dataclass
-class PooledRouter(Experts):
+class PooledRouter(Router):
     """p(t | x) ~ (p_R(t | x) p_C(t | x))^(1/2), p_R of `RidgeRouter` on the features as they are, p_C of `ClassRouter`.
 
     Either is better by far on some streams: tasks with a look of their own, or tasks that only their classes tell
@@ -37,6 +38,7 @@ class PooledRouter(Experts):
     features: int = 1024
     many_tasks: bool = field(default=False, metadata={"unwritten": False})
     discriminants: bool = field(default=False, metadata={"unwritten": False})
+    _experts: dict[str, Router] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._experts = {
@@ -45,6 +47,54 @@ class PooledRouter(Experts):
         }
         if self.discriminants:
             self._experts["discriminants"] = LDARouter(many_tasks=self.many_tasks)
+
+    def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
+        for expert in self._experts.values():
+            expert.open(width, labels, seed=seed)
+        super().open(width, labels, seed=seed)
+
+    def observe(self, task: int, features: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
+        for expert in self._experts.values():
+            expert.observe(task, features, labels, ids)
+        self.known[task] = self._held(task)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        for expert in self._experts.values():
+            expert.load_state({})
+        for task in self.tasks:
+            self._load(task, self.known[task])
+
+    def load_task_state(self, task: int, state: Mapping[str, Tensor]) -> None:
+        self._load(task, state)
+        self.changed()
+
+    def _load(self, task: int, state: Mapping[str, Tensor]) -> None:
+        """What is known of a task is held once, by the experts."""
+        for name, expert in self._experts.items():
+            expert.load_task_state(task, _part(state, name))
+        self.known[task] = self._held(task)
+
+    def hold_mapped(self, task: int, state: Mapping[str, Tensor]) -> None:
+        for name, expert in self._experts.items():
+            expert.hold_mapped(task, _part(state, name))
+        self.known[task] = self._held(task)
+
+    def check_state(self, state: State) -> None:
+        for name, expert in self._experts.items():
+            expert.check_state(_part(state, name))
+
+    def _held(self, task: int) -> State:
+        return {f"{name}.{k}": v for name, e in self._experts.items() for k, v in e.known[task].items()}
+
+    def forget(self, task: int) -> None:
+        for expert in self._experts.values():
+            expert.forget(task)
+        super().forget(task)
+
+    @property
+    def calibrated(self) -> bool:
+        return all(expert.calibrated for expert in self._experts.values())
 
     def route(self, features: Tensor) -> Tensor:
         if self.calibrated:
@@ -75,3 +125,12 @@ class PooledRouter(Experts):
         found = [e.log_classes(features) for name, e in self._experts.items() if name != "tasks"]
         held = [log_p for log_p in found if log_p is not None]
         return torch.stack(held).mean(0).log_softmax(1) if self.calibrated and len(held) == len(found) else None
+
+    def guarantee(self) -> list[Measurement]:
+        own = super().guarantee()
+        theirs = [m for expert in self._experts.values() for m in expert.guarantee() if m.bound is not None]
+        return [*own, *(replace(m, name=f"{m.source}: {m.name}", source=self._name) for m in theirs)]
+
+
+def _part(state: Mapping[str, Tensor], name: str) -> State:
+    return {key[len(name) + 1 :]: tensor for key, tensor in state.items() if key.startswith(name + ".")}
