@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from perpetune.core.errors import ConfigError
 from perpetune.routers import (
     ROUTERS,
     ClassRouter,
@@ -12,6 +13,7 @@ from perpetune.routers import (
     PooledRouter,
     RidgeRouter,
     RouterError,
+    make_router,
 )
 
 LABELS = ["ant", "bee"]
@@ -50,6 +52,11 @@ def test_they_are_found_by_name():
     assert " ".join(ROUTERS) == known
     assert all(ROUTERS[type(r).__name__] is type(r) for r in KNOWING)
     assert [name for name, r in ROUTERS.items() if r.needs_task] == ["OracleRouter"]
+
+
+def test_a_run_of_a_router_that_is_gone_is_told_what_to_do():
+    with pytest.raises(ConfigError, match="`ChosenRouter` is gone.*learn the run again"):
+        make_router({"type": "ChosenRouter", "features": 2048})
 
 
 def test_state_round_trip(router):

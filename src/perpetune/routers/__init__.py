@@ -21,6 +21,8 @@ ROUTERS: dict[str, type[Router]] = {
     r.__name__: r for r in (KMeansRouter, RidgeRouter, ClassRouter, LDARouter, PooledRouter, OracleRouter)
 }
 
+GONE = {"ChosenRouter": "`default` routes by LDARouter now; learn the run again into another folder"}
+
 
 def make_router(router: str | dict[str, Any] | Router) -> Router:
     """A router from its name, from `{type: NAME, setting: value, ...}`, or as it is.
@@ -33,6 +35,8 @@ def make_router(router: str | dict[str, Any] | Router) -> Router:
     settings = {"type": router} if isinstance(router, str) else dict(router)
     name = str(settings.pop("type", None))
     routers = with_installed(ROUTERS, name, Router)
+    if name in GONE and name not in routers:
+        raise ConfigError(f"the router `{name}` is gone: {GONE[name]}")
     if name not in routers:
         raise ConfigError(f"no router is called `{name}`: {nearest(name, routers)}")
     known = [f.name for f in fields(routers[name]) if f.init]

@@ -77,9 +77,7 @@ class ClassRouter(SumsRouter):
             )
             task_of = torch.tensor([task for _, task, _ in pairs])
             class_of = torch.tensor([self.labels.index(name) for _, _, name in pairs])
-            folds = torch.stack([self.known[task]["counts"].sum(1) for task in order])  # (T x 2)
-            enough = len(order) > 1 and holds_for_most(folds.min(1).values >= FEWEST, self.many_tasks)
-            tau = self._temperature(head, order, task_of) if enough else None
+            tau = self._temperature(head, order, task_of) if self.calibrated else None
             self._fitted = head, task_of, class_of, tau
         return self._fitted
 
@@ -119,7 +117,10 @@ class ClassRouter(SumsRouter):
 
     @property
     def calibrated(self) -> bool:
-        return bool(self.known) and self.fit()[-1] is not None
+        if len(self.known) < 2:
+            return False
+        folds = torch.stack([state["counts"].sum(1) for state in self.known.values()])  # (T x 2)
+        return holds_for_most(folds.min(1).values >= FEWEST, self.many_tasks)
 
     def _scores(self, features: Tensor) -> Tensor:
         return self.fit()[0].scores(self.checked_queries(features))  # (N x K)
