@@ -87,17 +87,25 @@ class General:
         return cls(examples, chosen, _log_p(backbone, examples, chosen, batch_size), len(every))
 
     @torch.inference_mode()
+    def kl(self, backbone: LanguageBackbone, batch_size: int) -> float:
+        """KL(p_0 || p_t) of the model as it is now, nats, mean over the chosen positions."""
+        now = _log_p(backbone, self.examples, self.chosen, batch_size)
+        return max(0.0, float((self.log_p.exp() * (self.log_p - now)).sum(1).double().mean()))
+
+    @torch.inference_mode()
+    def answers(self, backbone: LanguageBackbone, batch_size: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For every prompt the greedy answers of the untouched model and of this one, in tokens."""
+        answers = _greedy(backbone, self.examples, batch_size)
+        return [(e["answer"], tuple(a)) for e, a in zip(self.examples, answers, strict=True)]
+
     def measure(self, backbone: LanguageBackbone, batch_size: int) -> list[Measurement]:
         """The model as it is now against the untouched one."""
-        now = _log_p(backbone, self.examples, self.chosen, batch_size)
-        kl = (self.log_p.exp() * (self.log_p - now)).sum(1).double().mean()
-        answers = _greedy(backbone, self.examples, batch_size)
-        other = sum(tuple(a) != e["answer"] for a, e in zip(answers, self.examples, strict=True))
+        other = sum(old != new for old, new in self.answers(backbone, batch_size))
         of = f"{len(self.examples)} prompts"
         where = f"mean over {len(self.chosen)} of {self.total} positions of {of} and of the greedy answers to them"
         same = f"greedy answers to {of}, of up to {LONGEST} tokens, that are not those of the untouched model"
         return [
-            Measurement(KL, max(0.0, float(kl)), None, "nats", SOURCE, where),
+            Measurement(KL, self.kl(backbone, batch_size), None, "nats", SOURCE, where),
             Measurement(SAME, other / len(self.examples), None, "share", SOURCE, same),
         ]
 

@@ -201,11 +201,14 @@ def reopened(setup: Setup) -> LearnerState:
 
     Raises:
         RunError: no run is there, it is damaged, or its base model is another one now.
+        ConfigError: it has no use for the general prompts that are given.
     """
     run = Run.read(setup.path)
     model, stream = run.config["model"], run.config["stream"]
     backbone = setup.load_base(model["modality"], model["fingerprint"])
-    return LearnerState(setup, backbone, stream["labels"], stream["inputs"]).restore(run.commits)
+    state = LearnerState(setup, backbone, stream["labels"], stream["inputs"])
+    state.general = general_of(state)
+    return state.restore(run.commits)
 
 
 def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Run, stream: Stream) -> dict[str, Tensor]:
