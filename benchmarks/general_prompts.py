@@ -18,7 +18,7 @@ from typing import Any
 
 import perpetune as pt
 from perpetune.core.errors import PerpetuneError
-from perpetune.learning.general import read_general
+from perpetune.learning.general import General, read_general
 from perpetune.runs.directory import Run
 
 from .command import Benchmark, Option, WrongOption, figure, quiet_transformers, threads
@@ -57,10 +57,10 @@ def moved(path: Path, prompts: Sequence[Any], model: str | None = None) -> dict[
     if not learned or not {*tasks} <= {*learned}:
         return f"not finished, {len(learned)} of {len(tasks)} tasks learned"
     learner = pt.Learner.open(path, general=prompts, **({"model": model} if model else {}))
-    general = learner.state.general
-    if general is None:
+    if not learner.state.general:
         return "a state for every task, no model is one for all prompts"
-    size = learner.setup.batch_size
+    general, size = learner.state.general[0], learner.setup.batch_size
+    assert isinstance(general, General)
     answers = general.answers(learner.backbone, size)
     return {
         "recipe": run.config["recipe"]["name"],

@@ -104,6 +104,13 @@ class RunConfig(pydantic.BaseModel):
         panel="Evaluation",
         example="general.jsonl",
     )
+    lm_eval: list[str] = setting(
+        [],
+        "Tasks of lm-evaluation-harness, arc_easy or arc_easy:100 for its first 100 examples, or YAML files: what a "
+        "language model reaches before the first task, and whenever all tasks are evaluated.",
+        panel="Evaluation",
+        example="arc_easy:100,hellaswag:100",
+    )
     device: str | None = setting(
         None, "cpu, cuda, cuda:1 or mps; by default an accelerator where there is one.", panel="Training", example="cpu"
     )

@@ -176,7 +176,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
         if run.commits and without is None:
             joined = _predict_joined(setup, lambda: untouched(stream.labels).restore([]), run, stream)
         state = untouched(whole.labels)
-        state.general = general_of(state)
+        state.general = general_of(state, run.commits)
         state.restore(run.commits, without)
         if thrown:  # now that nothing keeps it from being learned again
             run.undo(["to be learned again"])
@@ -207,7 +207,7 @@ def reopened(setup: Setup) -> LearnerState:
     model, stream = run.config["model"], run.config["stream"]
     backbone = setup.load_base(model["modality"], model["fingerprint"])
     state = LearnerState(setup, backbone, stream["labels"], stream["inputs"])
-    state.general = general_of(state)
+    state.general = general_of(state, run.commits)
     return state.restore(run.commits)
 
 
