@@ -177,10 +177,12 @@ def train_task(
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as around:
         on_cpu = next(backbone.model.parameters()).device.type == "cpu"
-        reports = logs is not None and settings.get("report_to", "none") not in ("none", ["none"], [], None)
-        into = str(logs) if reports else folder
+        reports = settings.get("report_to", "none") not in ("none", ["none"], [], None)
+        into, told = folder, settings
+        if logs is not None and reports:  # to trackers, a run is one over all its tasks and starts
+            into, told = str(logs), {"run_name": str(logs.parent.parent), **settings}
         block = longest_row(backbone, examples) if by == "trl" else None
-        arguments = training_arguments({**settings, "max_steps": steps}, into, seed, on_cpu, by, block)
+        arguments = training_arguments({**told, "max_steps": steps}, into, seed, on_cpu, by, block)
         steps_taken = _Advance(advance)
         around.enter_context(lent(backbone) if by == "trl" else nullcontext())
         with one_line():
