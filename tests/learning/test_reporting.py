@@ -125,6 +125,26 @@ def test_trackio_holds_all_tasks_and_starts_as_one_run(model, stream, tmp_path, 
     assert promised and told == pytest.approx({name.replace(" ", "_"): value for name, value in promised.items()})
 
 
+def test_weights_and_biases_offline_holds_all_tasks(model, stream, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    try:
+        training = {**FAST, "report_to": "wandb", "logging_steps": 3}
+        result = pt.Learner(model, "nlora", tmp_path / "r", training=training).learn(stream)
+        assert wandb.run.name == str(tmp_path / "r")
+        told = dict(wandb.run.summary)
+    finally:
+        wandb.finish()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    matrix = result.matrix("linear", "class").values
+    for j, task in enumerate(("films", "news")):
+        assert told[f"eval/accuracy/linear/class/{task}"] == pytest.approx(matrix[1, j])
+        assert f"eval/accuracy/linear/class/{task}".encode() in file.read_bytes()
+    assert told["eval/linear/class/forgetting"] == pytest.approx(result.records()[0].forgetting)
+    assert "train/loss" in told
+
+
 class Tracker(types.ModuleType):
     """Stands for wandb or trackio: what transformers' callbacks call of them, and nothing else."""
 
@@ -149,7 +169,7 @@ class Tracker(types.ModuleType):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_other_trackers_are_told_the_same(model, stream, name, tmp_path, monkeypatch):
-    """With transformers' own callbacks; the packages themselves are stood in for, for they are not installed here."""
+    """With transformers' own callbacks; the packages themselves are stood in for, where they are not installed."""
     module = Tracker(name)
     module.config = type("Config", (dict,), {"update": lambda self, *a, **k: None})()
     for part in ("", ".sdk", ".sdk.lib", ".sdk.lib.config_util"):

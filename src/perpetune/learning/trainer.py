@@ -179,7 +179,7 @@ def train_task(
         on_cpu = next(backbone.model.parameters()).device.type == "cpu"
         reports = settings.get("report_to", "none") not in ("none", ["none"], [], None)
         into, told = folder, settings
-        if logs is not None and reports:  # to trackers, a run is one over all its tasks and starts
+        if logs is not None and reports:  # to trackers a run is one over all its tasks
             into, told = str(logs), {"run_name": str(logs.parent.parent), **settings}
         block = longest_row(backbone, examples) if by == "trl" else None
         arguments = training_arguments({**told, "max_steps": steps}, into, seed, on_cpu, by, block)
