@@ -16,6 +16,7 @@ import perpetune as pt
 from perpetune.cli import app
 from perpetune.core.errors import ConfigError, ModelError, RunError
 from perpetune.core.progress import Progress
+from perpetune.learning.adopted_files import check_base
 from perpetune.operations.gate import judge
 from perpetune.runs.result import Result
 
@@ -220,6 +221,15 @@ def test_the_command_line(base, adapter, data, tmp_path, monkeypatch, capsys):
     assert Result(out).tasks == ("adopted", "week-2") and Result(out).config["training"]["max_steps"] == 2
     code, said = call(*week, "--set", "max_steps=3")
     assert code == 2 and "max_steps was 2, now it is 3" in said.err and "with --retry TASK" in said.err
+
+
+def test_the_folder_of_a_gguf_file_is_its_base(tmp_path):
+    """Which is what peft writes down of a model that was loaded from one."""
+    (tmp_path / "model").mkdir()
+    trained = peft.LoraConfig(base_model_name_or_path=str(tmp_path / "model"))
+    check_base(trained, str(tmp_path / "model" / "model.Q4_1.gguf"), tmp_path)
+    with pytest.raises(ModelError, match="same-base"):
+        check_base(trained, str(tmp_path / "other" / "model.Q4_1.gguf"), tmp_path)
 
 
 def test_the_adopted_task_is_judged_where_its_data_stands_in_the_stream(base, adapter, data, tmp_path, monkeypatch):
