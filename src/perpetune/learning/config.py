@@ -64,7 +64,8 @@ class RunConfig(pydantic.BaseModel):
     ] = setting(
         {},
         "Any setting of transformers.TrainingArguments or of TRL's SFTConfig, head_learning_rate, class_weights "
-        "(balanced, or by label), or stm (a perplexity above which tokens of responses carry no loss).",
+        "(balanced, or by label), stm (a perplexity above which tokens of responses carry no loss), or sdft (tokens of "
+        "an answer of the model's own, from which it learns).",
         panel="Training",
         option="--set",
         example="warmup_steps=10",

@@ -27,6 +27,7 @@ from .config import RunConfig
 from .general import general_of
 from .gone_data import check_needed, completed, told, with_known_scenario
 from .retry import set_aside
+from .self_distillation import check_sdft
 from .setup import Setup, task_settings
 from .state import LearnerState
 from .trainer_choice import OLD, check_trl_settings, settle, settled
@@ -142,6 +143,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
         if settings not in checked:
             _check_loss(setup, settings, backbone)
             check_trl_settings(settings, setup.trainer, stream)
+            check_sdft(settings, setup.trainer)
             check_training(settings, backbone, setup.trainer or OLD)
             checked.append(settings)
     stream = with_known_scenario(stream, setup.path)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from ..core.errors import TrainingError
 from ..core.processes import from_all, sum_, together
 from ..heads import Head
 from ..models.backbone import Backbone, Examples
+from ..models.language_model import LanguageBackbone
 from ..rules import Rule
 from .checkpoints import Checkpoints
 from .loss_log import curve
+from .self_distillation import SDFT, sdft_trainer
 from .trainer_choice import TrainerName
 from .training_settings import one_line, training_arguments
 from .trl_training import UnderRules, lent, longest_row, sft_trainer
@@ -188,7 +190,11 @@ def train_task(
         with one_line():
             heard = [steps_taken, *callbacks]
             if by == "trl":
-                trainer: UnderRules = sft_trainer(backbone, examples, arguments, settings, rules, heard)
+                trainer: UnderRules = (
+                    sdft_trainer(cast(LanguageBackbone, backbone), examples, arguments, rules, heard)
+                    if settings.get(SDFT)
+                    else sft_trainer(backbone, examples, arguments, settings, rules, heard)
+                )
             else:
                 trainer = TaskTrainer(
                     model=TaskModel(backbone, head),
