@@ -57,7 +57,7 @@ def test_its_stream_is_built(path: Path, request: pytest.FixtureRequest) -> None
     kind = {"cl": "cl_benchmark", "trace": "trace", "superni": "sapt"}[settings.source.split("-")[0]]
     names = [name for name in BENCHMARKS if name.split("-")[0] == settings.source.split("-")[0]]
     data = request.getfixturevalue(kind)
-    for name in {settings.source, names[-1]}:  # every order: test_cl_text.py, test_trace.py and test_superni.py
+    for name in {settings.source, names[-1]}:  # every order: test_cl_text.py, test_instructions.py
         stream = settings.model_copy(update={"source": name, "data": str(data)}).load()
         assert len(stream) == len(load_stream(name, data=data)) and stream.inputs == ("prompt",)
 
