@@ -97,7 +97,10 @@ def test_what_later_tasks_leave_of_a_task_is_all_of_it(kind, source, tiny_lm, tm
 
 
 def test_an_answer_that_names_none_of_the_classes_is_none(source, tiny_lm, tmp_path, monkeypatch):
-    learner, stream = Learner(tiny_lm("llama"), "color", tmp_path / "r", heads=HEADS, training=TRAINING), source("films")
+    learner, stream = (
+        Learner(tiny_lm("llama"), "color", tmp_path / "r", heads=HEADS, training=TRAINING),
+        source("films"),
+    )
     learner.learn(stream)
     good = stream.labels[stream.tasks[0].classes[0]]
     monkeypatch.setattr(learner.backbone, "_answers", lambda examples, *a, **k: ["nonsense", good][: len(examples)])
@@ -114,7 +117,10 @@ def test_free_answers_are_generated_under_the_adapter_of_their_task(tiny_lm, tmp
             (tmp_path / "s" / task).mkdir(parents=True, exist_ok=True)
             (tmp_path / "s" / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     stream = load_stream(tmp_path / "s")
-    options = {"heads": [{"type": "language_generated", "longest": 8}], "training": {**TRAINING, "num_train_epochs": 20}}
+    options = {
+        "heads": [{"type": "language_generated", "longest": 8}],
+        "training": {**TRAINING, "num_train_epochs": 20},
+    }
     recipe = {"name": "color", "target": "all-linear", "rank": 16}
     learner = Learner(tiny_lm("llama"), recipe, tmp_path / "r", **options)
     result = learner.learn(stream)

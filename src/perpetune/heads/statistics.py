@@ -165,24 +165,40 @@ class StatisticsHead(ObservingHead):
         """Raise HeadError where sums over so many samples could not be exact."""
         raise NotImplementedError
 
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Raise HeadError where a state is not one of this head: names, shapes, classes, settings."""
+        self._stored(state)
+
+    def _stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The statistics of a state as they are stored: of the classes that it has seen, and triangles flat."""
+        flat = {}
+        for name, (dtype, shape) in self.shapes(len(self.columns(state))).items():
+            if self.kind_of(name) in self.symmetric:
+                shape = (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2)
+            flat[name] = self.take(state, name, shape).to(dtype)
+        return flat
+
     def _read(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The statistics of a state, laid out for our classes: those that the state lacks have seen nothing."""
-        columns = self.columns(state)
+        stored, columns, ours = self._stored(state), self.columns(state), self.shapes(len(self.labels))
         read = {}
-        for name, (dtype, shape) in self.shapes(len(columns)).items():
+        for name, tensor in stored.items():
+            dtype, shape = ours[name]
             if self.kind_of(name) in self.symmetric:
-                m = shape[-1]
-                upper = torch.zeros(shape, dtype=dtype)
-                upper[..., _upper(m)] = self.take(state, name, (*shape[:-2], m * (m + 1) // 2)).to(dtype)
-                read[name] = upper + upper.triu(1).mT
+                read[name] = symmetric(tensor, shape[-1])
             elif self.kind_of(name) in self.class_axis:
-                ours = torch.zeros(self.shapes(len(self.labels))[name][1], dtype=dtype)
-                read[name] = ours.index_copy(
-                    self.class_axis[self.kind_of(name)], columns, self.take(state, name, shape).to(dtype)
-                )
+                axis = self.class_axis[self.kind_of(name)]
+                read[name] = torch.zeros(shape, dtype=dtype).index_copy(axis, columns, tensor)
             else:
-                read[name] = self.take(state, name, shape).to(dtype).clone()
+                read[name] = tensor.clone()
         return read
+
+
+def symmetric(flat: Tensor, m: int) -> Tensor:
+    """Symmetric matrices (... x m x m) of which the upper triangles are given, row after row (... x m (m + 1) / 2)."""
+    upper = flat.new_zeros(*flat.shape[:-1], m, m)
+    upper[..., _upper(m)] = flat
+    return upper + upper.triu(1).mT
 
 
 def _upper(m: int) -> Tensor:

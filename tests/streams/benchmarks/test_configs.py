@@ -74,7 +74,18 @@ def test_one_command_from_a_folder_to_a_table(cl_benchmark, tiny_lm, tmp_path, m
     monkeypatch.chdir(tmp_path)
     heads = "heads: [{type: language_generated, longest: 6}]"  # untrained, a model does not stop
     (tmp_path / "heads.yaml").write_text(heads)
-    run = ["run", "heads.yaml", "--model", tiny_lm("t5"), "--stream", "cl-order-1", "--data", "CL_Benchmark", "--pose", "published"]
+    run = [
+        "run",
+        "heads.yaml",
+        "--model",
+        tiny_lm("t5"),
+        "--stream",
+        "cl-order-1",
+        "--data",
+        "CL_Benchmark",
+        "--pose",
+        "published",
+    ]
     run += ["--recipe", "olora", "--epochs", 1, "--test-limit", 3, "--out", "run"]
     perpetune(*run, "--tasks", "dbpedia,amazon")
     assert len(list((tmp_path / "run" / "commits").iterdir())) == 3
