@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from .exact_sums import WIDEST
 from .linear import LinearHead
 from .stateful import OpenedHead
 
+KEPT = 2048  # features: the places of a triangle, kept for matrices up to this size, take 32 MB
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -196,9 +198,18 @@ class StatisticsHead(ObservingHead):
 
 def symmetric(flat: Tensor, m: int) -> Tensor:
     """Symmetric matrices (... x m x m) of which the upper triangles are given, row after row (... x m (m + 1) / 2)."""
-    upper = flat.new_zeros(*flat.shape[:-1], m, m)
-    upper[..., _upper(m)] = flat
-    return upper + upper.triu(1).mT
+    places = _kept_places(m) if m <= KEPT else _places(m)
+    return flat.index_select(-1, places).reshape(*flat.shape[:-1], m, m)
+
+
+def _places(m: int) -> Tensor:
+    """Where each entry of a symmetric matrix stands in its upper triangle, (m^2,)."""
+    i = torch.arange(m)
+    low, high = torch.minimum(i, i[:, None]), torch.maximum(i, i[:, None])
+    return (low * m - low * (low - 1) // 2 + high - low).flatten()
+
+
+_kept_places = functools.lru_cache(maxsize=2)(_places)
 
 
 def _upper(m: int) -> Tensor:
