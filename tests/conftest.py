@@ -268,11 +268,20 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_lm("llama", seed=0, width=32, layers=2)`: a folder with a random language model ("llama", "qwen2",
     "gpt2" or "t5") and a tokenizer like its own, of `words` and single characters.
 
+    With `ends` half of its tokens end an answer: untrained, a model would not stop by itself.
     T5's adds an end of sequence, LLaMA's a beginning, the others nothing; LLaMA's and T5's write a blank as the
     beginning of the next piece (SentencePiece), the others byte by byte.
     """
 
-    def make(kind: str, words: Iterable[str] = WORDS, *, seed: int = 0, width: int = 32, layers: int = 2) -> Path:
+    def make(
+        kind: str,
+        words: Iterable[str] = WORDS,
+        *,
+        seed: int = 0,
+        width: int = 32,
+        layers: int = 2,
+        ends: bool = False,
+    ) -> Path:
         import transformers
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -320,6 +329,8 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 )  # fmt: skip
                 auto = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}[kind]
                 model = auto(config)
+            if ends:
+                model.generation_config.eos_token_id = [1, *range(size // 2, size)]
             model.save_pretrained(folder)
         names = dict(zip(("pad_token", "eos_token", "unk_token", "bos_token"), special, strict=True))
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)

@@ -48,7 +48,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "google/vit-base-patch16-224-in21k": made("tiny_vit")(),
         "openai/clip-vit-base-patch16": made("tiny_clip")("clip"),
         "llava-hf/llava-1.5-7b-hf": made("tiny_llava")(),
-        "Qwen/Qwen2.5-0.5B": made("tiny_lm")("qwen2"),
+        "Qwen/Qwen2.5-0.5B": made("tiny_lm")("qwen2", ends=True),
     }
 
 

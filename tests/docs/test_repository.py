@@ -30,7 +30,7 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-EXTRAS = ("rouge", "language", "quantized", "ray")  # what users may install besides
+EXTRAS = ("rouge", "language", "quantized", "ray", "lm-eval")  # what users may install besides
 
 
 def pins() -> dict[str, Requirement]:

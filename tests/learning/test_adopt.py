@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -14,6 +15,9 @@ from transformers import AutoModelForCausalLM
 import perpetune as pt
 from perpetune.cli import app
 from perpetune.core.errors import ConfigError, ModelError, RunError
+from perpetune.core.progress import Progress
+from perpetune.learning.adopted_files import check_base
+from perpetune.operations.gate import judge
 from perpetune.runs.result import Result
 
 PAIRS = [("good movie", "great film"), ("bad game", "awful team"), ("the market", "business news")]
@@ -216,7 +220,46 @@ def test_the_command_line(base, adapter, data, tmp_path, monkeypatch, capsys):
     assert code == 0, said
     assert Result(out).tasks == ("adopted", "week-2") and Result(out).config["training"]["max_steps"] == 2
     code, said = call(*week, "--set", "max_steps=3")
-    assert code == 2 and "max_steps was 2, now it is 3" in said.err
+    assert code == 2 and "max_steps was 2, now it is 3" in said.err and "with --retry TASK" in said.err
+
+
+def test_the_folder_of_a_gguf_file_is_its_base(tmp_path):
+    """Which is what peft writes down of a model that was loaded from one."""
+    (tmp_path / "model").mkdir()
+    trained = peft.LoraConfig(base_model_name_or_path=str(tmp_path / "model"))
+    check_base(trained, str(tmp_path / "model" / "model.Q4_1.gguf"), tmp_path)
+    with pytest.raises(ModelError, match="same-base"):
+        check_base(trained, str(tmp_path / "other" / "model.Q4_1.gguf"), tmp_path)
+
+
+def test_the_adopted_task_is_judged_where_its_data_stands_in_the_stream(base, adapter, data, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda self, text: said.append(text))  # which `pt.Learner` shows nowhere
+    folder, _ = adapter(r=4)
+    weeks = tmp_path / "weeks"
+    (weeks / "week-2").mkdir(parents=True)
+    lines = [json.dumps({"prompt": f"the game {i}", "response": f"a good film of band {i}"}) for i in range(8)]
+    for split in ("train", "test"):
+        (weeks / "week-2" / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    runs = [tmp_path / "alone", tmp_path / "whole"]
+    for run in runs:
+        pt.Learner.adopt(folder, base, run, task="week-1", data=data / "old", recipe="olora", device="cpu")
+    assert any("task 1 `week-1` adopted in" in line for line in said)
+
+    def learn(run, **more):
+        stream = pt.load_stream(weeks, **{"metric": "exact_match", **more})
+        recipe, training = pt.Learner.described(run).recipe, {"max_steps": 2}
+        return pt.Learner(base, recipe, run, training=training, device="cpu").learn(stream)
+
+    with pytest.raises(ConfigError, match="different responses.*--metric"):
+        learn(runs[0], metric=None)
+    result = learn(runs[0])
+    assert judge(result, min_gain=-1).unjudged
+    assert any("as week-1/test.jsonl" in line for line in said) and not any("is gone" in line for line in said)
+    shutil.copytree(data / "old", weeks / "week-1")
+    result = learn(runs[1])
+    verdict = judge(result, min_gain=-1, max_forgetting=1)
+    assert result.tasks == ("week-1", "week-2") and verdict.passed and not verdict.unjudged
 
 
 def test_a_week_of_chats_is_gated_and_served(tiny_lm, adapter, tmp_path, monkeypatch, capsys):

@@ -7,9 +7,10 @@ import json
 import pytest
 
 import perpetune as pt
-from perpetune.core.errors import ConfigError
+from perpetune.core.errors import ConfigError, RunError
 from perpetune.metrics.text import contains, exact_match, graded, token_f1
 from perpetune.operations.gate import judge
+from perpetune.streams.free_texts import check_classes
 
 TRAINING = {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
 FAQ = {"where is my parcel": "it is on the way", "can i pay later": "yes within thirty days"}
@@ -113,6 +114,43 @@ def test_replay_keeps_examples_of_every_task(folder, model, tmp_path):
     kept = [rows["response"] for rows in learner.recipe.consolidation._kept]
     assert [len(texts) for texts in kept] == [3, 3]
     assert set(kept[0]) <= set(DATES.values()) and set(kept[1]) <= set(FAQ.values())
+
+
+def test_the_first_week_alone_and_then_the_second(folder, model, tmp_path):
+    def learn(tasks, metric="token_f1"):
+        stream = pt.load_stream(folder, metric=metric, tasks=tasks)
+        return pt.Learner(model, "lora", tmp_path / "run", training={**TRAINING, "num_train_epochs": 1}).learn(stream)
+
+    one = learn(["faq"])
+    assert one.config["stream"]["scenario"] == "domain" and [scenario for _, scenario in one.readings] == ["domain"]
+    both = learn(["faq", "dates"])
+    assert both.tasks == ("faq", "dates") and len(both.readings) == 1
+    assert judge(both, max_forgetting=1, min_gain=-1).passed
+    with pytest.raises(RunError, match="`faq` were scored by token_f1 so far, now it is contains.*'faq=token_f1'"):
+        learn(["faq", "dates"], "contains")
+
+
+def test_a_run_that_began_as_class_incremental_stays_so(folder, model, tmp_path):
+    """As runs did whose first week of free texts was learned alone."""
+    training = {**TRAINING, "num_train_epochs": 1}
+    for tasks, scenario in ((["faq"], "class"), (["faq", "dates"], None)):
+        stream = pt.load_stream(folder, metric="token_f1", tasks=tasks, scenario=scenario)
+        result = pt.Learner(model, "lora", tmp_path / "run", training=training).learn(stream)
+    assert result.tasks == ("faq", "dates") and result.config["stream"]["scenario"] == "class"
+
+
+@pytest.mark.parametrize(("words", "asked"), [(1, False), (5, True)])
+def test_few_sentences_that_nearly_all_differ_ask_for_a_metric_as_well(words, asked, tmp_path):
+    (tmp_path / "s" / "week").mkdir(parents=True)
+    rows = [json.dumps({"prompt": f"where is {i}", "response": " ".join([f"shelf{i}"] * words)}) for i in range(8)]
+    for split in ("train", "test"):
+        (tmp_path / "s" / "week" / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    stream = pt.load_stream(tmp_path / "s")
+    if asked:
+        with pytest.raises(ConfigError, match="8 different responses, to 8 prompts"):
+            check_classes(stream)
+    else:
+        check_classes(stream)
 
 
 def test_responses_that_nearly_all_differ_ask_for_a_metric(tmp_path, tiny_lm):

@@ -37,9 +37,7 @@ RESUMED = (
 SHARED = {*RESUMED, "lora", "olora", "joint"} - {"sotu"}  # whose own head is another one
 FEWER = {
     "tfidf_ridge": {"words": 64},
-    "frozen_best": {"features": 64},
-    "default": {"features": 64},
-    "anacp": {"features": 64},
+    **dict.fromkeys(("frozen_best", "frozen_ridge", "ranpac", "default", "anacp"), {"features": 64}),
 }
 
 

@@ -100,6 +100,51 @@ def test_tensorboard_reads_the_figures_of_every_task(model, stream, tmp_path):
     assert EventAccumulator(str(losses[0])).Reload().Scalars("train/loss")
 
 
+def test_trackio_holds_all_tasks_and_starts_as_one_run(model, stream, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # looked up when it is imported
+    sqlite_storage = pytest.importorskip("trackio.sqlite_storage", reason="pip install trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    training = {**FAST, "report_to": "trackio", "project": "weekly", "logging_steps": 3}
+    for tasks in (["films"], ["films", "news"]):
+        result = pt.Learner(model, "nlora", tmp_path / "r", training=training).learn(stream.select(tasks))
+    store = sqlite_storage.SQLiteStorage
+    assert store.get_runs("weekly") == [str(tmp_path / "r")]
+    logs = store.get_logs("weekly", str(tmp_path / "r"))
+    assert [entry["step"] for entry in logs] == list(range(len(logs)))
+    assert [entry["train/global_step"] for entry in logs if "train/loss" in entry] == [3, 6, 3, 6]
+    first, last = (entry for entry in logs if "eval/linear/class/final_accuracy" in entry)
+    assert (first["train/global_step"], last["train/global_step"]) == (1, 2)
+    matrix = result.matrix("linear", "class").values
+    for i, entry in enumerate((first, last)):
+        for j, task in enumerate(("films", "news")[: i + 1]):
+            assert entry[f"eval/accuracy/linear/class/{task}"] == pytest.approx(matrix[i, j])
+    assert last["eval/linear/class/forgetting"] == pytest.approx(result.records()[0].forgetting)
+    assert "eval/linear/class/forgetting" not in first
+    promised = {g["name"]: g["value"] for g in result.guarantees if g["task"] == "news"}
+    told = {k.rpartition("/")[2]: v for k, v in last.items() if k.startswith("eval/measured/") and "promised" not in k}
+    assert promised and told == pytest.approx({name.replace(" ", "_"): value for name, value in promised.items()})
+
+
+def test_weights_and_biases_offline_holds_all_tasks(model, stream, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    try:
+        training = {**FAST, "report_to": "wandb", "logging_steps": 3}
+        result = pt.Learner(model, "nlora", tmp_path / "r", training=training).learn(stream)
+        assert wandb.run.name == str(tmp_path / "r")
+        told = dict(wandb.run.summary)
+    finally:
+        wandb.finish()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    matrix = result.matrix("linear", "class").values
+    for j, task in enumerate(("films", "news")):
+        assert told[f"eval/accuracy/linear/class/{task}"] == pytest.approx(matrix[1, j])
+        assert f"eval/accuracy/linear/class/{task}".encode() in file.read_bytes()
+    assert told["eval/linear/class/forgetting"] == pytest.approx(result.records()[0].forgetting)
+    assert "train/loss" in told
+
+
 class Tracker(types.ModuleType):
     """Stands for wandb or trackio: what transformers' callbacks call of them, and nothing else."""
 
@@ -124,7 +169,7 @@ class Tracker(types.ModuleType):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_other_trackers_are_told_the_same(model, stream, name, tmp_path, monkeypatch):
-    """With transformers' own callbacks; the packages themselves are stood in for, for they are not installed here."""
+    """With transformers' own callbacks; the packages themselves are stood in for, where they are not installed."""
     module = Tracker(name)
     module.config = type("Config", (dict,), {"update": lambda self, *a, **k: None})()
     for part in ("", ".sdk", ".sdk.lib", ".sdk.lib.config_util"):

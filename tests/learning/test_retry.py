@@ -164,6 +164,7 @@ def test_run_with_a_gate_and_again_on_the_command_line(model, word_stream, tmp_p
     assert code == 0 and "PASS" in said.out
     code, said = command("--gate", "--min-gain", "1", "--retry", "news", "--set", "learning_rate=1e-3")
     assert code == 1 and "FAIL" in said.out and "`news` did not pass and was not kept" in said.err
+    assert "--retry news" in said.err
     assert Result(tmp_path / "r").tasks == ("films",)
     code, _ = command("--retry", "news", "--set", "learning_rate=1e-3")
     assert code == 0

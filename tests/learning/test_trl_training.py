@@ -366,7 +366,7 @@ def test_texts_that_answer_nothing_are_learned_and_measured_by_their_likelihood(
     ids = learner.backbone.processor(rows[0]["text"])["input_ids"]
     assert [*example["input_ids"], *example["answer"]] == [*ids, learner.backbone.tokens.end]
     assert len(example["input_ids"]) == 1  # all tokens but the first are learned
-    learned = float(result.matrix("language", "class").values[0, 0])
+    learned = float(result.matrix("language", "domain").values[0, 0])
     log_p, tokens = learner.state.evaluator.responses(stream.tasks[0]).T
     assert learned == pytest.approx(float((log_p / tokens).exp().mean()), rel=1e-5)  # the mean of 1 / perplexity
     assert learned > 0.05  # one in so many words by chance

@@ -29,7 +29,7 @@ def test_all_tasks_so_far_are_read_where_the_model_moves(sessions):
     ids=str,
 )
 def test_disk_is_that_of_the_run(recipe, word_stream, tiny_bert, tmp_path):
-    model, stream = tiny_bert(), pt.load_stream(word_stream)
+    model, stream = tiny_bert(), pt.load_stream(word_stream, tasks=["films", "news"])
     options = {"recipe": recipe, "training": TRAINING, "heads": None if recipe == "frozen_ridge" else ["linear"]}
     plan = make_plan(pt.Learner(model, **options), stream)
     result = pt.Learner(model, run=tmp_path / "run", **options).learn(stream)

@@ -16,6 +16,7 @@ from perpetune.routers import Detector
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
 TRAINING["learning_rate"] = 0.01
 BOTH = ["language", "language_generated"]
+HEADS = ["language", {"type": "language_generated", "longest": 4}]  # untrained, a model does not stop
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ ROUTED = [
     ("recipe", "kind"), [*((name, "llama") for name in ("color", "color_adapted", "color_oracle")), *ROUTED]
 )
 def test_recipes_with_a_router_learn_resume_and_open_again(recipe, kind, source, tiny_lm, tmp_path):
-    model, options = tiny_lm(kind), {"heads": BOTH, "training": TRAINING}
+    model, options = tiny_lm(kind), {"heads": HEADS, "training": TRAINING}
     Learner(model, recipe, tmp_path / "r", **options).learn(source("films"))
     learner, stream = Learner(model, recipe, tmp_path / "r", **options), source("films", "news")
     result = learner.learn(stream)
@@ -68,7 +69,7 @@ def test_recipes_with_a_router_learn_resume_and_open_again(recipe, kind, source,
     digests = [r.commits[-1].manifest["files"] for r in (result, whole)]
     predictions = "predictions.safetensors"  # see tests/runs/test_result.py
     assert digests[0].pop(predictions) and digests[1].pop(predictions) and digests[0] == digests[1]
-    again, asked = Learner.open(tmp_path / "r", heads=BOTH), prompts(stream)
+    again, asked = Learner.open(tmp_path / "r", heads=HEADS), prompts(stream)
     told = {"task": "news"} if recipe == "color_oracle" else {}
     for head in BOTH:
         said = learner.predict(asked, head=head, **told)
@@ -96,7 +97,10 @@ def test_what_later_tasks_leave_of_a_task_is_all_of_it(kind, source, tiny_lm, tm
 
 
 def test_an_answer_that_names_none_of_the_classes_is_none(source, tiny_lm, tmp_path, monkeypatch):
-    learner, stream = Learner(tiny_lm("llama"), "color", tmp_path / "r", heads=BOTH, training=TRAINING), source("films")
+    learner, stream = (
+        Learner(tiny_lm("llama"), "color", tmp_path / "r", heads=HEADS, training=TRAINING),
+        source("films"),
+    )
     learner.learn(stream)
     good = stream.labels[stream.tasks[0].classes[0]]
     monkeypatch.setattr(learner.backbone, "_answers", lambda examples, *a, **k: ["nonsense", good][: len(examples)])
@@ -113,7 +117,10 @@ def test_free_answers_are_generated_under_the_adapter_of_their_task(tiny_lm, tmp
             (tmp_path / "s" / task).mkdir(parents=True, exist_ok=True)
             (tmp_path / "s" / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     stream = load_stream(tmp_path / "s")
-    options = {"heads": ["language_generated"], "training": {**TRAINING, "num_train_epochs": 20}}
+    options = {
+        "heads": [{"type": "language_generated", "longest": 8}],
+        "training": {**TRAINING, "num_train_epochs": 20},
+    }
     recipe = {"name": "color", "target": "all-linear", "rank": 16}
     learner = Learner(tiny_lm("llama"), recipe, tmp_path / "r", **options)
     result = learner.learn(stream)

@@ -172,7 +172,11 @@ def run(
     if records:
         typer.echo(f"report: {write_page([result], records, result.path / 'report' / 'index.html', 'run')}")
     if refused:
-        typer.echo(f"`{refused[0]}` did not pass and was not kept: {result.path} is what it was before it", err=True)
+        typer.echo(
+            f"`{refused[0]}` did not pass and was not kept: {result.path} is what it was before it. To try other "
+            f"settings for it alone, add --retry {refused[0]} and, for instance, --set learning_rate=5e-4",
+            err=True,
+        )
         raise typer.Exit(1)
 
 

@@ -184,7 +184,7 @@ class MomentsHead(StatisticsHead):
     def state(self) -> dict[str, Tensor]:
         return {**super().state(), "seed": torch.tensor(self.seed), "bits": torch.tensor(self.bits)}
 
-    def _read(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         random = any(feature_map.random for feature_map in self.maps.values())
         for name, ours in (("bits", self.bits), ("seed", self.seed)):
             found = int(self.take(state, name, ()))
@@ -193,7 +193,7 @@ class MomentsHead(StatisticsHead):
                     f"head `{self.name}` no longer fits its checkpoint: expected random features of {name} {ours}, "
                     f"found {name} {found}; use the settings that the checkpoint was made with"
                 )
-        return super()._read(state)
+        return super()._stored(state)
 
     def guarantee(self) -> list[Measurement]:
         n, source = int(self.class_counts().sum()), type(self).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from .exact_sums import WIDEST
 from .linear import LinearHead
 from .stateful import OpenedHead
 
+KEPT = 2048  # features: the places of a triangle, kept for matrices up to this size, take 32 MB
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -165,24 +167,49 @@ class StatisticsHead(ObservingHead):
         """Raise HeadError where sums over so many samples could not be exact."""
         raise NotImplementedError
 
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Raise HeadError where a state is not one of this head: names, shapes, classes, settings."""
+        self._stored(state)
+
+    def _stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The statistics of a state as they are stored: of the classes that it has seen, and triangles flat."""
+        flat = {}
+        for name, (dtype, shape) in self.shapes(len(self.columns(state))).items():
+            if self.kind_of(name) in self.symmetric:
+                shape = (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2)
+            flat[name] = self.take(state, name, shape).to(dtype)
+        return flat
+
     def _read(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The statistics of a state, laid out for our classes: those that the state lacks have seen nothing."""
-        columns = self.columns(state)
+        stored, columns, ours = self._stored(state), self.columns(state), self.shapes(len(self.labels))
         read = {}
-        for name, (dtype, shape) in self.shapes(len(columns)).items():
+        for name, tensor in stored.items():
+            dtype, shape = ours[name]
             if self.kind_of(name) in self.symmetric:
-                m = shape[-1]
-                upper = torch.zeros(shape, dtype=dtype)
-                upper[..., _upper(m)] = self.take(state, name, (*shape[:-2], m * (m + 1) // 2)).to(dtype)
-                read[name] = upper + upper.triu(1).mT
+                read[name] = symmetric(tensor, shape[-1])
             elif self.kind_of(name) in self.class_axis:
-                ours = torch.zeros(self.shapes(len(self.labels))[name][1], dtype=dtype)
-                read[name] = ours.index_copy(
-                    self.class_axis[self.kind_of(name)], columns, self.take(state, name, shape).to(dtype)
-                )
+                axis = self.class_axis[self.kind_of(name)]
+                read[name] = torch.zeros(shape, dtype=dtype).index_copy(axis, columns, tensor)
             else:
-                read[name] = self.take(state, name, shape).to(dtype).clone()
+                read[name] = tensor.clone()
         return read
+
+
+def symmetric(flat: Tensor, m: int) -> Tensor:
+    """Symmetric matrices (... x m x m) of which the upper triangles are given, row after row (... x m (m + 1) / 2)."""
+    places = _kept_places(m) if m <= KEPT else _places(m)
+    return flat.index_select(-1, places).reshape(*flat.shape[:-1], m, m)
+
+
+def _places(m: int) -> Tensor:
+    """Where each entry of a symmetric matrix stands in its upper triangle, (m^2,)."""
+    i = torch.arange(m)
+    low, high = torch.minimum(i, i[:, None]), torch.maximum(i, i[:, None])
+    return (low * m - low * (low - 1) // 2 + high - low).flatten()
+
+
+_kept_places = functools.lru_cache(maxsize=2)(_places)
 
 
 def _upper(m: int) -> Tensor:

@@ -138,7 +138,7 @@ class Adoption(TaskLoop):
             facts["adopted"] = {"kind": "model" if whole else "adapter", "name": folder.name, "unknown": unknown}
             commit = commit_session(self.run, state, session.name, predictions, facts)
         self.log = TrainingLog(0, None, None)
-        self._note(commit, session)
+        self._note(commit, session, "adopted")
         for text in unknown:
             self.setup.progress.say(text)
 

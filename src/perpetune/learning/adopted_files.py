@@ -39,7 +39,8 @@ def adapter_config(folder: Path) -> Any:
 def check_base(config: Any, model: str, folder: Path) -> None:
     said = config.base_model_name_or_path or ""
     here, there = Path(model), Path(said)
-    same = said == model or here.name.lower() == there.name.lower() or here.resolve() == there.resolve()
+    places = [here.resolve(), *([here.resolve().parent] if here.suffix == ".gguf" else [])]  # peft names its folder
+    same = said == model or here.name.lower() == there.name.lower() or there.resolve() in places
     if said and not same:
         raise ModelError(
             f"{folder} says that it was trained on `{said}`, and this is `{model}`: give that one (--model), or say "

@@ -11,6 +11,7 @@ from ..core.processes import divided
 from ..models.language_model import LanguageBackbone
 from ..runs.commit import Commit
 from ..runs.directory import Run
+from .harness import Harness
 from .language_losses import general_loss, measured_language
 from .state import LearnerState
 
@@ -23,6 +24,9 @@ def commit_untouched(run: Run, state: LearnerState, predictions: Mapping[str, Te
     if measured_language(state):
         with divided():
             facts["general_loss"] = general_loss(cast(LanguageBackbone, state.backbone), state.setup.batch_size)
+        for each in state.general:
+            if isinstance(each, Harness):
+                facts["lm_eval"] = each.facts()
     run.commit(UNTOUCHED, {"predictions.safetensors": dict(predictions)}, facts)
 
 

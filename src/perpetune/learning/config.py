@@ -64,7 +64,8 @@ class RunConfig(pydantic.BaseModel):
     ] = setting(
         {},
         "Any setting of transformers.TrainingArguments or of TRL's SFTConfig, head_learning_rate, class_weights "
-        "(balanced, or by label), or stm (a perplexity above which tokens of responses carry no loss).",
+        "(balanced, or by label), stm (a perplexity above which tokens of responses carry no loss), or sdft (tokens of "
+        "an answer of the model's own, from which it learns).",
         panel="Training",
         option="--set",
         example="warmup_steps=10",
@@ -103,6 +104,13 @@ class RunConfig(pydantic.BaseModel):
         "answers to them move from the untouched model's, whenever all tasks are evaluated.",
         panel="Evaluation",
         example="general.jsonl",
+    )
+    lm_eval: list[str] = setting(
+        [],
+        "Tasks of lm-evaluation-harness, arc_easy or arc_easy:100 for its first 100 examples, or YAML files: what a "
+        "language model reaches before the first task, and whenever all tasks are evaluated.",
+        panel="Evaluation",
+        example="arc_easy:100,hellaswag:100",
     )
     device: str | None = setting(
         None, "cpu, cuda, cuda:1 or mps; by default an accelerator where there is one.", panel="Training", example="cpu"

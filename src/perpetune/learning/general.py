@@ -21,9 +21,11 @@ from ..models.answer_scoring import generate, last_logits, positions
 from ..models.backbone import Examples
 from ..models.language_model import LanguageBackbone
 from ..streams.predict_files import asked, read_prompts
+from .harness import Harness
 from .language_losses import SOURCE
 
 if TYPE_CHECKING:
+    from ..runs.commit import Commit
     from .state import LearnerState
 
 POSITIONS = (
@@ -87,17 +89,25 @@ class General:
         return cls(examples, chosen, _log_p(backbone, examples, chosen, batch_size), len(every))
 
     @torch.inference_mode()
+    def kl(self, backbone: LanguageBackbone, batch_size: int) -> float:
+        """KL(p_0 || p_t) of the model as it is now, nats, mean over the chosen positions."""
+        now = _log_p(backbone, self.examples, self.chosen, batch_size)
+        return max(0.0, float((self.log_p.exp() * (self.log_p - now)).sum(1).double().mean()))
+
+    @torch.inference_mode()
+    def answers(self, backbone: LanguageBackbone, batch_size: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For every prompt the greedy answers of the untouched model and of this one, in tokens."""
+        answers = _greedy(backbone, self.examples, batch_size)
+        return [(e["answer"], tuple(a)) for e, a in zip(self.examples, answers, strict=True)]
+
     def measure(self, backbone: LanguageBackbone, batch_size: int) -> list[Measurement]:
         """The model as it is now against the untouched one."""
-        now = _log_p(backbone, self.examples, self.chosen, batch_size)
-        kl = (self.log_p.exp() * (self.log_p - now)).sum(1).double().mean()
-        answers = _greedy(backbone, self.examples, batch_size)
-        other = sum(tuple(a) != e["answer"] for a, e in zip(answers, self.examples, strict=True))
+        other = sum(old != new for old, new in self.answers(backbone, batch_size))
         of = f"{len(self.examples)} prompts"
         where = f"mean over {len(self.chosen)} of {self.total} positions of {of} and of the greedy answers to them"
         same = f"greedy answers to {of}, of up to {LONGEST} tokens, that are not those of the untouched model"
         return [
-            Measurement(KL, max(0.0, float(kl)), None, "nats", SOURCE, where),
+            Measurement(KL, self.kl(backbone, batch_size), None, "nats", SOURCE, where),
             Measurement(SAME, other / len(self.examples), None, "share", SOURCE, same),
         ]
 
@@ -147,24 +157,36 @@ def _logits(backbone: LanguageBackbone, batch: Examples) -> Tensor:
     return backbone.model(**inputs, decoder_input_ids=fed.to(inputs["input_ids"].device), use_cache=False).logits
 
 
-def general_of(state: LearnerState) -> General | None:
-    """What the prompts of a setup are compared with, read while the model is untouched; None without prompts, and where
-    every task has a state of its own.
+def general_of(state: LearnerState, begun: Sequence[Commit] = ()) -> tuple[General | Harness, ...]:
+    """What a model will be compared with, read while it is untouched: prompts and tasks of the harness, as far as the
+    setup has some (`Learner(general=, lm_eval=)`); nothing where every task has a state of its own.
+
+    Args:
+        begun: the commits of the run.
 
     Raises:
-        ConfigError: no language model, or one that has no room for an answer.
+        ConfigError: no language model, or one that has no room for an answer; see `Harness.of`.
     """
     setup, backbone = state.setup, state.backbone
-    if not setup.general:
-        return None
+    given = [name for name, there in (("general", setup.general), ("lm_eval", setup.lm_eval)) if there]
+    if not given:
+        return ()
+    said = " and ".join(given)
     if "answers" not in backbone.offers:
-        raise ConfigError(f"general: `{backbone.name}` is no language model, and answers no prompts: leave it out")
+        raise ConfigError(f"{said}: `{backbone.name}` is no language model, and answers no prompts: leave it out")
     if state.consolidation.states is not None:
         setup.progress.say(
-            "general: every task has a state of its own, and no model is one for all prompts: not measured"
+            f"{said}: every task has a state of its own, and no model is one for all prompts: not measured"
         )
-        return None
-    language = cast(LanguageBackbone, backbone)
-    if language.longest_sequence is not None and language.longest_sequence <= LONGEST:
-        raise ConfigError(f"general: `{backbone.name}` reads {language.longest_sequence} tokens, no room for an answer")
-    return General.of(language, setup.general, setup.batch_size)
+        return ()
+    language, found = cast(LanguageBackbone, backbone), list[General | Harness]()
+    if setup.general:
+        if language.longest_sequence is not None and language.longest_sequence <= LONGEST:
+            raise ConfigError(
+                f"general: `{backbone.name}` reads {language.longest_sequence} tokens, no room for an answer"
+            )
+        found.append(General.of(language, setup.general, setup.batch_size))
+    if setup.lm_eval:
+        setup.progress.say(f"lm_eval: {', '.join(setup.lm_eval)}, before the first task and after each that is due")
+        found.append(Harness.of(setup.lm_eval, language, setup.batch_size, begun))
+    return tuple(found)

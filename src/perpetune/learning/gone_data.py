@@ -24,9 +24,10 @@ def learned_tasks(path: Path) -> list[str]:
 
 
 def with_known_scenario(stream: Stream, path: Path) -> Stream:
-    """A stream that has lost data of a run's tasks, in the scenario of the run: its own was chosen by what is left."""
+    """A stream that has lost data of a run's tasks, in the scenario of the run: its own was chosen by what is left. So
+    is one of free texts, where no class says which it is."""
     whole = {task.name for task in stream if len(task.train)}
-    if whole.issuperset(learned_tasks(path)):
+    if not (path / CONFIG).exists() or (stream.labels and whole.issuperset(learned_tasks(path))):
         return stream
     written = read_config(path)["stream"]
     chosen = {written["scenario"], stream.scenario} == {"class", "domain"}
@@ -73,14 +74,28 @@ def completed(run: Run, stream: Stream, learned: Sequence[str], every: bool = Fa
 
 def told(run: Run, stream: Stream, learned: Sequence[str]) -> list[str]:
     """What is gone, in words: a line for training data, one for test data; and new tasks that are learned ones."""
-    known = stream.tasks[: len(learned)]
     lines = _learned_again(run, stream.tasks[len(learned) :])
+    adopted = {c.manifest["task"]: c.manifest["sizes"] for c in active(run.commits) if "adopted" in c.manifest}
+    for task in stream.tasks[: len(learned)]:
+        if task.name in adopted and not len(task.test):
+            lines.append(_not_evaluated(task.name, bool(adopted[task.name][task.name]["test"])))
+    known = [task for task in stream.tasks[: len(learned)] if task.name not in adopted]
     for split, means in (("train", "it is not needed"), ("test", "they are not evaluated any more")):
         lost = [f"`{task.name}`" for task in known if not len(getattr(task, split))]
         kind = {"train": "training", "test": "test"}[split]
         if lost:
             lines.append(f"{run.path} goes on without the {kind} data of {', '.join(lost)}, which is gone: {means}")
     return lines
+
+
+def _not_evaluated(adopted: str, known: bool) -> str:
+    """Why a task that was trained elsewhere is not evaluated; `known`: there was a sample of its data then."""
+    if not known:
+        return f"`{adopted}` was adopted without data, and is not evaluated"
+    return (
+        f"`{adopted}` was adopted, and this stream has no data of it: it is not evaluated. To have it judged, put the "
+        f"rows that it was adopted with into the stream, as {adopted}/test.jsonl"
+    )
 
 
 def _learned_again(run: Run, new: Sequence[Task]) -> list[str]:
@@ -128,6 +143,13 @@ def _known(run: Run, stream: Stream, commits: dict[str, Commit], name: str, task
     if not unchanged(commit, task):
         raise RunError(
             f"the data of task `{name}` is not what {run.path} learned: restore it, or use another run directory "
+            "(--out)"
+        )
+    scored = commit.manifest.get("metrics", {}).get(name)
+    if scored not in (None, task.metric) and len(task.test):
+        raise RunError(
+            f"answers of task `{name}` were scored by {scored} so far, now it is {task.metric}, and the scores of two "
+            f"metrics cannot be compared: give that one for it (--metric '{name}={scored}'), or another run directory "
             "(--out)"
         )
     if not len(task.train):  # nor is its folder what it was

@@ -76,8 +76,8 @@ def language_losses(
         note = f"on {len(passages())} short English texts; above 0: the model continues what is no task's text worse"
         name = "change of cross-entropy on texts of no task"
         found.append(Measurement(name, now - untouched, None, "nats a token", SOURCE, note))
-    if state.general is not None and whole:
-        found += state.general.measure(backbone, evaluator.batch_size)
+    for general in state.general if whole else ():
+        found += general.measure(backbone, evaluator.batch_size)
     return found
 
 

@@ -45,16 +45,14 @@ class Learner:
             or in memory (model, tokenizer), of which copies are taken. Not needed by recipes without a network.
         recipe: a name, plain data, or a `Recipe`.
         run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
-        heads: names, `{type: name, setting: value}` or heads to read instead of the recipe's own; the first shapes the
-            features.
+        heads: names, `{type: name, setting: value}` or heads, instead of the recipe's own; the first shapes features.
         training: names of `TrainingArguments` (and TRL's `SFTConfig`), and our own; see `resolve_training`.
         seed: decides everything random; progress: a display; None shows nothing.
         trainer, response_prefix: see `settle`; processor: of a model in memory, where it is given alone.
         evaluate_every: all tasks so far are evaluated after every so many tasks, and after the last of the stream
             (0: then alone); otherwise the task just learned and the next one. Decides nothing about what is learned.
-        general: prompts of no task, or a file of them, on which a language model is compared with the untouched one.
-        device: where to train and predict; None takes an accelerator where there is one, each process its own.
-        loading: names of `Loading`: pooling, dtype, device_map and others.
+        general, lm_eval: prompts of no task, or a file of them, and tasks of lm-evaluation-harness, see `general_of`.
+        device: where to train and predict; None takes an accelerator. loading: names of `Loading`: pooling, dtype, …
 
     Raises:
         ConfigError: an unknown recipe, head or training setting.
@@ -78,6 +76,7 @@ class Learner:
         response_prefix: str | None = None,
         evaluate_every: int = 1,
         general: str | Path | Sequence[Any] | None = None,
+        lm_eval: Sequence[str] = (),
         device: str | torch.device | None = None,
         progress: Progress | None = None,
         processor: Any = None,
@@ -99,6 +98,7 @@ class Learner:
             loading=Loading(**loading),
             evaluate_every=evaluate_every,
             general=read_general(general),
+            lm_eval=tuple(lm_eval),
             seed=seed,
             device=device,
             progress=progress if progress and processes.first() else Progress(),

@@ -27,6 +27,7 @@ from .config import RunConfig
 from .general import general_of
 from .gone_data import check_needed, completed, told, with_known_scenario
 from .retry import set_aside
+from .self_distillation import check_sdft
 from .setup import Setup, task_settings
 from .state import LearnerState
 from .trainer_choice import OLD, check_trl_settings, settle, settled
@@ -142,6 +143,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
         if settings not in checked:
             _check_loss(setup, settings, backbone)
             check_trl_settings(settings, setup.trainer, stream)
+            check_sdft(settings, setup.trainer)
             check_training(settings, backbone, setup.trainer or OLD)
             checked.append(settings)
     stream = with_known_scenario(stream, setup.path)
@@ -176,7 +178,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
         if run.commits and without is None:
             joined = _predict_joined(setup, lambda: untouched(stream.labels).restore([]), run, stream)
         state = untouched(whole.labels)
-        state.general = general_of(state)
+        state.general = general_of(state, run.commits)
         state.restore(run.commits, without)
         if thrown:  # now that nothing keeps it from being learned again
             run.undo(["to be learned again"])
@@ -201,11 +203,14 @@ def reopened(setup: Setup) -> LearnerState:
 
     Raises:
         RunError: no run is there, it is damaged, or its base model is another one now.
+        ConfigError: it has no use for the general prompts that are given.
     """
     run = Run.read(setup.path)
     model, stream = run.config["model"], run.config["stream"]
     backbone = setup.load_base(model["modality"], model["fingerprint"])
-    return LearnerState(setup, backbone, stream["labels"], stream["inputs"]).restore(run.commits)
+    state = LearnerState(setup, backbone, stream["labels"], stream["inputs"])
+    state.general = general_of(state, run.commits)
+    return state.restore(run.commits)
 
 
 def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Run, stream: Stream) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def report(path: Path, settings: dict[str, Any], model: Any) -> None:
         return
     result = Result(path)
     with one_line("report_to"):
-        told = {name: value for name, value in settings.items() if name in REPORTING}
+        told = {"run_name": str(path)} | {name: value for name, value in settings.items() if name in REPORTING}
         arguments = training_arguments(told, str(path / "logs" / FOLDER), 0, use_cpu=True, by=OLD)
         callbacks = [DefaultFlowCallback()]  # without which the handler warns
         callbacks += [kind() for kind in get_reporting_integration_callbacks(arguments.report_to)]

@@ -20,6 +20,7 @@ from ..streams import Task
 from .checkpoints import Checkpoints, key_of, saving
 from .class_weights import SETTING, class_weights
 from .loss_log import FILE, LossLog, logging_steps
+from .self_distillation import SDFT, demonstrated
 from .setup import task_settings
 from .state import LearnerState
 from .token_masking import STM, mask_tokens
@@ -53,6 +54,9 @@ class Training:
         found = state.backbone.prepare(rows, all_turns=bool(settings.get("assistant_only_loss")))
         if said := cut_line(self.session.name, found, state.backbone.room):
             state.setup.progress.say(said)
+        if longest := settings.get(SDFT):
+            shown = demonstrated(state.backbone, rows, longest)
+            found = [{**e, "shown": tokens} for e, tokens in zip(found, shown, strict=True)]
         if (threshold := settings.get(STM)) is not None:
             state.setup.progress.say(mask_tokens(state, self.session.name, found, threshold))
         return found

@@ -40,7 +40,7 @@ class Setup:
         path: the run directory.
         training: complete training settings, see `resolve_training`; given: names of those that the user gave.
         loading: how the model is loaded.
-        evaluate_every, seed, device, progress: see `Learner`; general: its prompts.
+        evaluate_every, seed, device, progress, lm_eval: see `Learner`; general: its prompts.
         trainer, response_prefix: see `Learner`; None until `settle` has chosen them.
     """
 
@@ -55,6 +55,7 @@ class Setup:
     device: torch.device
     progress: Progress
     general: tuple[Any, ...] = ()
+    lm_eval: tuple[str, ...] = ()
     given: frozenset[str] = frozenset()
     trainer: TrainerName | None = None
     response_prefix: str | None = None

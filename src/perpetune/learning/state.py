@@ -16,6 +16,7 @@ from ..recipes.recipe import Recipe
 from ..runs.commit import Commit, active
 from .evaluator import Evaluator
 from .general import General
+from .harness import Harness
 from .setup import Setup
 
 # Heads in a commit: whole states; or what was added since the commit before, and all that does not grow with the tasks.
@@ -38,7 +39,7 @@ class LearnerState:
         backbone: the model; recipe: a copy of the setup's, which holds state.
         trainer: the head whose loss shapes the features where the first head has none; None where it has.
         evaluator: predictions of this state; known: what it can predict.
-        general: what general prompts are compared with, where there are any.
+        general: what a language model is compared with on prompts and tasks of nobody's stream, see `general_of`.
     """
 
     def __init__(self, setup: Setup, backbone: Backbone, labels: Sequence[str], inputs: Sequence[str] = ()) -> None:
@@ -70,7 +71,7 @@ class LearnerState:
         self._finished: dict[str, int] = {}  # tasks that heads keep something of, by then
         self._whole_heads = False
         self.known = Known(labels, (), inputs, ())
-        self.general: General | None = None
+        self.general: tuple[General | Harness, ...] = ()
 
     def restore(self, commits: Sequence[Commit], without: str | None = None) -> LearnerState:
         """Bring the untouched model to the state after these commits. Heads and rules are as the newest one left them;

@@ -203,6 +203,7 @@ class TaskLoop:
             "task_classes": {task.name: list(task.classes) for task in session.tasks},
             "not_evaluated": [task.name for task in learned if task.name in self._untested],
             "training": {task.name: dict(task.training) for task in session.tasks if task.training},
+            **({"metrics": metrics} if (metrics := {t.name: t.metric for t in session.tasks if t.metric}) else {}),
             **({"retried": True} if self._tried_before(session) else {}),
             "guarantees": [{**m.to_dict(), "task": session.name} for m in measured],
             "heads": [head.name for head in self.state.heads],
@@ -212,7 +213,7 @@ class TaskLoop:
     def _tried_before(self, session: Session) -> bool:
         return any(commit.manifest.get("undoes") == session.name for commit in self.run.history)
 
-    def _note(self, commit: Commit, session: Session) -> None:
+    def _note(self, commit: Commit, session: Session, done: str = "learned") -> None:
         evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)
         training = sum(self.phases.values()) - evaluating
         self.run.note(
@@ -231,7 +232,7 @@ class TaskLoop:
         )
         seconds = training + evaluating
         self.setup.progress.say(
-            f"{self.state.recipe.name}: task {session.index + 1} `{session.name}` learned in {seconds:.1f} s"
+            f"{self.state.recipe.name}: task {session.index + 1} `{session.name}` {done} in {seconds:.1f} s"
         )
 
     @contextmanager

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from ..core.errors import TrainingError
 from ..core.processes import from_all, sum_, together
 from ..heads import Head
 from ..models.backbone import Backbone, Examples
+from ..models.language_model import LanguageBackbone
 from ..rules import Rule
 from .checkpoints import Checkpoints
 from .loss_log import curve
+from .self_distillation import SDFT, sdft_trainer
 from .trainer_choice import TrainerName
 from .training_settings import one_line, training_arguments
 from .trl_training import UnderRules, lent, longest_row, sft_trainer
@@ -177,16 +179,22 @@ def train_task(
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as around:
         on_cpu = next(backbone.model.parameters()).device.type == "cpu"
-        reports = logs is not None and settings.get("report_to", "none") not in ("none", ["none"], [], None)
-        into = str(logs) if reports else folder
+        reports = settings.get("report_to", "none") not in ("none", ["none"], [], None)
+        into, told = folder, settings
+        if logs is not None and reports:  # to trackers a run is one over all its tasks
+            into, told = str(logs), {"run_name": str(logs.parent.parent), **settings}
         block = longest_row(backbone, examples) if by == "trl" else None
-        arguments = training_arguments({**settings, "max_steps": steps}, into, seed, on_cpu, by, block)
+        arguments = training_arguments({**told, "max_steps": steps}, into, seed, on_cpu, by, block)
         steps_taken = _Advance(advance)
         around.enter_context(lent(backbone) if by == "trl" else nullcontext())
         with one_line():
             heard = [steps_taken, *callbacks]
             if by == "trl":
-                trainer: UnderRules = sft_trainer(backbone, examples, arguments, settings, rules, heard)
+                trainer: UnderRules = (
+                    sdft_trainer(cast(LanguageBackbone, backbone), examples, arguments, rules, heard)
+                    if settings.get(SDFT)
+                    else sft_trainer(backbone, examples, arguments, settings, rules, heard)
+                )
             else:
                 trainer = TaskTrainer(
                     model=TaskModel(backbone, head),

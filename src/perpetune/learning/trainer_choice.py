@@ -65,9 +65,10 @@ def settle(setup: Setup, stream: Stream, backbone: Backbone) -> Stream:
     if written is not None:
         adopt(setup, written)
         stream = stream if "trainer" in written else stripped(stream)
-    else:
-        if not (setup.heads_given or stream.source.get("pose")):  # posed labels are classes, however many
-            check_classes(stream)
+    chosen = bool(written and written["stream"]["labels"])  # that responses are classes
+    if not (chosen or setup.heads_given or stream.source.get("pose")):  # posed labels are classes, however many
+        check_classes(stream)
+    if written is None:
         posed = stream.source.get("pose") in ("instruction", "published")
         if setup.response_prefix is None:  # the prompts of templates end with `Answer:`
             setup.response_prefix = AUTO if posed else ""

@@ -24,6 +24,7 @@ from . import trainer_choice as trl
 from .checkpoints import SAVING, saving
 from .class_weights import SETTING, checked
 from .earlier_names import CALLED
+from .self_distillation import SDFT, sdft_arguments, sdft_config
 from .token_masking import STM
 from .training_defaults import DEFAULTS
 
@@ -32,7 +33,8 @@ QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_ste
 _LENGTH = "per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps dataloader_drop_last"
 _STEP = (
     "learning_rate head_learning_rate class_weights weight_decay warmup_steps lr_scheduler_type lr_scheduler_kwargs "
-    "stm max_grad_norm optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha"
+    "sdft stm max_grad_norm optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon "
+    "neftune_noise_alpha"
 )
 _NUMBERS = "bf16 fp16 tf32 full_determinism torch_empty_cache_steps accelerator_config"
 _MEMORY = (
@@ -105,7 +107,7 @@ _PACKAGES = {  # parts of the names of optimizers, and of integrations: what has
 
 
 _NOT_BELOW_ZERO = "learning_rate head_learning_rate weight_decay max_grad_norm warmup_steps neftune_noise_alpha".split()
-_OWN = ("head_learning_rate", SETTING, STM)  # settings that are no one else's
+_OWN = ("head_learning_rate", SETTING, STM, SDFT)  # settings that are no one else's
 
 
 def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +138,10 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
         settings.pop(STM, None)
     else:
         settings[STM] = float(_above_zero(STM, settings[STM]))
+    if settings.get(SDFT) is None:
+        settings.pop(SDFT, None)
+    else:
+        settings[SDFT] = _above_zero(SDFT, settings[SDFT], whole=True)
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if key in settings:
             settings[key] = _above_zero(key, settings[key], whole=True)
@@ -173,7 +179,9 @@ def training_arguments(
         if by == "trl":
             from trl import SFTConfig
 
-            kind, own = SFTConfig, trl.sft_settings(own, block)
+            sdft = settings.get(SDFT)
+            kind = sdft_config() if sdft else SFTConfig
+            own = sdft_arguments(own, sdft) if sdft else trl.sft_settings(own, block)
         return kind(
             output_dir=folder,
             seed=seed,

@@ -70,7 +70,7 @@ class LanguageBackbone(Backbone):
             labels,
             [head.read for head in readers],
             rouge_l=any(head.rouge_l for head in readers),
-            longest=max((head.longest for head in readers), default=LONGEST),
+            longest=max((head.longest for head in readers if head.read == "generate"), default=LONGEST),
         )
 
     def open(

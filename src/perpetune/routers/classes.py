@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..heads.holdout import FEWEST_DRAWS
 from ..heads.moments import MomentsHead
 from ..heads.ridge import FEWEST, solve
 from .base import RouterError, State
@@ -17,6 +18,7 @@ from .sums import SumsRouter, holds_for_most
 
 SAMPLED = 64  # tasks of which the moments of a softmax's temperature are taken, where there may be many
 DRAWS = 4096  # of which the expected log-loss is made; 20 temperatures a decade, 1e-4 to 10
+DRAWN = 4096 * 256  # normal numbers at most, where there may be many tasks
 TEMPERATURES = torch.logspace(-4, 1, 101, dtype=torch.float64)
 
 
@@ -40,8 +42,8 @@ class ClassRouter(SumsRouter):
     task in either fold, or one task alone, there is no posterior, and the route is that of the best score.
 
     With `many_tasks` it is half of the tasks that need 10 samples in either fold, and of more than 64 tasks e_0 and e_1
-    are taken over the first 64 in the order of their own: a fit then costs no more with a thousand tasks, but for the K
-    columns of Theta.
+    are taken over the first 64 in the order of their own, and of more than 256 columns there are fewer draws: a fit
+    then costs no more with a thousand tasks, but for the K columns of Theta.
 
     Stored for a task: 8 M^2 bytes (8 MB at M = 1,024).
 
@@ -109,7 +111,8 @@ class ClassRouter(SumsRouter):
         e_1 = (inside - alike * e_0) / n_c
         v_0 = max(e_0 - m_0**2, 1e-12)
         v_1 = max(e_1 - m_1**2, v_0)
-        draws = torch.randn(DRAWS, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        rows = min(DRAWS, max(FEWEST_DRAWS, DRAWN // K)) if self.many_tasks else DRAWS
+        draws = torch.randn(rows, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         s = m_0 + v_0**0.5 * draws
         s[:, 0] = m_1 + v_1**0.5 * draws[:, 0]
         losses = torch.stack([(s / tau).logsumexp(1).mean() - s[:, 0].mean() / tau for tau in TEMPERATURES])

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..heads.exact_sums import FEATURES, GAUSSIAN
 from ..heads.moments import MomentsHead
 from ..heads.ridge import RidgeHead
+from ..heads.statistics import symmetric
 from .base import Router, RouterError, State
 
 
@@ -46,7 +47,8 @@ class SumsRouter(Router):
     def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
         super().open(width, labels, seed=seed)
         self._one = self._opened(self.kinds(labels))
-        self._total, self._added = {name: self._one.statistics[name].clone() for name in ("gram", "clipped")}, {}
+        nothing = self._one.state()
+        self._total, self._added = {name: nothing[name] for name in ("gram", "clipped")}, {}
 
     def _head(self) -> MomentsHead:
         return RidgeHead(self.features, holdout=self.holdout, bits=self.bits)
@@ -69,7 +71,7 @@ class SumsRouter(Router):
     def check_state(self, state: State) -> None:
         if not self.width:
             raise RouterError(f"{self._name} is not open yet: call `open(width, labels, seed=...)` first")
-        self._one.load_state(state)
+        self._one.check_state(state)
 
     def changed(self) -> None:
         self._fitted = None
@@ -100,8 +102,8 @@ class SumsRouter(Router):
             self._added[task] = self.known[task], _digest(self.known[task])
 
     def _count(self, state: State, sign: int) -> None:
-        self._one.load_state(state)
-        self._total = {name: total + sign * self._one.statistics[name] for name, total in self._total.items()}
+        # as they are stored, triangles alone: there may be a thousand tasks to add up
+        self._total = {name: total + sign * state[name] for name, total in self._total.items()}
 
     def _fit_head(self, names: Sequence[str], states: Sequence[State]) -> MomentsHead:
         """A head of these classes that has seen the samples of all tasks.
@@ -113,14 +115,14 @@ class SumsRouter(Router):
         axes = {name: axis for name, axis in head.class_axis.items() if name in head.statistics}
         rows = {name: torch.cat([state[name] for state in states], axis) for name, axis in axes.items()}
         head.check_samples(int(rows["counts"].sum()))
-        head.statistics = {**self._total, **rows}
+        gram = symmetric(self._total["gram"], head.statistics["gram"].shape[-1])
+        head.statistics = {**self._total, "gram": gram, **rows}
         head.changed()
         return head
 
     def _squares(self, task: int, fold: int) -> Tensor:
         """G_t, (M x M), in steps^2."""
-        self._one.load_state(self.known[task])
-        return self._one.statistics["gram"][fold]
+        return symmetric(self.known[task]["gram"][fold], self._one.statistics["gram"].shape[-1])
 
 
 def _digest(state: State) -> bytes:

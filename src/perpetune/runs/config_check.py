@@ -74,4 +74,5 @@ def _different(path: Path, where: str, old: Any, new: Any) -> str:
     return (
         f"{path} was made with another configuration: {where} was {short(old)}, now it is {short(new)}: "
         "use the old setting, or another run directory (--out)"
+        + ("; for the newest task alone it may be another, with --retry TASK" if where.startswith("training.") else "")
     )

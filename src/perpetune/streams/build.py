@@ -119,7 +119,8 @@ def same_inputs(drafts: Sequence[Draft]) -> tuple[str, ...]:
 
 
 def choose_scenario(asked: Scenario | None, tasks: Sequence[Task], labels: Sequence[str]) -> Scenario:
-    """The scenario asked for; without one, "domain" if several tasks all have the same classes, else "class".
+    """The scenario asked for; without one, "domain" if several tasks all have the same classes, or none has any (free
+    texts, of which more may come), else "class".
 
     Raises:
         StreamError: "domain" is asked for and a task has a class that the first lacks.
@@ -128,7 +129,7 @@ def choose_scenario(asked: Scenario | None, tasks: Sequence[Task], labels: Seque
     first = tasks[0]
     if asked is None:
         same = all(set(task.classes) == set(first.classes) for task in tasks)
-        return "domain" if same and len(tasks) > 1 else "class"
+        return "domain" if same and (len(tasks) > 1 or not labels) else "class"
     other = next((task for task in tasks if not set(task.classes) <= set(first.classes)), None)
     if asked == "domain" and other is not None:
         odd = labels[min(set(other.classes) - set(first.classes))]

@@ -14,7 +14,7 @@ from .quiet import without_bars
 from .task import Stream, Task
 
 Responses = Literal["exact", "stripped"]
-MANY = 20  # responses that may be classes, however few rows there are
+MANY, SENTENCES, WORDS = 20, 5, 4  # responses that may be classes, however few rows there are: any; of so many words
 
 
 def metrics_of(tasks: Sequence[Task], chosen: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -44,7 +44,9 @@ def check_classes(stream: Stream) -> None:
         ConfigError: a task whose responses are read as classes, and are nearly all different.
     """
     for task in stream:
-        if task.metric is None and len(task.classes) > max(MANY, len(task.train) // 2):
+        words = [len(stream.labels[c].split()) for c in task.classes]
+        many = SENTENCES if sum(words) >= WORDS * len(words) else MANY
+        if task.metric is None and len(task.classes) > max(many, len(task.train) // 2):
             raise ConfigError(
                 f"task `{task.name}` has {len(task.classes)} different responses, to {len(task.train)} prompts that "
                 "are learned, and without a metric each is a class to choose among: say how its answers are scored "

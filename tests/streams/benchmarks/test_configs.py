@@ -56,8 +56,8 @@ def test_its_stream_is_built(path: Path, request: pytest.FixtureRequest) -> None
     settings = load_config(path, CompareConfig, {}).stream
     kind = {"cl": "cl_benchmark", "trace": "trace", "superni": "sapt"}[settings.source.split("-")[0]]
     names = [name for name in BENCHMARKS if name.split("-")[0] == settings.source.split("-")[0]]
-    for name in names:
-        data = request.getfixturevalue(kind)
+    data = request.getfixturevalue(kind)
+    for name in {settings.source, names[-1]}:  # every order: test_cl_text.py, test_instructions.py
         stream = settings.model_copy(update={"source": name, "data": str(data)}).load()
         assert len(stream) == len(load_stream(name, data=data)) and stream.inputs == ("prompt",)
 
@@ -72,8 +72,21 @@ def test_one_command_from_a_folder_to_a_table(cl_benchmark, tiny_lm, tmp_path, m
         return out
 
     monkeypatch.chdir(tmp_path)
-    run = ["run", "--model", tiny_lm("t5"), "--stream", "cl-order-1", "--data", "CL_Benchmark", "--pose", "published"]
-    run += ["--recipe", "olora", "--heads", "language_generated", "--epochs", 1, "--test-limit", 3, "--out", "run"]
+    heads = "heads: [{type: language_generated, longest: 6}]"  # untrained, a model does not stop
+    (tmp_path / "heads.yaml").write_text(heads)
+    run = [
+        "run",
+        "heads.yaml",
+        "--model",
+        tiny_lm("t5"),
+        "--stream",
+        "cl-order-1",
+        "--data",
+        "CL_Benchmark",
+        "--pose",
+        "published",
+    ]
+    run += ["--recipe", "olora", "--epochs", 1, "--test-limit", 3, "--out", "run"]
     perpetune(*run, "--tasks", "dbpedia,amazon")
     assert len(list((tmp_path / "run" / "commits").iterdir())) == 3
     printed = perpetune(*run)  # all four: it goes on where it stopped
