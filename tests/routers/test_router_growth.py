@@ -26,6 +26,11 @@ def opened(router, sizes=()):
     return router
 
 
+def fit(router):
+    for one in router._experts.values() if isinstance(router, PooledRouter) else [router]:
+        one.fit()
+
+
 KINDS = [lambda: RidgeRouter(many_tasks=True), lambda: ClassRouter(16, many_tasks=True), lambda: PooledRouter(16, True)]
 
 
@@ -51,7 +56,7 @@ def test_the_sums_of_earlier_tasks_are_not_read_again_to_add_a_task(kind, monkey
             patched.setattr(SumsRouter, "_count", counted(SumsRouter._count))
             patched.setattr(SumsRouter, "_squares", counted(SumsRouter._squares))
             read = 0
-            router.calibrated  # noqa: B018  the fit
+            fit(router)
             router.guarantee()
         work.append(read)
     assert 0 < work[-1] <= work[4] + 1 and router.route(x).shape == (1,), work
@@ -62,7 +67,7 @@ def test_sums_that_were_held_are_those_of_a_router_that_never_fitted_before(kind
     held, fresh = opened(kind()), opened(kind(), [60, 90, 70, 8])
     for task, n in enumerate([60, 90, 70, 8]):
         held.observe(task, *samples(task, n))
-        held.calibrated  # noqa: B018  a fit after each task
+        fit(held)
     held.observe(4, *samples(4, 50))
     held.route(samples(1, 5)[0])
     held.forget(4)
