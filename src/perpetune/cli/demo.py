@@ -18,7 +18,7 @@ RECIPES: list[str | dict[str, Any]] = [
     {"name": "lora", "rank": 4, "target": "all-linear"},
     {"name": "olora", "rank": 4, "target": "all-linear"},
     {"name": "nlora", "rank": 4, "target": "all-linear", "strength": 1e-3},
-    {"name": "routed_product", "rank": 4, "target": "all-linear"},
+    {"name": "default", "rank": 4, "target": "all-linear", "features": 256},
     {"name": "replay", "rank": 4, "target": "all-linear"},
     {"name": "joint", "rank": 4, "target": "all-linear"},
     "sequential",
