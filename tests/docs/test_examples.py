@@ -117,7 +117,7 @@ def test_an_encoder_learns_to_answer(tiny_bert, word_stream, tmp_path, monkeypat
     texts = " ".join(
         prompt for task in pt.load_stream(word_stream, pose="instruction") for prompt in task.train["prompt"]
     )
-    encoder = tiny_bert(words=re.findall(r"\w+", texts), layers=6)
+    encoder = tiny_bert(words=re.findall(r"\w+", texts), layers=4)
 
     def teach(out, *more):
         words = ["x", "--encoder", str(encoder), "--stream", str(word_stream), "--out", str(tmp_path / out)]

@@ -97,11 +97,11 @@ def test_the_command_line_imports_what_it_is_told(page, elsewhere, tmp_path, mon
 
 
 def test_a_configuration_with_a_piece_of_ones_own(page, word_stream, monkeypatch, capsys):
-    """As it stands on the page; compared by two jobs, in processes of their own."""
+    """As it stands on the page; compared in a process of its own, of which --jobs 2 may start two."""
     folder, defined = page
     monkeypatch.chdir(folder)
     (configuration,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    recipe = {"recipes": [yaml.safe_load(configuration)["recipe"]], "controls": False, "seeds": [0, 1]}
+    recipe = {"recipes": [yaml.safe_load(configuration)["recipe"]], "controls": False, "seeds": [0]}
     text = configuration.replace("sentence-transformers/all-MiniLM-L6-v2", defined["model"]).replace("runs/", "own/")
     (folder / "one.yaml").write_text(text)
     (folder / "many.yaml").write_text(yaml.safe_dump({"model": defined["model"], **recipe, "jobs": 2}))
@@ -110,7 +110,7 @@ def test_a_configuration_with_a_piece_of_ones_own(page, word_stream, monkeypatch
         call(monkeypatch, *command, *options, code=0)
     written = yaml.safe_load((folder / "own/mine/run.yaml").read_text())["recipe"]
     assert written["rules"] == [{"type": "PullToStart", "module": "my_pieces", "strength": 0.1}]
-    assert len(list((folder / "many").glob("mine/seed-*/*/run.yaml"))) == 2
+    assert len(list((folder / "many").glob("mine/seed-*/*/run.yaml"))) == 1
 
 
 @pytest.mark.parametrize(
