@@ -17,6 +17,7 @@ from .contrastive import ContrastiveHead
 from .label_text import LabelTextHead
 from .language import LONGEST, LanguageHead, Read
 from .lda import KLDAHead, LDAHead
+from .lda_ridge import LDARidgeHead
 from .linear import LinearHead
 from .own_classifier import OwnClassifierHead
 from .prototype import PrototypeHead
@@ -68,6 +69,7 @@ HEADS: dict[str, Callable[..., OpenedHead]] = {
     "ridge_refresh": ridge_refresh,
     "lda": LDAHead,
     "klda": KLDAHead,
+    "lda_ridge": LDARidgeHead,
     "closed_form": ClosedFormHead,
     "anacp": AnaCPHead,
     "ease": SubspaceHead,
@@ -110,6 +112,7 @@ __all__ = [
     "Head",
     "KLDAHead",
     "LDAHead",
+    "LDARidgeHead",
     "LabelTextHead",
     "LanguageHead",
     "LinearHead",
