@@ -13,30 +13,17 @@ from perpetune.learning import trainer as training
 from perpetune.learning.self_distillation import demonstrated
 from perpetune.models.loading import load_language_model
 from perpetune.runs.directory import Run
+from tests.weeks import CHAT, WEEKS, write
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.usefixtures("quick_collection")
 
 SETTINGS = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "sdft": 5}
-WEEKS = {
-    "faq": {"where is my parcel": "it is on the way", "can i pay later": "yes within thirty days"},
-    "dates": {"monday the first": "01 06 2026", "friday the fifth": "05 06 2026"},
-}
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("weeks")
-    for task, pairs in WEEKS.items():
-        (root / task).mkdir()
-        for split, times in (("train", 3), ("test", 1)):
-            rows = [{"prompt": f"{p} {i}", "response": r} for i in range(times) for p, r in pairs.items()]
-            (root / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return root
+    return write(tmp_path_factory.mktemp("weeks"), WEEKS, train=3)
 
 
 @pytest.fixture(scope="module")

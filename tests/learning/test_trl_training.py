@@ -21,27 +21,11 @@ from perpetune.models.loading import load_language_model
 from perpetune.models.prompt_tokens import PromptTokenizer
 from perpetune.recipes import make_recipe
 from perpetune.streams.rows import open_rows
+from tests.weeks import CHAT, WEEKS, write
 
 pytest.importorskip("trl")
 
 SETTINGS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-WEEKS = {
-    "faq": {"where is my parcel": "it is on the way", "can i pay later": "yes within thirty days"},
-    "dates": {"monday the first": "01 06 2026", "friday the fifth": "05 06 2026"},
-}
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def write(root, tasks, row=lambda p, r: {"prompt": p, "response": r}):
-    for task, pairs in tasks.items():
-        (root / task).mkdir(parents=True)
-        for split, times in (("train", 6), ("test", 1)):
-            rows = [row(f"{p} {i % 3}", r) for i in range(times) for p, r in pairs.items()]
-            (root / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return root
 
 
 @pytest.fixture(scope="module")
