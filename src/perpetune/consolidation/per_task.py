@@ -85,7 +85,6 @@ class PerTask(AdapterPerTask):
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         super().open(backbone, tuner, labels)
         read_layers(backbone, self.layers)
-        self.router.layers = backbone.layers
         self.router.open(backbone.pooled_width, (*labels, FREE_TEXT), seed=0)
 
     # ---- learning ----

@@ -19,6 +19,7 @@ from ..heads.moments import in_holdout
 from ..heads.ridge import FEWEST
 from ..models.backbone import Backbone
 from ..routers import LDARouter
+from ..routers.classes import over_classes
 from ..tuners import Tuner
 from .base import Session, StoredFiles
 from .per_task import BATCH, PerTask
@@ -146,10 +147,7 @@ class WeighedPerTask(PerTask):
             return super().scores(head, classes, reading, weights)
         assert isinstance(self.router, LDARouter)
         (joint, task_of, class_of), w = self.router.log_joint(reading.all(None)), self.weight
-        log_f = {t: joint[:, task_of == t] for t in self.router.tasks}  # log p_f(t, c | x), (N x k)
-        log_t = joint.new_full((reading.count, max(log_f) + 1), -torch.inf)
-        for t, log_p in log_f.items():
-            log_t[:, t] = log_p.logsumexp(1)
+        log_t = over_classes(joint, task_of)
         weights = F.pad(weights.double().cpu(), (0, log_t.shape[1] - weights.shape[1]), value=-torch.inf)
         shown = weights > -torch.inf
         log_t = log_t.masked_fill(shown, -torch.inf)
@@ -157,10 +155,10 @@ class WeighedPerTask(PerTask):
         log_t = torch.where(shown, weights, log_t.log_softmax(1).nan_to_num(nan=-torch.inf) + left[:, None])
         scores = torch.full((reading.count, classes), -torch.inf, dtype=torch.float64)
         for t in (log_t > -torch.inf).any(0).nonzero().flatten().tolist():
-            own = torch.tensor(self.task_classes(t))
-            within = torch.full_like(scores, -torch.inf)
-            within[:, class_of[task_of == t]] = log_f[t]
-            log_q, rows = within[:, own].log_softmax(1), shown[:, t].nonzero().flatten()
+            own, mine = torch.tensor(self.task_classes(t)), task_of == t
+            within = joint.new_full((reading.count, len(own)), -torch.inf)
+            within[:, (class_of[mine][:, None] == own).int().argmax(1)] = joint[:, mine]
+            log_q, rows = within.log_softmax(1), shown[:, t].nonzero().flatten()
             if w and len(rows):
                 log_p = head.scores(reading.read(t, rows), t)[:, own].double().cpu().log_softmax(1)
                 log_q[rows] = _mixed(log_q[rows], log_p, w)

@@ -31,13 +31,11 @@ class Router:
 
     Attributes:
         needs_task: the router knows nothing; the caller of a prediction must name the task.
-        layers: of how many layers of a model the features are, side by side; set before `open`.
         width: L; labels: the label texts of the stream; seed: of whatever is random.
         known: by task, what is stored of it.
     """
 
     needs_task: ClassVar[bool] = False
-    layers: int = field(default=1, init=False, repr=False, compare=False)
     width: int = field(default=0, init=False, repr=False, compare=False)
     labels: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
     seed: int = field(default=0, init=False, repr=False, compare=False)

@@ -135,11 +135,7 @@ class ClassRouter(SumsRouter):
 
     def log_posterior(self, features: Tensor) -> Tensor:
         log_p, task_of, _ = self.log_joint(features)
-        columns = [
-            log_p[:, task_of == task].logsumexp(1) if task in self.known else log_p.new_full((len(log_p),), -torch.inf)
-            for task in range(max(self.tasks) + 1)
-        ]
-        return torch.stack(columns, 1).to(features.device)
+        return over_classes(log_p, task_of).to(features.device)
 
     def plain(self) -> tuple[dict[str, Any], State] | None:
         """See `Router.plain`: theta over (task, class), the class of each column, and tau where there is one."""
@@ -178,3 +174,11 @@ class ClassRouter(SumsRouter):
         for c in class_of.unique():
             summed[:, c] = log_p[:, class_of == c].logsumexp(1)
         return summed
+
+
+def over_classes(log_joint: Tensor, task_of: Tensor) -> Tensor:
+    """log p(t | x) of every task up to the last (N x T), -inf where there is none of that number, from `log_joint`."""
+    log_t = log_joint.new_full((len(log_joint), int(task_of.max()) + 1), -torch.inf)
+    for task in task_of.unique().tolist():
+        log_t[:, task] = log_joint[:, task_of == task].logsumexp(1)
+    return log_t
