@@ -7,10 +7,13 @@ import json
 import pytest
 
 import perpetune as pt
+from perpetune.cli import main
 from perpetune.core.errors import ConfigError, RunError
+from perpetune.learning.usual import usual_metrics
 from perpetune.metrics.text import contains, exact_match, graded, token_f1
 from perpetune.operations.gate import judge
 from perpetune.streams.free_texts import check_classes
+from tests.weeks import write
 
 TRAINING = {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
 FAQ = {"where is my parcel": "it is on the way", "can i pay later": "yes within thirty days"}
@@ -128,6 +131,26 @@ def test_the_first_week_alone_and_then_the_second(folder, model, tmp_path):
     assert judge(both, max_forgetting=1, min_gain=-1).passed
     with pytest.raises(RunError, match="`faq` were scored by token_f1 so far, now it is contains.*'faq=token_f1'"):
         learn(["faq", "dates"], "contains")
+
+
+def test_the_next_week_is_scored_as_the_weeks_before(model, tmp_path, capsys):
+    weeks, pairs = tmp_path / "weeks", [("faq", FAQ), ("dates", DATES)]
+    run = ["--stream", str(weeks), "--recipe", "lora", "--model", str(model), "--epochs", "1", "--batch-size", "2"]
+    for (task, said), own in zip(pairs, (["--metric", "token_f1"], []), strict=True):
+        write(weeks, {task: said})
+        with pytest.raises(SystemExit, match="0"):
+            main(["run", *run, *own, "--out", str(tmp_path / "run")])
+        assert ("metric: token_f1, by which this run scores" in capsys.readouterr().out) == (not own)
+    result = pt.Result(tmp_path / "run")
+    assert result.commits[-1].manifest["metrics"] == {"dates": "token_f1"}
+    other = {"other": {"which day": "monday"}}
+    write(weeks, other)
+    (weeks / "other" / "task.json").write_text(json.dumps({"metric": "contains"}), encoding="utf-8")
+    stream = pt.load_stream(weeks)
+    assert usual_metrics(result.path, stream) == dict.fromkeys(
+        ["faq", "dates"], "token_f1"
+    )
+    assert usual_metrics(tmp_path / "none", stream) == {}
 
 
 def test_a_run_that_began_as_class_incremental_stays_so(folder, model, tmp_path):

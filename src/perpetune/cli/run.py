@@ -106,7 +106,7 @@ def run(
     from ..core.progress import RichProgress
     from ..learning.gone_data import learned_tasks
     from ..learning.learner import Learner
-    from ..learning.usual import names_no_recipe, usual_recipe
+    from ..learning.usual import names_no_recipe, usual_metrics, usual_recipe
 
     limits = {
         "max_forgetting": max_forgetting,
@@ -131,6 +131,12 @@ def run(
     learner = Learner.from_config(settings, progress=RichProgress())
     if loaded is None or learned_tasks(learner.path):
         loaded = settings.stream.load(learned_tasks(learner.path))
+    if settings.stream.metric is None and (metrics := usual_metrics(learner.path, loaded)):
+        given = settings.stream.model_copy(update={"metric": metrics})
+        loaded = given.load(learned_tasks(learner.path))
+        if first():
+            chosen = ", ".join(sorted(set(metrics.values())))
+            typer.echo(f"metric: {chosen}, by which this run scores its tasks (--metric takes another)")
     if plan:
         from ..learning.task_free import parts, told_segments
         from ..operations.plan import make_plan
