@@ -10,6 +10,7 @@ seed draws the training samples and the random maps. Features are computed once 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ import torch
 import perpetune as pt
 from benchmarks.routing import bundled_model
 from perpetune.heads import make_head
+from perpetune.models.layers import read_layers
 from perpetune.models.loading import load_backbone
 
 FIVE = ["agnews", "amazon", "dbpedia", "sst2", "yelp"]
@@ -30,7 +32,8 @@ STREAMS: dict[str, dict[str, Any]] = {
     "five texts": {"source": "cl-benchmark", "tasks": FIVE, "train_limit": 1000, "test_limit": 500},
     "fourteen texts": {"source": "cl-benchmark", "train_limit": 1000, "test_limit": 200},
 }
-HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+DEFAULT = {"features": 2048, "map": "kernel_normalised", "gamma": 0.3}  # of the recipe `default`, without adapters
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {  # `read`: how many last layers
     "ncm": ("ncm", {}),
     "ridge, raw": ("ridge", {"features": 0}),
     "ridge, normalised": ("ridge", {"features": 0, "map": "normalised"}),
@@ -43,21 +46,28 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "anacp, 1,024": ("anacp", {}),
     "closed_form, at most 1,024": ("closed_form", {"features": 1024}),
     "closed_form, at most 2,048 (`frozen_best`)": ("closed_form", {}),
+    "lda_ridge, 2,048 Fourier": ("lda_ridge", DEFAULT),
+    "lda, normalised, three layers": ("lda", {"map": "normalised", "read": 3}),
+    "anacp, 1,024, three layers": ("anacp", {"read": 3}),
+    "lda_ridge, 2,048 Fourier, three layers (`default` without adapters)": ("lda_ridge", {**DEFAULT, "read": 3}),
 }
 
 
-def features(model: str, root: Path, stream: str, seed: int, cache: Path) -> dict[str, Any]:
+@functools.lru_cache(maxsize=2)
+def features(model: str, root: Path, stream: str, seed: int, cache: Path, layers: int = 1) -> dict[str, Any]:
     """Features, labels and ids of all training and test samples, and the label texts."""
     settings = {**STREAMS[stream], "source": str(root / STREAMS[stream]["source"])}
     loaded = pt.load_stream(seed=seed, **settings)
     ids = [i for task in loaded for i in task.train["id"]]
-    file = cache / f"{stream.replace(' ', '-')}.{seed}.safetensors"
+    read = f".{layers}-layers" if layers > 1 else ""
+    file = cache / f"{stream.replace(' ', '-')}.{seed}{read}.safetensors"
     if not file.exists():
         backbone = load_backbone(model, "text", max_length=32)
+        read_layers(backbone, layers)
         found = {}
         for split in ("train", "test"):
             parts = [getattr(task, split) for task in loaded]
-            found[f"{split}.f"] = torch.cat([backbone.features(backbone.prepare(rows), 64).cpu() for rows in parts])
+            found[f"{split}.f"] = torch.cat([backbone.pooled(backbone.prepare(rows), 64).cpu() for rows in parts])
             found[f"{split}.y"] = torch.cat([torch.tensor(rows["label"][:]) for rows in parts])
         cache.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(found, file)
@@ -66,7 +76,7 @@ def features(model: str, root: Path, stream: str, seed: int, cache: Path) -> dic
 
 def accuracy(name: str, settings: Mapping[str, Any], data: Mapping[str, Any], seed: int) -> tuple[float, str]:
     """In percent, and what was chosen, for a head that chooses."""
-    head = make_head(name, **settings)
+    head = make_head(name, **{key: value for key, value in settings.items() if key != "read"})
     head.open(data["train.f"].shape[1], data["labels"], seed=seed)
     head.observe(data["train.f"], data["train.y"], data["ids"])
     right = torch.cat([head.scores(part).argmax(1) for part in data["test.f"].split(1000)]) == data["test.y"]
@@ -100,12 +110,13 @@ def main() -> None:
     found = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else {}
     for stream in args.only:
         for seed in args.seeds:
-            data = features(args.model or bundled_model(), args.streams, stream, seed, args.cache)
             for head in args.heads:
                 name, settings = HEADS[head]
+                layers = settings.get("read", 1)
                 values, choices = (found.setdefault(stream, {}).setdefault(k, {}) for k in (head, f"{head}: chosen"))
                 if str(seed) in values:
                     continue
+                data = features(args.model or bundled_model(), args.streams, stream, seed, args.cache, layers)
                 values[str(seed)], choices[str(seed)] = accuracy(name, settings, data, seed)
                 print(f"{stream}, seed {seed}, {head}: {values[str(seed)]:.2f} {choices[str(seed)]}", flush=True)
                 if args.json:
