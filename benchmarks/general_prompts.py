@@ -4,8 +4,8 @@
 
 What `general:` measures while a run is made, for runs that were made without it: KL(p_0 || p_t) of next-token
 distributions, in nats, and the share of prompts to which the greedy answer, or its first token, is still that of the
-untouched model. Runs are read and left as they are; those that have not learned all tasks of their stream, and those
-with a model for every task, are named and passed over.
+untouched model. Where every task has an adapter, each prompt is routed to one. Runs are read and left as they are;
+those that have not learned all tasks of their stream, or must be told the task, are named and passed over.
 """
 
 from __future__ import annotations
@@ -58,15 +58,16 @@ def moved(path: Path, prompts: Sequence[Any], model: str | None = None) -> dict[
         return f"not finished, {len(learned)} of {len(tasks)} tasks learned"
     learner = pt.Learner.open(path, general=prompts, **({"model": model} if model else {}))
     if not learner.state.general:
-        return "a state for every task, no model is one for all prompts"
-    general, size = learner.state.general[0], learner.setup.batch_size
+        return "it must be told the task of a prompt"
+    general, states = learner.state.general[0], learner.state.consolidation.states
     assert isinstance(general, General)
-    answers = general.answers(learner.backbone, size)
+    read = (learner.backbone, learner.setup.batch_size, states)
+    answers = general.answers(*read)
     return {
         "recipe": run.config["recipe"]["name"],
         "seed": run.config["seed"],
         "tasks": len(learned),
-        "kl": general.kl(learner.backbone, size),
+        "kl": general.kl(*read),
         "first": sum(old[:1] == new[:1] for old, new in answers) / len(answers),
         "same": sum(old == new for old, new in answers) / len(answers),
         "prompts": len(answers),

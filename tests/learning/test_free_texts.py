@@ -147,9 +147,7 @@ def test_the_next_week_is_scored_as_the_weeks_before(model, tmp_path, capsys):
     write(weeks, other)
     (weeks / "other" / "task.json").write_text(json.dumps({"metric": "contains"}), encoding="utf-8")
     stream = pt.load_stream(weeks)
-    assert usual_metrics(result.path, stream) == dict.fromkeys(
-        ["faq", "dates"], "token_f1"
-    )
+    assert usual_metrics(result.path, stream) == dict.fromkeys(["faq", "dates"], "token_f1")
     assert usual_metrics(tmp_path / "none", stream) == {}
 
 

@@ -11,6 +11,7 @@ from perpetune import Learner, load_stream
 from perpetune.cli import main
 from perpetune.core.errors import ConfigError
 from perpetune.learning import general as module
+from perpetune.learning.evaluator import read_by_state
 from perpetune.learning.general import KL, SAME, General, read_general
 from perpetune.models.loading import load_language_model
 from perpetune.runs.result import Result
@@ -134,5 +135,23 @@ def test_where_nothing_can_be_measured(tiny_lm, tiny_bert, stream, word_stream, 
     with pytest.raises(ConfigError, match="no language model"):
         texts = load_stream(word_stream, tasks=["films"], train_limit=4, test_limit=2)
         Learner(tiny_bert(), "lora", tmp_path / "b", training=TRAINING, general=PROMPTS).learn(texts)
-    result = Learner(tiny_lm("llama"), "color", tmp_path / "c", training=TRAINING, general=PROMPTS).learn(stream)
+    result = Learner(tiny_lm("llama"), "color_oracle", tmp_path / "c", training=TRAINING, general=PROMPTS).learn(stream)
     assert not measured(result, KL)
+
+
+def test_where_every_task_has_an_adapter_each_prompt_is_routed(tiny_lm, stream, tmp_path):
+    training = {**TRAINING, "learning_rate": 1e-2}
+    learner = Learner(tiny_lm("llama"), "color", tmp_path / "r", training=training, general=PROMPTS)
+    result = learner.learn(stream)
+    backbone, states, (general,) = learner.backbone, learner.state.consolidation.states, learner.state.general
+    routes = states.weights(read_by_state(backbone, states, general.examples, 2)).argmax(1).tolist()
+    kl, other = [], 0
+    for i, (example, route) in enumerate(zip(general.examples, routes, strict=True)):
+        own = [n for n, (j, _) in enumerate(general.chosen) if j == i]
+        alone = General([example], [(0, general.chosen[n][1]) for n in own], general.log_p[own], len(own))
+        with states.view(route):
+            kl += [alone.kl(backbone, 2)] * len(own)
+            ((old, new),) = alone.answers(backbone, 2)
+        other += old != new
+    assert measured(result, KL)["news"] == pytest.approx(sum(kl) / len(kl), rel=1e-4) and min(kl) > 0
+    assert measured(result, SAME)["news"] == pytest.approx(other / len(PROMPTS))

@@ -132,8 +132,7 @@ def run(
     if loaded is None or learned_tasks(learner.path):
         loaded = settings.stream.load(learned_tasks(learner.path))
     if settings.stream.metric is None and (metrics := usual_metrics(learner.path, loaded)):
-        given = settings.stream.model_copy(update={"metric": metrics})
-        loaded = given.load(learned_tasks(learner.path))
+        loaded = settings.stream.model_copy(update={"metric": metrics}).load(learned_tasks(learner.path))
         if first():
             chosen = ", ".join(sorted(set(metrics.values())))
             typer.echo(f"metric: {chosen}, by which this run scores its tasks (--metric takes another)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -246,6 +246,17 @@ def under_state(
         if view is None:
             return backbone.pooled(examples, size, advance)
         return backbone.outputs(examples, size, advance, states.task_classes(view))
+
+
+def read_by_state(backbone: Backbone, states: PerTaskStates, examples: Examples, size: int) -> Reading:
+    """Examples under every state; what routes them is read once."""
+    read = partial(under_state, backbone, states, size=size)
+    routing = cache(lambda: read(None, examples))  # all at once, whichever are asked for
+
+    def rows_of(view: int | None, rows: Tensor) -> Tensor:
+        return routing()[rows] if view is None else read(view, [examples[i] for i in rows.tolist()])
+
+    return Reading(len(examples), rows_of)
 
 
 def answers_by_state(

@@ -6,7 +6,7 @@ greedy answers to them; and the share of prompts whose greedy answer is still th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,12 +15,14 @@ import datasets
 import torch
 from torch import Tensor
 
+from ..consolidation.states import PerTaskStates, by_likeliest_state
 from ..core.errors import ConfigError, StreamError
 from ..core.measurement import Measurement
 from ..models.answer_scoring import generate, last_logits, positions
 from ..models.backbone import Examples
 from ..models.language_model import LanguageBackbone
 from ..streams.predict_files import asked, read_prompts
+from .evaluator import read_by_state
 from .harness import Harness
 from .language_losses import SOURCE
 
@@ -89,25 +91,60 @@ class General:
         return cls(examples, chosen, _log_p(backbone, examples, chosen, batch_size), len(every))
 
     @torch.inference_mode()
-    def kl(self, backbone: LanguageBackbone, batch_size: int) -> float:
+    def kl(self, backbone: LanguageBackbone, batch_size: int, states: PerTaskStates | None = None) -> float:
         """KL(p_0 || p_t) of the model as it is now, nats, mean over the chosen positions."""
-        now = _log_p(backbone, self.examples, self.chosen, batch_size)
-        return max(0.0, float((self.log_p.exp() * (self.log_p - now)).sum(1).double().mean()))
+
+        def read(rows: list[int]) -> list[Tensor]:
+            of = {i: [n for n, (j, _) in enumerate(self.chosen) if j == i] for i in rows}
+            chosen = [(k, self.chosen[n][1]) for k, i in enumerate(rows) for n in of[i]]
+            if not chosen:
+                return [self.log_p[:0, 0]] * len(rows)
+            then = self.log_p[[n for i in rows for n in of[i]]]
+            now = _log_p(backbone, [self.examples[i] for i in rows], chosen, batch_size)
+            return list((then.exp() * (then - now)).sum(1).split([len(of[i]) for i in rows]))
+
+        return max(0.0, float(torch.cat(self._read(backbone, batch_size, states, read)).double().mean()))
 
     @torch.inference_mode()
-    def answers(self, backbone: LanguageBackbone, batch_size: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def answers(
+        self, backbone: LanguageBackbone, batch_size: int, states: PerTaskStates | None = None
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """For every prompt the greedy answers of the untouched model and of this one, in tokens."""
-        answers = _greedy(backbone, self.examples, batch_size)
+
+        def read(rows: list[int]) -> list[list[int]]:
+            return _greedy(backbone, [self.examples[i] for i in rows], batch_size)
+
+        answers = self._read(backbone, batch_size, states, read)
         return [(e["answer"], tuple(a)) for e, a in zip(self.examples, answers, strict=True)]
 
-    def measure(self, backbone: LanguageBackbone, batch_size: int) -> list[Measurement]:
-        """The model as it is now against the untouched one."""
-        other = sum(old != new for old, new in self.answers(backbone, batch_size))
-        of = f"{len(self.examples)} prompts"
+    def _read(
+        self,
+        backbone: LanguageBackbone,
+        batch_size: int,
+        states: PerTaskStates | None,
+        read: Callable[[list[int]], list[Any]],
+    ) -> list[Any]:
+        """Of every example, by the model; where every task has a state of its own, under the likeliest one of each."""
+        if states is None:
+            return read(list(range(len(self.examples))))
+        weights = states.weights(read_by_state(backbone, states, self.examples, batch_size))
+        return by_likeliest_state(states, weights, read)
+
+    def measure(
+        self, backbone: LanguageBackbone, batch_size: int, states: PerTaskStates | None = None
+    ) -> list[Measurement]:
+        """The model as it is now against the untouched one.
+
+        Args:
+            states: of a model that has one for every task, among which each prompt is routed.
+        """
+        other = sum(old != new for old, new in self.answers(backbone, batch_size, states))
+        routed = "" if states is None else ", each under the state that it is routed to"
+        of = f"{len(self.examples)} prompts{routed}"
         where = f"mean over {len(self.chosen)} of {self.total} positions of {of} and of the greedy answers to them"
         same = f"greedy answers to {of}, of up to {LONGEST} tokens, that are not those of the untouched model"
         return [
-            Measurement(KL, self.kl(backbone, batch_size), None, "nats", SOURCE, where),
+            Measurement(KL, self.kl(backbone, batch_size, states), None, "nats", SOURCE, where),
             Measurement(SAME, other / len(self.examples), None, "share", SOURCE, same),
         ]
 
@@ -159,7 +196,8 @@ def _logits(backbone: LanguageBackbone, batch: Examples) -> Tensor:
 
 def general_of(state: LearnerState, begun: Sequence[Commit] = ()) -> tuple[General | Harness, ...]:
     """What a model will be compared with, read while it is untouched: prompts and tasks of the harness, as far as the
-    setup has some (`Learner(general=, lm_eval=)`); nothing where every task has a state of its own.
+    setup has some (`Learner(general=, lm_eval=)`). Where every task has a state of its own, prompts are routed, and
+    nothing is measured that cannot be.
 
     Args:
         begun: the commits of the run.
@@ -174,19 +212,22 @@ def general_of(state: LearnerState, begun: Sequence[Commit] = ()) -> tuple[Gener
     said = " and ".join(given)
     if "answers" not in backbone.offers:
         raise ConfigError(f"{said}: `{backbone.name}` is no language model, and answers no prompts: leave it out")
-    if state.consolidation.states is not None:
+    language, found, states = cast(LanguageBackbone, backbone), list[General | Harness](), state.consolidation.states
+    if setup.general and states is not None and states.needs_task:
         setup.progress.say(
-            f"{said}: every task has a state of its own, and no model is one for all prompts: not measured"
+            "general: this recipe must be told the task of an input, and prompts have none: not measured"
         )
-        return ()
-    language, found = cast(LanguageBackbone, backbone), list[General | Harness]()
-    if setup.general:
+    elif setup.general:
         if language.longest_sequence is not None and language.longest_sequence <= LONGEST:
             raise ConfigError(
                 f"general: `{backbone.name}` reads {language.longest_sequence} tokens, no room for an answer"
             )
         found.append(General.of(language, setup.general, setup.batch_size))
-    if setup.lm_eval:
+    if setup.lm_eval and states is not None:
+        setup.progress.say(
+            "lm_eval: every task has a state of its own, and no model is one for all prompts: not measured"
+        )
+    elif setup.lm_eval:
         setup.progress.say(f"lm_eval: {', '.join(setup.lm_eval)}, before the first task and after each that is due")
         found.append(Harness.of(setup.lm_eval, language, setup.batch_size, begun))
     return tuple(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -51,15 +51,19 @@ def language_losses(
     state: LearnerState, tasks: Sequence[Task], untouched: float | None, whole: bool = True
 ) -> list[Measurement]:
     """Of a language model as it is now: its loss on the test responses of tasks that were just evaluated, and how much
-    of its general ability is lost. Nothing where each task has a state of its own, under which old tasks lose nothing.
+    of its general ability is lost. Where each task has a state of its own, under which old tasks lose nothing, prompts
+    of no task alone, see `General`.
 
     Args:
         untouched: `general_loss` of the model before its first task; None where it was not measured.
         whole: whether general ability is measured as well, as it is where all tasks so far are evaluated.
     """
     evaluator, backbone = state.evaluator, cast("LanguageBackbone", state.backbone)
-    found: list[Measurement] = []
-    if not measured_language(state):
+    states, found = state.consolidation.states, list[Measurement]()
+    due: Sequence[Any] = state.general if whole else ()
+    if states is not None:
+        return [m for general in due for m in general.measure(backbone, evaluator.batch_size, states)]
+    if "answers" not in backbone.offers:
         return []
     tasks = [task for task in tasks if len(task.test)]  # the data of others is gone
     classified = [task for task in tasks if task.metric is None]
@@ -76,7 +80,7 @@ def language_losses(
         note = f"on {len(passages())} short English texts; above 0: the model continues what is no task's text worse"
         name = "change of cross-entropy on texts of no task"
         found.append(Measurement(name, now - untouched, None, "nats a token", SOURCE, note))
-    for general in state.general if whole else ():
+    for general in due:
         found += general.measure(backbone, evaluator.batch_size)
     return found
 

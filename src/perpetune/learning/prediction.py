@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..core.errors import ConfigError, nearest
 from ..heads import Head
 from ..models.backbone import Examples
 from ..streams.predict_inputs import table
-from .evaluator import answers_by_state, best_class, under_state
+from .evaluator import answers_by_state, best_class, read_by_state
 from .setup import Setup
 from .state import LearnerState
 
@@ -65,7 +64,8 @@ def answers(state: LearnerState, examples: Examples, task: str | None, size: int
     if states is None:
         _check_shared(task)
         return state.backbone.answers(examples, size, **how)
-    weights = _weights(state, states, _reading(state, states, examples), task)
+    reading = read_by_state(state.backbone, states, examples, state.setup.batch_size)
+    weights = _weights(state, states, reading, task)
     return answers_by_state(state.backbone, states, weights, examples, size, **how)
 
 
@@ -108,18 +108,8 @@ def scores(state: LearnerState, head: Head, examples: Examples, task: str | None
     if states is None:
         _check_shared(task)
         return head.scores(backbone.outputs(examples, state.setup.batch_size, classes=allowed))
-    reading = _reading(state, states, examples)
+    reading = read_by_state(backbone, states, examples, state.setup.batch_size)
     return states.scores(head, len(state.known.labels), reading, _weights(state, states, reading, task))
-
-
-def _reading(state: LearnerState, states: PerTaskStates, examples: Examples) -> Reading:
-    read = functools.partial(under_state, state.backbone, states, size=state.setup.batch_size)
-    routing = functools.cache(lambda: read(None, examples))  # all at once, whichever are asked for
-
-    def rows_of(view: int | None, rows: Tensor) -> Tensor:
-        return routing()[rows] if view is None else read(view, [examples[i] for i in rows.tolist()])
-
-    return Reading(len(examples), rows_of)
 
 
 def _weights(state: LearnerState, states: PerTaskStates, reading: Reading, task: str | None) -> Tensor:
