@@ -7,7 +7,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from perpetune.core.errors import ConfigError, HeadError
 from perpetune.heads import ClosedFormHead, KLDAHead, LDAHead, RidgeHead
 from perpetune.heads.feature_maps import FeatureMap
-from perpetune.heads.holdout import HoldoutMoments
+from perpetune.heads.holdout import TEMPERATURES, HoldoutMoments
 from perpetune.heads.moments import in_holdout, shard
 from tests.heads.points import LABELS, WIDTH, N, head_of, opened, samples
 
@@ -125,6 +125,9 @@ def test_a_flatter_posterior_is_found_where_scores_are_too_sure():
     true = means.T.contiguous(), -0.5 * means.square().sum(1)
     assert 0.7 < moments.temperature(true) < 1.5
     assert 3.5 < moments.temperature((5 * true[0], 5 * true[1])) < 7
+    for scale in (1e-3, 0.05, 0.3, 2.0, 20.0, 1e3):  # the least of the whole grid, at its ends, too
+        linear = scale * true[0], scale * true[1]
+        assert moments.temperature(linear) == float(TEMPERATURES[moments.log_losses(linear).argmin()])
 
 
 # Choosing
