@@ -54,7 +54,9 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {  # `read`: how many last layers
 
 
 @functools.lru_cache(maxsize=2)
-def features(model: str, root: Path, stream: str, seed: int, cache: Path, layers: int = 1) -> dict[str, Any]:
+def features(
+    model: str, pooling: Any, root: Path, stream: str, seed: int, cache: Path, layers: int = 1
+) -> dict[str, Any]:
     """Features, labels and ids of all training and test samples, and the label texts."""
     settings = {**STREAMS[stream], "source": str(root / STREAMS[stream]["source"])}
     loaded = pt.load_stream(seed=seed, **settings)
@@ -62,7 +64,7 @@ def features(model: str, root: Path, stream: str, seed: int, cache: Path, layers
     read = f".{layers}-layers" if layers > 1 else ""
     file = cache / f"{stream.replace(' ', '-')}.{seed}{read}.safetensors"
     if not file.exists():
-        backbone = load_backbone(model, "text", max_length=32)
+        backbone = load_backbone(model, "text", max_length=32, pooling=pooling)
         read_layers(backbone, layers)
         found = {}
         for split in ("train", "test"):
@@ -100,6 +102,7 @@ def table(found: Mapping[str, Mapping[str, Sequence[float]]], streams: Sequence[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=None, help="an encoder; default: the bundled MiniLM")
+    parser.add_argument("--pooling", choices=("mean", "cls", "last"), help="default: that of the model")
     parser.add_argument("--streams", type=Path, required=True, help="the folder that holds cl-benchmark and banking77")
     parser.add_argument("--only", nargs="*", choices=STREAMS, default=list(STREAMS), help="which streams")
     parser.add_argument("--heads", nargs="*", choices=HEADS, default=list(HEADS), help="which heads")
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("frozen-features"), help="where features are kept")
     parser.add_argument("--json", type=Path, help="write all figures here; what it holds already is not measured again")
     args = parser.parse_args()
+    model = args.model or bundled_model()
     found = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else {}
     for stream in args.only:
         for seed in args.seeds:
@@ -116,7 +120,7 @@ def main() -> None:
                 values, choices = (found.setdefault(stream, {}).setdefault(k, {}) for k in (head, f"{head}: chosen"))
                 if str(seed) in values:
                     continue
-                data = features(args.model or bundled_model(), args.streams, stream, seed, args.cache, layers)
+                data = features(model, args.pooling, args.streams, stream, seed, args.cache, layers)
                 values[str(seed)], choices[str(seed)] = accuracy(name, settings, data, seed)
                 print(f"{stream}, seed {seed}, {head}: {values[str(seed)]:.2f} {choices[str(seed)]}", flush=True)
                 if args.json:
