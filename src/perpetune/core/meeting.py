@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -92,13 +93,12 @@ def _meet(make_group: Any) -> None:
     """Wait for the others, for a third of the time that is given to work later on."""
     global _store
     from torch import distributed
-    from torch.distributed.rendezvous import rendezvous
 
     wait = timedelta(minutes=TO_MEET * minutes())
     os.environ.setdefault("MASTER_PORT", "29500")  # as Accelerate does
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}"
     try:
-        _store, number, count = next(rendezvous("env://", timeout=wait))
+        _store, number, count = _found(wait)
         _check_alone(_store, where)
         make_group(store=distributed.PrefixStore("default_pg", _store), rank=number, world_size=count, timeout=wait)
     except ValueError as error:  # names what is missing in the environment
@@ -115,6 +115,34 @@ def _meet(make_group: Any) -> None:
         ) from error
     _store.set_timeout(timedelta(minutes=minutes()))
     waiting(timedelta(minutes=minutes()))
+
+
+def _found(wait: timedelta) -> tuple[Any, int, int]:
+    """The store of all processes, the number of this one, and how many there are.
+
+    In a thread, since torch waits without an end where whoever listens at the port says nothing.
+
+    Raises:
+        RuntimeError: the others do not come; ValueError: the environment does not say where.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    found: list[Any] = []
+
+    def meet() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=wait)))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(wait.total_seconds() + 1)
+    if not found:
+        raise RuntimeError("whoever is there does not answer")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]  # type: ignore[no-any-return]
 
 
 def _check_alone(store: Any, where: str) -> None:
