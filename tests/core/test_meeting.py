@@ -19,7 +19,7 @@ from perpetune.core import meeting, processes
 from perpetune.core.errors import ConfigError, RunError
 from perpetune.learning import retry
 from perpetune.runs.directory import Run
-from tests.core.together import Forked, free_port, together
+from tests.core.together import Forked, free_port, there, together
 
 pytestmark = [
     pytest.mark.processes,
@@ -33,11 +33,6 @@ FOLLOWS = "every finished task is safe, the same command for all of them goes on
 def short(monkeypatch):
     """They wait no longer for one another."""
     monkeypatch.setenv(meeting.WAIT, str(SHORT / 60))
-
-
-def there(file: Path) -> None:
-    while not file.exists():
-        time.sleep(0.01)
 
 
 # ---- to meet ----

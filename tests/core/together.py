@@ -22,6 +22,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def there(file: Path) -> None:
+    """Wait for a file that another process makes."""
+    end = time.monotonic() + LIMIT
+    while not file.exists():
+        assert time.monotonic() < end, f"{file.name} is not there"
+        time.sleep(0.01)
+
+
 class Forked:
     """A process of a number, which does some work once it is one of `count` that are to meet at a port."""
 
@@ -30,6 +38,8 @@ class Forked:
         told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "MASTER_PORT": port}
         self.pid = os.fork()
         if not self.pid:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(int(2 * LIMIT))  # whatever becomes of the test
             os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in told.items()}})
             answer: Any = None
             try:
