@@ -19,7 +19,7 @@ from perpetune.core import meeting, processes
 from perpetune.core.errors import ConfigError, RunError
 from perpetune.learning import retry
 from perpetune.runs.directory import Run
-from tests.core.together import Forked, free_port, there, together
+from tests.core.together import LIMIT, Forked, free_port, there, together
 
 pytestmark = [
     pytest.mark.processes,
@@ -91,6 +91,14 @@ def test_what_is_missing_in_the_environment_is_named(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="2 processes cannot meet: .*MASTER_ADDR expected.*torchrun"):
         meeting.join("cpu")
+
+
+def test_one_that_ends_while_they_meet_is_not_waited_for_for_ever(short, tmp_path):
+    """The first has seen it come, and waits for where it can be reached."""
+    port = free_port()
+    comes = Forked(lambda: meeting._found(timedelta(seconds=LIMIT))[1:], tmp_path / "1.json", 1, port)
+    said = Forked(lambda: str(meeting.join("cpu")), tmp_path / "0.json", 0, port).answer()
+    assert comes.answer() == [1, 2] and said.startswith("LostProcess: process 0 of 2 has waited")
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf"])
@@ -217,7 +225,7 @@ def ends(error: Exception | None, wait_for: Path | None = None) -> Any:
             raise error
 
     def work() -> str:
-        app.app, meeting.TOLD = fails, timedelta(seconds=SHORT)
+        app.app, meeting.TOLD = fails, SHORT
         with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
             app.main([])
         if wait_for is not None:

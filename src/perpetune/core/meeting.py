@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ WAIT = "PERPETUNE_WAIT_MINUTES"
 MINUTES = 30.0  # how long one process waits for another, where the user does not say
 TO_MEET = 1 / 3  # of that: they were started together, and nothing is loaded yet
 ALONE = timedelta(days=1)  # while the first works for all
-TOLD = timedelta(seconds=5)  # for the first to tell the error that another one has, too
+TOLD, LOOK = 5.0, 0.05  # seconds for the first to tell the error that another one has, too; and between two looks
+_WORD = "perpetune/told"
 
 _store: Any = None  # in which processes leave words for one another, once they have met
 
@@ -161,14 +163,14 @@ def _check_alone(store: Any, where: str) -> None:
         )
 
 
-def waiting(time: timedelta) -> None:
+def waiting(limit: timedelta) -> None:
     """From now on a process waits so long for another in a collective call."""
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    _set_pg_timeout(time)
+    _set_pg_timeout(limit)
 
 
-@contextmanager
+@contextlib.contextmanager
 def patient() -> Iterator[None]:
     """Within, the first process works for all, and the others wait for it a day: unless it ends, which they see."""
     if together() == 1:
@@ -181,7 +183,7 @@ def patient() -> Iterator[None]:
         waiting(timedelta(minutes=minutes()))
 
 
-@contextmanager
+@contextlib.contextmanager
 def all_there() -> Iterator[None]:
     """Turn what a collective call says of a process that has ended into what a user can do about it.
 
@@ -214,18 +216,18 @@ def _lost(error: RuntimeError) -> bool:
 def tell(line: str) -> None:
     """Leave word of the error that ends the first process, see `first_tells`."""
     if _store is not None:
-        try:
-            _store.set("perpetune/told", line)
-        except RuntimeError:  # whoever keeps the words has ended
-            return
+        with contextlib.suppress(RuntimeError):
+            _store.set(_WORD, line)
 
 
 def first_tells(line: str) -> bool:
     """Whether the first process tells this error, as it does where all of them have it; it is given some seconds."""
     if _store is None:  # before they met: what is wrong with the command is wrong for all
         return True
-    try:
-        _store.wait(["perpetune/told"], TOLD)
-        return bool(_store.get("perpetune/told").decode() == line)
-    except RuntimeError:
-        return False
+    end = time.monotonic() + TOLD
+    with contextlib.suppress(RuntimeError):  # whoever keeps the words has ended
+        while time.monotonic() < end:
+            if _store.check([_WORD]) and _store.get(_WORD).decode() == line:
+                return True
+            time.sleep(LOOK)
+    return False
