@@ -144,7 +144,7 @@ def _found(wait: timedelta) -> tuple[Any, int, int]:
         raise RuntimeError("whoever is there does not answer")
     if isinstance(found[0], Exception):
         raise found[0]
-    return found[0]  # type: ignore[no-any-return]
+    return found[0]
 
 
 def _check_alone(store: Any, where: str) -> None:
