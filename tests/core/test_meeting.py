@@ -93,8 +93,9 @@ def test_what_is_missing_in_the_environment_is_named(monkeypatch):
         meeting.join("cpu")
 
 
-def test_one_that_ends_while_they_meet_is_not_waited_for_for_ever(short, tmp_path):
+def test_one_that_ends_while_they_meet_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     """The first has seen it come, and waits for where it can be reached."""
+    monkeypatch.setenv(meeting.WAIT, "0.2")  # four seconds to meet
     port = free_port()
     comes = Forked(lambda: meeting._found(timedelta(seconds=LIMIT))[1:], tmp_path / "1.json", 1, port)
     said = Forked(lambda: str(meeting.join("cpu")), tmp_path / "0.json", 0, port).answer()
@@ -217,7 +218,7 @@ def test_other_data_is_refused_on_all(tmp_path):
 # ---- who speaks ----
 
 
-def ends(error: Exception | None, wait_for: Path | None = None) -> Any:
+def ends(error: Exception | None, wait_for: Path | None = None, listens: float = LIMIT) -> Any:
     """A command that ends in an error: what it says."""
 
     def fails(**_: Any) -> None:
@@ -225,7 +226,7 @@ def ends(error: Exception | None, wait_for: Path | None = None) -> Any:
             raise error
 
     def work() -> str:
-        app.app, meeting.TOLD = fails, SHORT
+        app.app, meeting.TOLD = fails, listens
         with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
             app.main([])
         if wait_for is not None:
@@ -242,7 +243,10 @@ def test_an_error_of_all_is_told_once(tmp_path):
 
 def test_an_error_of_one_is_told_by_it(tmp_path):
     error, end = ConfigError("it is wrong here"), tmp_path / "1.json"
-    assert together(tmp_path, ends(None, end), ends(error)) == ["", "perpetune: it is wrong here\n"]
+    assert together(tmp_path, ends(None, end), ends(error, listens=SHORT)) == ["", "perpetune: it is wrong here\n"]
     (tmp_path / "1.json").unlink()
     first = ends(RunError("it is wrong there"), end)
-    assert together(tmp_path, first, ends(error)) == ["perpetune: it is wrong there\n", "perpetune: it is wrong here\n"]
+    assert together(tmp_path, first, ends(error, listens=SHORT)) == [
+        "perpetune: it is wrong there\n",
+        "perpetune: it is wrong here\n",
+    ]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from perpetune import ConfigError, Learner, Result, RunError, load_stream
 from perpetune.core import processes
+from perpetune.learning.harness import Figure, Harness
 from perpetune.learning.state import LearnerState
 from perpetune.runs.directory import read_journal
 from perpetune.streams import Stream
@@ -241,6 +242,22 @@ def test_processes_with_other_data_are_refused_before_anything_is_written(model,
     said = together(tmp_path, learns(stream), learns(less))
     assert said[0] == said[1] and said[0].startswith("ConfigError: process 1 was started with another data than the")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_evaluates_on_the_harness_for_all(fails, tmp_path, monkeypatch):
+    def evaluates(self: Harness, *_: Any) -> list[Figure]:
+        assert processes.first()
+        if fails:
+            raise ValueError("no such data")
+        return [Figure("arc_easy, acc", 0.5, None, 8)]
+
+    monkeypatch.setattr(Harness, "_figures", evaluates)
+    backbone: Any = None
+    figures = lambda: Harness(("arc_easy",), None, {}).figures(backbone, 8)  # noqa: E731
+    found = together(tmp_path, figures, figures)
+    assert found == [["ConfigError: lm_eval: no such data", [["arc_easy, acc", 0.5, None, 8]]][not fails]] * 2
 
 
 def test_a_loss_that_is_no_mean_over_examples_is_refused(model, tiny_lm, word_stream, tmp_path, monkeypatch):
