@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -84,6 +85,7 @@ class Trials:
     def __init__(self, folder: Path) -> None:
         from .many_tasks import TRAINING, make_model, make_stream
 
+        own_bars()
         os.environ["PERPETUNE_CACHE"] = str(folder / "cache")
         self.folder, self._number = folder, 0
         self.model, self.stream = make_model(folder / "model"), make_stream(folder / "stream", TASKS)
@@ -160,6 +162,19 @@ class Trials:
     def new(self) -> Path:
         self._number += 1
         return self.folder / "runs" / f"{self._number}"
+
+
+def own_bars() -> None:
+    """Give every process that will be forked from this one a lock of its own for progress bars.
+
+    tqdm's lies in memory that forked processes share: one that is killed while it holds it, as it makes a bar, leaves
+    it held, and all that are forked later wait for it for ever. Nor is there a thread that looks after bars, without
+    which a fork would not be whole.
+    """
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
 
 
 def _then(wait: Callable[..., int], reader: int) -> Callable[..., int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,26 @@ from benchmarks.fault_trials import Child
 from benchmarks.faults import Trial, show, summarised
 from perpetune.core.errors import ConfigError
 from perpetune.learning.config import RunConfig, load_config
+from tests.conftest import REPOSITORY
+
+KILLED_IN_A_BAR = """
+import os, signal
+from tqdm import tqdm
+from benchmarks.fault_trials import own_bars
+
+own_bars()
+tqdm(total=1, disable=True)  # as the benchmark makes its model
+for number in range(2):
+    child = os.fork()
+    if not child:
+        if not number:
+            tqdm.get_lock().acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        tqdm(total=1, disable=True)
+        os._exit(0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert ended == 0 and len(os.listdir("/proc/self/task")) == 1
+"""
 
 
 def said(tmp_path: Path, text: str, code: int) -> Child:
@@ -36,6 +59,14 @@ def said(tmp_path: Path, text: str, code: int) -> Child:
 def test_a_refusal_is_one_line(text, code, wrong, tmp_path):
     told = said(tmp_path, text, code).told()
     assert told.startswith(wrong) and bool(told) is bool(wrong)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux tells them")
+def test_a_process_killed_while_it_makes_a_bar_stops_no_later_one():
+    """What two started processes waited for in a trial of `ranks`: a lock that all forked processes shared."""
+    given = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", KILLED_IN_A_BAR], cwd=REPOSITORY, env=given, timeout=20)
+    assert done.returncode == 0
 
 
 def test_generated_configurations_are_those_of_their_seeds(tmp_path):

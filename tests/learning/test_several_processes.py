@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ from safetensors.torch import load_file
 
 from perpetune import ConfigError, Learner, Result, RunError, load_stream
 from perpetune.core import processes
+from perpetune.learning.harness import Figure, Harness
 from perpetune.learning.state import LearnerState
 from perpetune.runs.directory import read_journal
+from perpetune.streams import Stream
 from tests.conftest import REPOSITORY
+from tests.core.together import together
 from tests.learning.ranks import counted, sharded_steps
 
 RECIPES = ("lora", "olora", "nlora", "pegp_lora_fresh", "sotu", "routed", "frozen_ridge", "child_tuning_d")
@@ -222,6 +227,37 @@ def test_a_batch_that_cannot_be_divided_is_refused(ran, monkeypatch):
     monkeypatch.setattr("perpetune.learning.opening.launched", lambda: 3)
     with pytest.raises(RunError, match="3 processes cannot divide"):
         Learner.described(ran[0] / "lora")
+
+
+@pytest.mark.processes
+def test_processes_with_other_data_are_refused_before_anything_is_written(model, word_stream, tmp_path):
+    """As where one reads a folder that is still being filled."""
+    stream = load_stream(word_stream, tasks=TASKS)
+    first, second = stream.tasks
+    less = replace(stream, tasks=(first, replace(second, train=second.train.select(range(len(second.train) - 1)))))
+
+    def learns(what: Stream) -> Any:
+        return lambda: str(Learner(model, "lora", tmp_path / "run", training=BATCH, device="cpu").learn(what))
+
+    said = together(tmp_path, learns(stream), learns(less))
+    assert said[0] == said[1] and said[0].startswith("ConfigError: process 1 was started with another data than the")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_evaluates_on_the_harness_for_all(fails, tmp_path, monkeypatch):
+    def evaluates(self: Harness, *_: Any) -> list[Figure]:
+        assert processes.first()
+        if fails:
+            raise ValueError("no such data")
+        return [Figure("arc_easy, acc", 0.5, None, 8)]
+
+    monkeypatch.setattr(Harness, "_figures", evaluates)
+    backbone: Any = None
+    figures = lambda: Harness(("arc_easy",), None, {}).figures(backbone, 8)  # noqa: E731
+    found = together(tmp_path, figures, figures)
+    assert found == [["ConfigError: lm_eval: no such data", [["arc_easy, acc", 0.5, None, 8]]][not fails]] * 2
 
 
 def test_a_loss_that_is_no_mean_over_examples_is_refused(model, tiny_lm, word_stream, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from benchmarks.fault_trials import at_file_operation, contents, die, no_room
-from perpetune.core import processes
+from perpetune.core import meeting
 from perpetune.core.errors import ConfigError, LostProcess, PerpetuneError, RunError
 from perpetune.core.files import as_sealed, sealed
 from perpetune.operations.verify import repair, verify
@@ -197,13 +197,13 @@ def test_a_run_whose_configuration_is_gone_is_not_begun_again(whole, tmp_path):
     ],
 )
 def test_a_process_that_has_ended_is_told_in_one_line(error, monkeypatch):
-    with pytest.raises(RuntimeError), processes.all_there():  # of one process it is somebody else's error
+    with pytest.raises(RuntimeError), meeting.all_there():  # of one process it is somebody else's error
         raise error
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LostProcess, match="every finished task is safe, the same command"), processes.all_there():
+    with pytest.raises(LostProcess, match="every finished task is safe, the same command"), meeting.all_there():
         raise error
-    with pytest.raises(RuntimeError, match="size"), processes.all_there():
+    with pytest.raises(RuntimeError, match="size"), meeting.all_there():
         raise RuntimeError("a size that does not fit")
 
 

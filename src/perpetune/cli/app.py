@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import ConfigError, LostProcess, PerpetuneError, first_line
+from ..core.meeting import first_tells, tell
 from ..core.processes import first, launched
 from . import generate, inspect, manage, predict, run, verify
 
@@ -96,9 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("PERPETUNE_TRACEBACK"):
             raise
-        alike = isinstance(error, PerpetuneError) and not isinstance(error, LostProcess)  # on all processes
-        if first() or not alike:
-            typer.echo(f"perpetune: {_line(error)}", err=True)
+        line = _line(error)
+        if first():
+            tell(line)
+        own = isinstance(error, LostProcess) or not isinstance(error, PerpetuneError)
+        if first() or own or not first_tells(line):
+            typer.echo(f"perpetune: {line}", err=True)
         code = 2
     if code == 130 and first():  # also from typer, which turns Ctrl-C into it
         typer.echo("perpetune: interrupted; every finished task is safe, the same command goes on after it", err=True)

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import ConfigError, LostProcess, PerpetuneError, RunError, first_line
+from .errors import ConfigError, PerpetuneError, RunError, first_line
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 T = TypeVar("T")
-
-OTHER_ENGINES = {  # what `accelerate launch` sets, and what it means
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
-}
 
 
 def launched() -> int:
@@ -44,68 +36,6 @@ def together() -> int:
     from torch import distributed
 
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def join(device: str | torch.device | None) -> torch.device:
-    """Meet the other processes that were started, if there are any.
-
-    Args:
-        device: None takes an accelerator where there is one.
-
-    Returns:
-        The device of this process: of several accelerators the one that is its own.
-
-    Raises:
-        ConfigError: they were started for an engine that keeps weights where rules do not find them, or compiled.
-    """
-    for name, engine in OTHER_ENGINES.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"accelerate was told to use {engine}, and runs train under DDP: take it out of accelerate's "
-                "configuration (FSDP2: pt.attach in a loop of your own, docs/how-to/several-processes.md)"
-            )
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
-        raise ConfigError(
-            "accelerate was told to compile the model (dynamo_backend), and compiled code follows no adapters that "
-            "come and go with tasks: take it out of accelerate's configuration"
-        )
-    import torch
-
-    from .environment import default_device
-
-    device = default_device() if device is None else torch.device(device)
-    if launched() == 1:
-        return device
-    from accelerate import PartialState
-
-    with all_there():
-        PartialState(cpu=device.type == "cpu")
-    return device if device.type == "cpu" else torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-
-
-@contextmanager
-def all_there() -> Iterator[None]:
-    """Turn what a collective call says of a process that has ended into what a user can do about it.
-
-    Raises:
-        LostProcess: one of the processes that were started together is not there any more.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if launched() == 1 or not _lost(error):
-            raise
-        raise LostProcess(
-            "another of the processes that were started together has ended, or cannot be reached: every finished task "
-            "is safe, the same command for all of them goes on after it"
-        ) from error
-
-
-def _lost(error: RuntimeError) -> bool:
-    """Whether an error is of torch's own about other processes; gloo's has no kind, but names the file it is from."""
-    from torch import distributed
-
-    return isinstance(error, distributed.DistError) or "/gloo/" in str(error) or "process group" in str(error).lower()
 
 
 def from_first(found: T) -> T:
@@ -177,7 +107,12 @@ def parts(found: T) -> list[T]:
 
 
 def by_first(do: Callable[[], object]) -> None:
-    """Let the first process do something while the others wait; whatever keeps it from being done is raised on all."""
+    """Let the first process do something while the others wait; whatever keeps it from being done is raised on all.
+
+    It begins when all have come: what another process still reads is not changed under its eyes, so that all decide
+    alike by what is on disk.
+    """
+    from_all(None)
     error: Exception | None = None
     if together() == 1 or first():
         try:
@@ -189,3 +124,23 @@ def by_first(do: Callable[[], object]) -> None:
         raise error
     if told is not None:
         raise told
+
+
+def agree(found: Mapping[str, Any]) -> None:
+    """Check that all processes are about to do the same: of other data or settings they would make other collective
+    calls, and wait for one another. A collective call.
+
+    Args:
+        found: by what users call it; plain data.
+
+    Raises:
+        ConfigError: on all of them.
+    """
+    first, *others = from_all({name: repr(value) for name, value in found.items()})
+    for number, other in enumerate(others, 1):
+        differs = [name for name, value in first.items() if other.get(name) != value]
+        if differs:
+            raise ConfigError(
+                f"process {number} was started with another {' and another '.join(differs)} than the first: start all "
+                "of them with the same command, on the same files"
+            )

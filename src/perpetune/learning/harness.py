@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement
-from ..core.processes import first, from_first
+from ..core.meeting import patient
+from ..core.processes import by_first, from_first
 from .resumable import random_state, set_random_state
 from .training_settings import one_line
 
@@ -107,8 +108,15 @@ class Harness:
 
     def figures(self, backbone: LanguageBackbone, batch_size: int) -> list[Figure]:
         """What the model reaches now. A collective call: one process evaluates, for all of them."""
-        with one_line("lm_eval"):
-            return from_first(self._figures(backbone, batch_size) if first() else [])
+        found: list[Figure] = []
+
+        def evaluate() -> None:
+            with one_line("lm_eval"):
+                found.extend(self._figures(backbone, batch_size))
+
+        with patient():
+            by_first(evaluate)
+        return from_first(found)
 
     def _figures(self, backbone: LanguageBackbone, batch_size: int) -> list[Figure]:
         import lm_eval

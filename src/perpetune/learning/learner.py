@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..consolidation import Consolidation
-from ..core import processes
+from ..core import meeting, processes
 from ..core.errors import ConfigError
 from ..core.progress import Progress
 from ..heads import Head, make_head
@@ -85,7 +85,7 @@ class Learner:
         made = make_recipe(recipe)
         if heads:
             made = made.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
-        device = processes.join(device)
+        device = meeting.join(device)
         self._temporary = tempfile.TemporaryDirectory() if run is None else None
         path = processes.from_first(Path(self._temporary.name if self._temporary else str(run)))
         self.setup = Setup(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.environment import versions
 from ..core.errors import ConfigError, RunError, StreamError
-from ..core.processes import divided, launched
+from ..core.files import plain
+from ..core.processes import agree, divided, launched
 from ..models.backbone import Backbone
 from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
@@ -147,7 +148,15 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
             check_training(settings, backbone, setup.trainer or OLD)
             checked.append(settings)
     stream = with_known_scenario(stream, setup.path)
-    run = Run.open(setup.path, setup.config(stream, backbone))
+    config = setup.config(stream, backbone)
+    agree(
+        {
+            **{name: plain(config[name]) for name in ("model", "recipe", "training", "seed")},
+            "stream": [config["stream"][name] for name in ("scenario", "inputs", "tasks", "labels")],
+            "data": [(len(task.train), len(task.test)) for task in stream],
+        }
+    )
+    run = Run.open(setup.path, config)
     try:
         thrown = set_aside(run, retry) if retry is not None else False
         written = run.config["stream"]

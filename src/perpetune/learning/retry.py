@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.errors import ConfigError, PerpetuneError
+from ..core.processes import from_first
 from ..runs.commit import active
 from ..runs.directory import Run
 from ..runs.result import Result
@@ -17,18 +18,22 @@ Accept = Callable[[Result], Sequence[str]]  # why the newest task of a run may n
 
 
 def kept(run: Run, accept: Accept) -> bool:
-    """Judge the newest task of a run, and throw it away where it may not stay, or cannot be judged.
+    """Judge the newest task of a run, and throw it away where it may not stay, or cannot be judged. Of several
+    processes all judge, and the first decides: one that went on alone would wait for the others for ever.
 
     Raises:
         PerpetuneError: of the judge.
     """
+    error: PerpetuneError | None = None
     try:
-        reasons = accept(Result(run.path))
-    except PerpetuneError as error:
-        run.undo([f"it cannot be judged: {error}"])
-        raise
+        reasons = tuple(accept(Result(run.path)))
+    except PerpetuneError as found:
+        reasons, error = (f"it cannot be judged: {found}",), found
+    reasons = from_first(reasons)
     if reasons:
         run.undo(reasons)
+    if error is not None:
+        raise error
     return not reasons
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from time import perf_counter
 
 from ..core.errors import ConfigError
+from ..core.meeting import all_there
 from ..runs.commit import Commit, active, commit_of, reverted
 from ..runs.directory import Run
 from ..streams import Stream
@@ -16,6 +17,7 @@ from .setup import Setup
 from .state import LearnerState, head_states
 
 
+@all_there()
 def revert(setup: Setup, stream: Stream, task: str) -> LearnerState:
     """See `Learner.revert`; the state without the task."""
     own, started = commit_of(Run.read(setup.path).commits, task), perf_counter()

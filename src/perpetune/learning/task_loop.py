@@ -14,7 +14,8 @@ from ..consolidation import Session
 from ..core.environment import peak_memory, quick_collection
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement, finite
-from ..core.processes import all_there, divided
+from ..core.meeting import all_there
+from ..core.processes import divided
 from ..rules import TaskContext
 from ..runs.commit import Commit, active
 from ..runs.directory import Run
@@ -243,12 +244,12 @@ class TaskLoop:
         self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - begun
 
 
+@all_there()
 def learn(setup: Setup, stream: Stream, accept: Accept | None = None, retry: str | None = None) -> LearnerState:
     """See `Learner.learn` and `Learner.retry`; the state after the newest commit."""
-    with all_there():
-        opened = open_run(setup, stream, retry=retry)
+    opened = open_run(setup, stream, retry=retry)
     try:
-        with setup.progress, quick_collection() as set_aside, all_there():
+        with setup.progress, quick_collection() as set_aside:
             stays = TaskLoop(opened).learn_all(accept, set_aside)
             if stays and (decision := opened.state.consolidation.decision()) is not None:
                 setup.progress.say(f"{setup.recipe.name}: {decision}")

@@ -61,9 +61,15 @@ class Run:
         """
         path, opened = Path(path), []
         processes.by_first(lambda: opened.append(cls._opened(path, config)))
-        run = opened[0] if opened else cls.read(path)
-        if processes.from_first(run.digest) != run.digest:
+        try:
+            run = opened[0] if opened else cls.read(path)
+        except RunError:  # it is whole where the first process sees it
+            run = None
+        if len(set(processes.from_all(run and run.digest))) > 1:
+            if run is not None:
+                run.close()
             raise RunError(f"{path} is not the same folder on every machine: give one that all of them see (--out)")
+        assert run is not None
         return run
 
     @classmethod
