@@ -32,8 +32,8 @@ if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).
     # thousands of files come and go, each of which takes some disks milliseconds
     os.environ["TMPDIR"], tempfile.tempdir = str(MEMORY), None
 gc.disable()  # until all is imported, which would take half as long again
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of the processes of `make test`: before it imports perpetune
-    server()
+if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
+    server()  # in a process of `make test`: before it imports perpetune
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = "the a movie film market game team good bad great awful world science business sport positive negative".split()
@@ -92,6 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(10_000)  # few of the objects that tests make outlive a test
     gc.enable()
 
 

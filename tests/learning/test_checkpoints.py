@@ -112,8 +112,11 @@ def whole(model, word_stream, tmp_path_factory) -> Path:
 
 
 def check(learn, folder: Path, dying, task: str, step: int) -> None:
-    """`learn(run)`, killed at a step and started again, leaves what it leaves undisturbed."""
+    """`learn(run)`, killed at a step of its last task and started again, leaves what it leaves undisturbed."""
     learn(folder / "whole")
+    if not (folder / "killed").exists():
+        shutil.copytree(folder / "whole", folder / "killed")
+        shutil.rmtree(max((folder / "killed" / "commits").iterdir()))
     dying(lambda: learn(folder / "killed"), task, step)
     (kept,) = left(folder / "killed")
     learn(folder / "killed")

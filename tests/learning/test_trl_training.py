@@ -42,7 +42,7 @@ def stream(folder):
 @pytest.fixture(scope="module")
 def model(tiny_lm):
     words = " ".join(f"{p} {r}" for pairs in WEEKS.values() for p, r in pairs.items()).split()
-    return tiny_lm("llama", words)
+    return tiny_lm("llama", words, layers=1)
 
 
 def tensors(run):
