@@ -15,7 +15,7 @@ from perpetune.recipes import RECIPES
 from perpetune.rules.linear_sites import linear_sites, see_inputs
 
 # of recipes that differ in a setting alone, or in the penalty on factors, one: that is the same in any model
-ALIKE = ["nlora", "olora_nlora", "pegp_adapter_released", "pegp_prompt_released", "pegp_prefix_released", "gpm_released"]
+ALIKE = ["nlora", "olora_nlora", "gpm_released", *(f"pegp_{kind}_released" for kind in ("adapter", "prompt", "prefix"))]
 LORA = [name for name in RECIPES if "lora" in name and not name.startswith("pegp") and name not in ALIKE]
 PROJECTION = [name for name in RECIPES if name.startswith(("pegp", "gpm")) and name not in ALIKE]
 ROTATIONS = ["oft", "goft", "qgoft"]
