@@ -40,12 +40,14 @@ WORDS = "the a movie film market game team good bad great awful world science bu
 
 
 # The longest files first, so that no process is left with one of them when the other is done.
-LONGEST = """learning/test_learner docs/test_howto learning/test_export_adapters recipes/test_language_routing
-models/test_precision browser/test_in_a_browser learning/test_keep recipes/test_dual_encoder_recipes
-recipes/test_user_pieces learning/test_trl_training runs/test_runs_made_before recipes/test_vision_language_recipes
-learning/test_revert learning/test_export_head learning/test_gone_data learning/test_export benchmarks/test_drift
-learning/test_gradient_checkpointing docs/test_examples operations/test_plan operations/test_tune_scale
-tuners/test_virtual_tokens docs/test_wheel""".split()
+LONGEST = """learning/test_learner docs/test_howto recipes/test_language_recipes runs/test_runs_made_before
+recipes/test_vision_language_recipes recipes/test_dual_encoder_recipes learning/test_checkpoints tuners/test_peft_plugin
+learning/test_trl_training learning/test_revert docs/test_wheel recipes/test_language_routing benchmarks/test_drift
+consolidation/test_contract docs/test_examples models/test_language_model learning/test_keep learning/test_export_adapters
+tuners/test_virtual_tokens consolidation/test_per_task_serving models/test_precision runs/test_result docs/test_site
+browser/test_in_a_browser learning/test_retry learning/test_adopt operations/test_plan rules/test_projection
+rules/test_rule_contract consolidation/test_delta_merge learning/test_gradient_checkpointing recipes/test_user_pieces
+recipes/test_plugins operations/test_workers cli/test_cli learning/test_export_head tuners/test_givens_tuner""".split()
 
 
 def pytest_configure(config: pytest.Config) -> None:
