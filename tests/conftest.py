@@ -415,16 +415,20 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Callable[..., 
 @pytest.fixture(scope="session")
 def word_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder stream that a tiny encoder can learn: three tasks of two classes, each class with words of its own."""
+    return words(tmp_path_factory.mktemp("word_stream"), 12, 6)
+
+
+def words(folder: Path, train: int, test: int) -> Path:
+    """Write a folder stream with so many rows a class."""
     classes = {
         "films": {"film": ["movie", "film"], "music": ["band", "song"]},
         "news": {"sport": ["team", "game"], "business": ["market", "bank"]},
         "mood": {"happy": ["great", "good"], "sad": ["bad", "awful"]},
     }
     generator = random.Random(0)
-    folder = tmp_path_factory.mktemp("word_stream")
     for task, labels in classes.items():
         (folder / task).mkdir()
-        for split, count in (("train", 12), ("test", 6)):
+        for split, count in (("train", train), ("test", test)):
             rows = [
                 {"text": " ".join(generator.choices([*words, "the", "a"], k=6)) + f" {split}{i}", "label": label}
                 for label, words in labels.items()

@@ -17,11 +17,11 @@ from perpetune import ConfigError, Learner, Result, RunError, load_stream
 from perpetune.core import processes
 from perpetune.learning.state import LearnerState
 from perpetune.runs.directory import read_journal
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, words
 from tests.learning.ranks import counted, sharded_steps
 
 RECIPES = ("lora", "olora", "nlora", "pegp_lora_fresh", "sotu", "routed", "frozen_ridge", "child_tuning_d")
-BATCH = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+BATCH = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
 SAME = 2e-5  # of fp32
 # where some gradients are 0 but for rounding (keys' biases), of which Adam makes whole steps
 SGD = ("sotu", "pegp_lora_fresh")
@@ -31,6 +31,11 @@ TASKS = ["films", "news"]
 @pytest.fixture(scope="module")
 def model(tiny_bert) -> Path:
     return tiny_bert()
+
+
+@pytest.fixture(scope="module")
+def word_stream(tmp_path_factory) -> Path:
+    return words(tmp_path_factory.mktemp("words"), 24, 12)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def ran(alone, model, word_stream, tmp_path_factory) -> tuple[Path, list[list[di
     def run(recipe: str, out: str, batch: int) -> list[str]:
         given = ["--model", str(model), "--stream", str(word_stream), "--tasks", ",".join(TASKS), "--recipe", recipe]
         given += ["--set", "per_device_eval_batch_size=8", *(["--set", "optim=sgd"] if recipe in SGD else [])]
-        return ["run", *given, "--out", str(folder / out), "--batch-size", str(batch), "--epochs", "2"]
+        return ["run", *given, "--out", str(folder / out), "--batch-size", str(batch), "--epochs", "1"]
 
     commands = [run(recipe, recipe, 4) for recipe in RECIPES]
     commands += [run("olora", "grows", 8), run("olora", "grows", 4), ["report", str(folder / "lora")]]
@@ -125,7 +130,7 @@ def test_the_first_process_alone_speaks_and_writes(ran):
     events = [event["event"] for event in read_journal(folder / "lora")]
     assert events == ["start", "task", "task"]
     steps = [event["steps"] for event in read_journal(folder / "lora") if event["event"] == "task"]
-    assert steps == [6, 6]  # of 24 examples, 8 at a time, twice
+    assert steps == [6, 6]  # of 48 examples, 8 at a time
 
 
 def test_run_yaml_says_how_many_processes_trained(alone, ran):
