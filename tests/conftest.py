@@ -43,8 +43,8 @@ WORDS = "the a movie film market game team good bad great awful world science bu
 LONGEST = """learning/test_learner docs/test_howto recipes/test_language_recipes runs/test_runs_made_before
 recipes/test_vision_language_recipes recipes/test_dual_encoder_recipes learning/test_checkpoints tuners/test_peft_plugin
 learning/test_trl_training learning/test_revert docs/test_wheel recipes/test_language_routing benchmarks/test_drift
-consolidation/test_contract docs/test_examples models/test_language_model learning/test_keep learning/test_export_adapters
-tuners/test_virtual_tokens consolidation/test_per_task_serving models/test_precision runs/test_result docs/test_site
+consolidation/test_contract docs/test_examples models/test_language_model learning/test_keep
+learning/test_export_adapters tuners/test_virtual_tokens consolidation/test_per_task_serving models/test_precision runs/test_result docs/test_site
 browser/test_in_a_browser learning/test_retry learning/test_adopt operations/test_plan rules/test_projection
 rules/test_rule_contract consolidation/test_delta_merge learning/test_gradient_checkpointing recipes/test_user_pieces
 recipes/test_plugins operations/test_workers cli/test_cli learning/test_export_head tuners/test_givens_tuner""".split()
