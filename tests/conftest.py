@@ -44,8 +44,9 @@ LONGEST = """learning/test_learner docs/test_howto recipes/test_language_recipes
 recipes/test_vision_language_recipes recipes/test_dual_encoder_recipes learning/test_checkpoints tuners/test_peft_plugin
 learning/test_trl_training learning/test_revert docs/test_wheel recipes/test_language_routing benchmarks/test_drift
 consolidation/test_contract docs/test_examples models/test_language_model learning/test_keep
-learning/test_export_adapters tuners/test_virtual_tokens consolidation/test_per_task_serving models/test_precision runs/test_result docs/test_site
-browser/test_in_a_browser learning/test_retry learning/test_adopt operations/test_plan rules/test_projection
+learning/test_export_adapters tuners/test_virtual_tokens consolidation/test_per_task_serving models/test_precision
+runs/test_result docs/test_site browser/test_in_a_browser learning/test_retry learning/test_adopt operations/test_plan
+rules/test_projection
 rules/test_rule_contract consolidation/test_delta_merge learning/test_gradient_checkpointing recipes/test_user_pieces
 recipes/test_plugins operations/test_workers cli/test_cli learning/test_export_head tuners/test_givens_tuner""".split()
 
@@ -416,6 +417,12 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Callable[..., 
 def word_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder stream that a tiny encoder can learn: three tasks of two classes, each class with words of its own."""
     return words(tmp_path_factory.mktemp("word_stream"), 12, 6)
+
+
+@pytest.fixture(scope="session")
+def many_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`word_stream` with twice as many rows: enough for what holds some of them out."""
+    return words(tmp_path_factory.mktemp("word_stream"), 24, 12)
 
 
 def words(folder: Path, train: int, test: int) -> Path:

@@ -25,7 +25,7 @@ PAIRS = [("good movie", "great film"), ("bad game", "awful team"), ("the market"
 
 @pytest.fixture(scope="module")
 def base(tiny_lm):
-    return tiny_lm("llama", layers=1)
+    return tiny_lm("llama")
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,11 @@ def heads_of(recipe: str) -> list | None:
 
 
 @pytest.fixture(scope="module")
+def word_stream(many_words):
+    return many_words
+
+
+@pytest.fixture(scope="module")
 def stream(word_stream):
     return load_stream(word_stream, tasks=["films", "news", "mood"])
 
@@ -517,9 +522,9 @@ def test_a_task_may_have_training_settings_of_its_own(stream, model, tmp_path):
     own = load_stream(source, tasks=["films", "news"], training={"films": {"max_steps": 2}})
     options = {"training": TRAINING}
     result = Learner(model, "lora", tmp_path / "r", **options).learn(own)
-    assert [e["steps"] for e in result.journal if e["event"] == "task"] == [2, 6]  # 24 rows in batches of 16
+    assert [e["steps"] for e in result.journal if e["event"] == "task"] == [2, 9]  # 48 rows in batches of 16
     joint = Learner(model, "joint", tmp_path / "j", **options).learn(own)
-    assert [e["steps"] for e in joint.journal if e["event"] == "task"] == [8]
+    assert [e["steps"] for e in joint.journal if e["event"] == "task"] == [11]
 
     # as if they were the run's: films alone, then news with other settings in a run of both
     plain = load_stream(source, tasks=["films"], training={"news": {}})

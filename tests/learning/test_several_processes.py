@@ -17,7 +17,7 @@ from perpetune import ConfigError, Learner, Result, RunError, load_stream
 from perpetune.core import processes
 from perpetune.learning.state import LearnerState
 from perpetune.runs.directory import read_journal
-from tests.conftest import REPOSITORY, words
+from tests.conftest import REPOSITORY
 from tests.learning.ranks import counted, sharded_steps
 
 RECIPES = ("lora", "olora", "nlora", "pegp_lora_fresh", "sotu", "routed", "frozen_ridge", "child_tuning_d")
@@ -34,8 +34,8 @@ def model(tiny_bert) -> Path:
 
 
 @pytest.fixture(scope="module")
-def word_stream(tmp_path_factory) -> Path:
-    return words(tmp_path_factory.mktemp("words"), 24, 12)
+def word_stream(many_words) -> Path:
+    return many_words
 
 
 @pytest.fixture(scope="module")
