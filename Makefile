@@ -37,6 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/perpetune demo
 
+# compiled once, and not in each of the processes, whatever the environment says
+test test-processes: export PYTHONDONTWRITEBYTECODE =
+
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not processes"
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib.util
 import json
 import os
 import random
+import shutil
 import string
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,33 +20,45 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # no threads that read a tiny model
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hypothesis
-import numpy as np
 import pytest
-import torch
 
-from perpetune.core import environment
-from tests.elsewhere import Elsewhere
+from tests.elsewhere import Elsewhere, server
+
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * 2**30:
+    # thousands of files come and go, each of which takes some disks milliseconds
+    os.environ["TMPDIR"], tempfile.tempdir = str(MEMORY), None
+gc.disable()  # until all is imported, which would take half as long again
+if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
+    server()  # in a process of `make test`: before it imports perpetune
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = "the a movie film market game team good bad great awful world science business sport positive negative".split()
 
-hypothesis.settings.register_profile("perpetune", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("perpetune")
-
 
 # The longest files first, so that no process is left with one of them when the other is done.
-LONGEST = """learning/test_learner docs/test_howto learning/test_export_adapters recipes/test_language_routing
-models/test_precision browser/test_in_a_browser learning/test_keep recipes/test_dual_encoder_recipes
-recipes/test_user_pieces learning/test_trl_training runs/test_runs_made_before recipes/test_vision_language_recipes
-learning/test_revert learning/test_export_head learning/test_gone_data learning/test_export benchmarks/test_drift
-learning/test_gradient_checkpointing docs/test_examples operations/test_plan operations/test_tune_scale
-tuners/test_virtual_tokens docs/test_wheel""".split()
+LONGEST = """learning/test_learner docs/test_howto recipes/test_language_recipes runs/test_runs_made_before
+recipes/test_vision_language_recipes recipes/test_dual_encoder_recipes learning/test_checkpoints tuners/test_peft_plugin
+learning/test_trl_training learning/test_revert docs/test_wheel recipes/test_language_routing benchmarks/test_drift
+consolidation/test_contract docs/test_examples models/test_language_model learning/test_keep
+learning/test_export_adapters tuners/test_virtual_tokens consolidation/test_per_task_serving models/test_precision
+runs/test_result docs/test_site browser/test_in_a_browser learning/test_retry learning/test_adopt operations/test_plan
+rules/test_projection
+rules/test_rule_contract consolidation/test_delta_merge learning/test_gradient_checkpointing recipes/test_user_pieces
+recipes/test_plugins operations/test_workers cli/test_cli learning/test_export_head tuners/test_givens_tuner""".split()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # hands out the tests to others, and needs nothing of this
+        return
+    import hypothesis
+    import torch
+
+    hypothesis.settings.register_profile("perpetune", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("perpetune")
     os.fsync = lambda descriptor: None  # what a test writes need not outlive the machine
     torch.set_num_threads(1)
     # also fills torch.empty with NaN, so that memory that nobody wrote is seen
@@ -56,11 +71,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def quick_collection() -> None:
     """Objects of earlier modules are left out of garbage collection, which would look at all that was ever imported
     (a third of a second each time); and the Trainer, which collects after every task, is not obeyed."""
+    import torch
+
+    from perpetune.core import environment
+
     gc.collect()
     gc.freeze()
     environment._set_aside = True  # or each learner counts what is frozen, a twentieth of a second
     if memory := sys.modules.get("accelerate.utils.memory"):
         vars(memory)["gc"] = SimpleNamespace(collect=int)
+    for device in (torch.cuda, torch.xpu, torch.mtia):  # a seed for a device that is not there yet remembers its caller
+        vars(device)["traceback"] = SimpleNamespace(format_stack=list)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,8 +93,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("processes")
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(10_000)  # few of the objects that tests make outlive a test
+    gc.enable()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # a hook, not an autouse fixture: hypothesis objects to function-scoped fixtures
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -91,9 +121,8 @@ def streams_dir() -> Path:
 @pytest.fixture(scope="session")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
     """`elsewhere(code, *arguments)`: what a program prints in a process where perpetune was never imported."""
-    server = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
-    yield server
-    server.close()
+    yield Elsewhere(tmp_path_factory.mktemp("elsewhere"), server())
+    server().close()
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +135,16 @@ def minilm() -> Path:
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"no MiniLM weights in {folder}")
     return folder
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers are those of the seed, and afterwards what they were."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def once(make: Callable[..., Path]) -> Callable[..., Path]:
@@ -153,8 +192,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             attention_probs_dropout_prob=0.0,
         )
         folder = tmp_path_factory.mktemp("tiny_bert")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             BertModel(config).save_pretrained(folder)
         names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
@@ -184,8 +222,7 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             initializer_range=0.2,
         )
         folder = tmp_path_factory.mktemp("tiny_vit")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             ViTModel(config).save_pretrained(folder)
         processor = {
             "image_processor_type": "ViTImageProcessor",
@@ -226,8 +263,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         text = {**tower, **marks, "vocab_size": len(vocabulary), "max_position_embeddings": 24}
         vision = {**tower, "image_size": 8, "patch_size": 4}
         folder = tmp_path_factory.mktemp(f"tiny_{kind}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             model: Any
             if kind == "clip":
                 wide = {"initializer_factor": 5.0}  # CLIP's own leaves all images nearly alike in so narrow a model
@@ -305,8 +341,7 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             )
         size, common = tokenizer.get_vocab_size(), {"initializer_range": 0.2}
         folder = tmp_path_factory.mktemp(f"tiny_{kind}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             model: Any
             if kind == "t5":
                 t5 = transformers.T5Config(
@@ -361,8 +396,7 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Callable[..., 
         scale = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
         placing = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         model: Any
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             if kind == "llava":
                 model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common))
                 images: Any = transformers.CLIPImageProcessorPil(**scale)
@@ -382,16 +416,26 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Callable[..., 
 @pytest.fixture(scope="session")
 def word_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder stream that a tiny encoder can learn: three tasks of two classes, each class with words of its own."""
+    return words(tmp_path_factory.mktemp("word_stream"), 12, 6)
+
+
+@pytest.fixture(scope="session")
+def many_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`word_stream` with twice as many rows: enough for what holds some of them out."""
+    return words(tmp_path_factory.mktemp("word_stream"), 24, 12)
+
+
+def words(folder: Path, train: int, test: int) -> Path:
+    """Write a folder stream with so many rows a class."""
     classes = {
         "films": {"film": ["movie", "film"], "music": ["band", "song"]},
         "news": {"sport": ["team", "game"], "business": ["market", "bank"]},
         "mood": {"happy": ["great", "good"], "sad": ["bad", "awful"]},
     }
     generator = random.Random(0)
-    folder = tmp_path_factory.mktemp("word_stream")
     for task, labels in classes.items():
         (folder / task).mkdir()
-        for split, count in (("train", 24), ("test", 12)):
+        for split, count in (("train", train), ("test", test)):
             rows = [
                 {"text": " ".join(generator.choices([*words, "the", "a"], k=6)) + f" {split}{i}", "label": label}
                 for label, words in labels.items()
@@ -404,8 +448,8 @@ def word_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def same_bits_when_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`same_bits_when_stopped(learn, whole=None)`: `learn(name)` learns three tasks in the run directory
-    `tmp_path / name`; stopped after every commit and started again, it leaves the bits of a run that was not stopped,
-    of `whole` if it is there already."""
+    `tmp_path / name`; stopped after every commit but the last and started again, it leaves the bits of a run that was
+    not stopped, of `whole` if it is there already."""
     from perpetune.runs.directory import Run
 
     original = Run.commit
@@ -418,7 +462,7 @@ def same_bits_when_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         if whole is None:
             learn("whole")
             whole = tmp_path / "whole"
-        for _ in range(4):
+        for _ in range(3):
             with monkeypatch.context() as patch:
                 patch.setattr(Run, "commit", stop_after)
                 with pytest.raises(KeyboardInterrupt):

@@ -21,6 +21,7 @@ FLAGS = (  # a browser that calls nobody
     "--disable-component-update --disable-sync"
 ).split()
 HERE = "http://127.0.0.1:"
+THEMES = ("light", "dark")
 
 # What a closed fold hides must be visible once it is open; folds within folds are opened from the outside inwards.
 FOLDS = """() => [...document.querySelectorAll('details')].map(fold => {
@@ -42,7 +43,7 @@ WIDE = """() => [...document.body.querySelectorAll('*')].filter(element => {
 
 @dataclass(frozen=True)
 class Seen:
-    """One page, opened once.
+    """One page in one theme, opened once.
 
     Attributes:
         complaints: errors and warnings of the console, exceptions, requests that failed or went elsewhere.
@@ -74,13 +75,26 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
-def look(chromium: Any) -> Callable[[str, int, str], Seen]:
-    """`look(address, width, scheme)` opens a page in a window of this width, in the "light" or "dark" theme."""
+def seen_in(page: Any, theme: str, complaints: list[str]) -> Seen:
+    page.emulate_media(color_scheme=theme)
+    folds = [(f["summary"].strip(), f["closed"], f["open"]) for f in page.evaluate(FOLDS)]
+    return Seen(
+        complaints,
+        page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"),
+        page.evaluate(WIDE),
+        folds,
+        page.evaluate("getComputedStyle(document.body).backgroundColor"),
+        page.inner_text("body"),
+    )
 
-    def look(address: str, width: int, scheme: str) -> Seen:
+
+@pytest.fixture(scope="session")
+def look(chromium: Any) -> Callable[[str, int], list[Seen]]:
+    """`look(address, width)` opens a page in a window of this width, and turns it from the light theme to the dark."""
+
+    def look(address: str, width: int) -> list[Seen]:
         complaints: list[str] = []
-        with chromium.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme) as context:
+        with chromium.new_context(viewport={"width": width, "height": 844}, color_scheme=THEMES[0]) as context:
             context.route(
                 lambda url: not url.startswith((HERE, "file:", "data:", "blob:")), lambda route: route.abort()
             )
@@ -89,15 +103,7 @@ def look(chromium: Any) -> Callable[[str, int, str], Seen]:
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.on("requestfailed", lambda request: complaints.append(f"not loaded: {request.url}"))
             page.goto(address, wait_until="load")
-            folds = [(f["summary"].strip(), f["closed"], f["open"]) for f in page.evaluate(FOLDS)]
-            return Seen(
-                complaints,
-                page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"),
-                page.evaluate(WIDE),
-                folds,
-                page.evaluate("getComputedStyle(document.body).backgroundColor"),
-                page.inner_text("body"),
-            )
+            return [seen_in(page, theme, complaints) for theme in THEMES]
 
     return look
 

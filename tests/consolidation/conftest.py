@@ -8,6 +8,11 @@ import perpetune as pt
 
 
 @pytest.fixture(scope="module")
+def word_stream(many_words):
+    return many_words
+
+
+@pytest.fixture(scope="module")
 def stream(word_stream):
     return pt.load_stream(word_stream, tasks=["films", "news", "mood"])
 

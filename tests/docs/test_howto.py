@@ -35,7 +35,7 @@ def texts(folder: Path) -> None:
     """Three weeks of support tickets, two labels each, as JSONL."""
     weeks = {"01": ["refund", "delivery"], "02": ["invoice", "login"], "03": ["size", "colour"]}
     for week, labels in weeks.items():
-        for split, count in (("train", 6), ("test", 3)):
+        for split, count in (("train", 4), ("test", 2)):
             lines = [{"text": f"{label} of order {split}{i}", "label": label} for label in labels for i in range(count)]
             rows(folder / f"2026-week-{week}" / f"{split}.jsonl", lines)
 
@@ -44,11 +44,11 @@ def texts(folder: Path) -> None:
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made: Callable[[str], Callable[..., Path]] = request.getfixturevalue
     return {
-        "sentence-transformers/all-MiniLM-L6-v2": made("tiny_bert")(),
-        "google/vit-base-patch16-224-in21k": made("tiny_vit")(),
+        "sentence-transformers/all-MiniLM-L6-v2": made("tiny_bert")(layers=1),
+        "google/vit-base-patch16-224-in21k": made("tiny_vit")(layers=1),
         "openai/clip-vit-base-patch16": made("tiny_clip")("clip"),
         "llava-hf/llava-1.5-7b-hf": made("tiny_llava")(),
-        "Qwen/Qwen2.5-0.5B": made("tiny_lm")("qwen2", ends=True),
+        "Qwen/Qwen2.5-0.5B": made("tiny_lm")("qwen2", ends=True, layers=1),
     }
 
 

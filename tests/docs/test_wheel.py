@@ -58,6 +58,7 @@ def test_the_command_is_there_and_learns(scripts: Path, tiny_lm, word_stream: Pa
     """A language model: its run reads the passages, its report the templates."""
     assert "--jobs" in told(scripts / "perpetune", "demo", "--help", cwd=tmp_path)
     line = "run --recipe lora --pose instruction --epochs 1 --train-limit 8 --test-limit 4 --tasks films --out runs/it"
+    line += " --trainer perpetune"  # TRL takes seconds to import
     model = ("--model", tiny_lm("llama"), "--stream", word_stream)
     assert "final accuracy" in told(scripts / "perpetune", *line.split(), *model, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert (tmp_path / "runs/it/report/index.html").stat().st_size > 10_000

@@ -13,6 +13,11 @@ TRAINING = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 5
 
 
 @pytest.fixture(scope="module")
+def word_stream(many_words):
+    return many_words
+
+
+@pytest.fixture(scope="module")
 def stream(word_stream):
     return pt.load_stream(word_stream, tasks=["films", "news", "mood"])
 

@@ -37,7 +37,7 @@ QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strat
 
 @pytest.fixture(scope="module")
 def base(tiny_lm):
-    return tiny_lm("llama", ends=True)
+    return tiny_lm("llama", ends=True, layers=1)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,11 @@ def model(tiny_bert) -> Path:
 
 
 @pytest.fixture(scope="module")
+def word_stream(many_words) -> Path:
+    return many_words
+
+
+@pytest.fixture(scope="module")
 def alone(model, word_stream, tmp_path_factory) -> Path:
     """Runs of one process, one for each recipe, and `grows`, which has learned the first task."""
     folder, read = tmp_path_factory.mktemp("alone"), {}

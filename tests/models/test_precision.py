@@ -25,7 +25,7 @@ def stream(word_stream):
 @pytest.fixture(scope="module")
 def half(tiny_lm, tmp_path_factory):
     """A folder whose checkpoint is in bf16."""
-    source, folder = tiny_lm("llama", width=64), tmp_path_factory.mktemp("half")
+    source, folder = tiny_lm("llama", width=64, layers=1), tmp_path_factory.mktemp("half")
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
@@ -156,7 +156,7 @@ def gguf(tmp_path_factory):
     import gguf as writing
 
     folder = tmp_path_factory.mktemp("gguf")
-    width, layers, heads = 64, 2, 2
+    width, layers, heads = 64, 1, 2
     pieces = [*"<pad> </s> <s>".split(), *(chr(c) for c in range(33, 127)), "Ġ", "th"]
     draw = torch.Generator().manual_seed(0)
     writer = writing.GGUFWriter(folder / "tiny.gguf", "llama")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,8 @@ import yaml
 import perpetune as pt
 from perpetune.cli import app as cli
 from perpetune.heads import Head
+from perpetune.operations import workers
+from perpetune.operations.grid import in_turn
 from perpetune.recipes.user_pieces import home
 from perpetune.routers import KMeansRouter
 from perpetune.tuners import Frozen, Tuner
@@ -96,8 +100,33 @@ def test_the_command_line_imports_what_it_is_told(page, elsewhere, tmp_path, mon
     assert "their_pieces.ScaleConfig" in error and "--import their_pieces" in error and "recipe=..." in error
 
 
-def test_a_configuration_with_a_piece_of_ones_own(page, word_stream, monkeypatch, capsys):
-    """As it stands on the page; compared in a process of its own, of which --jobs 2 may start two."""
+MAKE = """
+import os, pickle, sys
+sys.path[:] = {path!r}
+os.chdir({folder!r})
+assert "my_pieces" not in sys.modules
+with open(sys.argv[1], "rb") as file:
+    make, *given = pickle.load(file)
+with open(sys.argv[2], "wb") as file:
+    pickle.dump(make(*given), file)
+"""
+
+
+def test_a_configuration_with_a_piece_of_ones_own(page, word_stream, elsewhere, tmp_path, monkeypatch, capsys):
+    """As it stands on the page; compared in a process of its own, which knows no more than what it is sent."""
+
+    @contextlib.contextmanager
+    def sent(make, environments, retries, progress):
+        assert len(environments) == 2
+
+        def made(job, wait):
+            (tmp_path / "sent").write_bytes(pickle.dumps((make, job, wait)))
+            elsewhere(MAKE.format(path=sys.path, folder=str(folder)), tmp_path / "sent", tmp_path / "told")
+            return pickle.loads((tmp_path / "told").read_bytes())
+
+        yield in_turn(made)
+
+    monkeypatch.setattr(workers, "processes", sent)
     folder, defined = page
     monkeypatch.chdir(folder)
     (configuration,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -43,7 +44,7 @@ def source(tmp_path_factory):
                 prompt, response = asked[i % 2]
                 lines.append(json.dumps({"image": path.name, "prompt": prompt, "response": response}))
             (folder / task / f"{split}.jsonl").write_text("\n".join(lines))
-    return lambda *tasks: load_stream(folder, tasks=tasks)
+    return functools.cache(lambda *tasks: load_stream(folder, tasks=tasks))
 
 
 # ---- what is tuned ----
@@ -141,8 +142,9 @@ def test_old_answers_about_images_stay_as_likely_under_projection(kind, tiny_lla
     change, of_logits, before, after = moved(model, {"name": "pegp_lora_fresh", "energy": 1.0}, source, tmp_path / "r")
     assert max(change, of_logits) < 1e-5
     assert (after > before + 1).all(), (before, after)  # while the new responses grow likely
-    change, of_logits, _, _ = moved(model, "lora", source, tmp_path / "free")
-    assert min(change, of_logits) > 0.05
+    if kind == "llava":  # without the rule they move
+        change, of_logits, _, _ = moved(model, "lora", source, tmp_path / "free")
+        assert min(change, of_logits) > 0.05
 
 
 def test_the_tower_is_protected_where_it_is_tuned(tiny_llava, source, tmp_path):

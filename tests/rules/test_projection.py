@@ -23,12 +23,11 @@ EXACT = {torch.float64: 1e-13, torch.float32: 1e-6}
 @pytest.mark.parametrize("tuner", ["lora", "adapter"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_old_outputs_stay_under_adamw(tuner, dtype):
-    """Checks 1, 2, 4: 300 (120) steps of AdamW with decay and (adapter) carried momentum; the new task is learned."""
+    """Checks 1, 2, 4: steps of AdamW with decay and (adapter) carried momentum; the new task is learned."""
     course = Course(tuner, dtype, SubspaceProjection(energy=1)).first()
     sites = linear_sites(course.model)[0]
     before = {site.name: site.weight.detach().clone() for site in sites}
-    steps = 300 if (tuner, dtype) == ("lora", torch.float32) else 120
-    assert course.drift(steps, carry=tuner == "adapter") <= EXACT[dtype]
+    assert course.drift(120, carry=tuner == "adapter") <= EXACT[dtype]
     for site in sites:
         W, M = site.weight.detach().double(), course.rule._memory.of(site).M
         assert ((W - before[site.name].double()) @ M).norm() / W.norm() <= 10 * torch.finfo(dtype).eps

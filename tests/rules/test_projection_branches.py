@@ -28,9 +28,9 @@ def fresh(dtype=torch.float64, **settings) -> Course:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_fresh_lora_leaves_old_outputs_alone_whatever_b_does(dtype):
-    """Check 5: 300 (120) steps of AdamW with decay; merged and unmerged agree; the new task is learned; B is free."""
+    """Check 5: 120 steps of AdamW with decay; merged and unmerged agree; the new task is learned; B is free."""
     course = fresh(dtype)
-    assert course.drift(300 if dtype == torch.float32 else 120) <= EXACT[dtype]
+    assert course.drift(120) <= EXACT[dtype]
     assert course.loss < 0.2  # the head alone: above 0.5
     for pair in lora_pairs(course.model):
         M = course.rule._memory.inputs[course.rule._memory.reads[f"{pair.name}.A"]].M

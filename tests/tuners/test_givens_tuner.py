@@ -121,20 +121,20 @@ def test_trained_saved_and_loaded(families, outputs, train, name, form, tmp_path
 
 @pytest.mark.parametrize("form", FORMS)
 def test_weight_decay_pulls_to_the_start(families, outputs, form):
-    """2,000 steps without a gradient leave the model as it is; blocks that decay to 0 shortened its rows by 4 %."""
+    """Steps without a gradient leave the model as it is; blocks that decay to 0 shortened its rows by 4 %."""
     family = families["bert"]
     inputs, base = family.inputs(), outputs(family.model(), family.inputs())
     model = peft.get_peft_model(family.model(), GivensConfig(form=form))
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)  # as 2,000 of 1e-3 and 0.01
     for p in params:
         p.grad = torch.zeros_like(p)
-    for _ in range(2000):
+    for _ in range(20):
         optimizer.step()
     assert torch.equal(outputs(model, inputs), base)
     _shaken(model, 0.1)
     shaken = (outputs(model, inputs) - base).norm()
-    for _ in range(200):
+    for _ in range(100):
         torch.optim.SGD(params, lr=0.1, weight_decay=1.0).step()
     assert (outputs(model, inputs) - base).norm() < 1e-3 * shaken
 
