@@ -99,7 +99,8 @@ def one(side: str, settings: dict[str, Any]) -> dict[str, Any]:
 def perpetune(settings: dict[str, Any], side: str) -> None:
     from perpetune.cli import main
 
-    own = ["--metric", "exact_match"] if settings["kind"] == "language" else ["--scenario", "class"]
+    scored = "exact_match" if settings["evaluated"] else "likelihood"  # for which nothing is generated
+    own = ["--metric", scored] if settings["kind"] == "language" else ["--scenario", "class"]
     for name, value in settings["training"].items():
         own += ["--set", f"{name}={value}"]
     own += ["--evaluate-every", "1" if settings["evaluated"] else "0", "--dtype", "float32"]
