@@ -46,9 +46,9 @@ learning/test_trl_training learning/test_revert docs/test_wheel recipes/test_lan
 consolidation/test_contract docs/test_examples models/test_language_model learning/test_keep
 learning/test_export_adapters tuners/test_virtual_tokens consolidation/test_per_task_serving models/test_precision
 runs/test_result docs/test_site browser/test_in_a_browser learning/test_retry learning/test_adopt operations/test_plan
-rules/test_projection
-rules/test_rule_contract consolidation/test_delta_merge learning/test_gradient_checkpointing recipes/test_user_pieces
-recipes/test_plugins operations/test_workers cli/test_cli learning/test_export_head tuners/test_givens_tuner""".split()
+rules/test_projection cli/test_cli rules/test_rule_contract consolidation/test_delta_merge cli/test_demo_model
+learning/test_gradient_checkpointing recipes/test_user_pieces recipes/test_plugins operations/test_workers
+learning/test_export_head tuners/test_givens_tuner""".split()
 
 
 def pytest_configure(config: pytest.Config) -> None:
