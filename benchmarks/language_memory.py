@@ -75,24 +75,15 @@ def training(settings: dict[str, Any]) -> dict[str, Any]:
 def perpetune(settings: dict[str, Any]) -> dict[str, Any]:
     import perpetune as pt
     from perpetune.core.environment import peak_memory
-    from perpetune.learning import trainer
 
-    losses: list[float] = []
-    compute = trainer.TaskTrainer.compute_loss
-
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = compute(self, *args, **kwargs)
-        losses.append(float(loss.detach()))
-        return loss
-
-    trainer.TaskTrainer.compute_loss = noted  # type: ignore[method-assign]
     recipe = {"name": "lora", "rank": RANK, "alpha": ALPHA}
     with tempfile.TemporaryDirectory() as out:
         heads = [{"type": "language_generated", "longest": 4}]  # what is generated is not what is measured here
         options = {"training": training(settings), "max_length": settings["length"], "device": "cpu", "heads": heads}
         learner = pt.Learner(settings["folder"], recipe, out, **options, **PRECISIONS[settings["precision"]])
         learner.learn(pt.load_stream(settings["stream"], metric="exact_match"))
-        return {"peak": peak_memory(learner.device), "losses": losses}
+        lines = (Path(out) / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+        return {"peak": peak_memory(learner.device), "losses": [json.loads(line)["loss"] for line in lines]}
 
 
 def plain_peft(settings: dict[str, Any]) -> dict[str, Any]:
