@@ -64,12 +64,13 @@ class Forked:
 
 def together(folder: Path, *work: Callable[[], Any]) -> list[Any]:
     """The answers of as many processes, which have met before each does its work."""
-    from accelerate import PartialState  # noqa: F401  # imported once, and not by each
+    from accelerate.state import AcceleratorState  # imported once, and not by each
 
     from perpetune.core import meeting
 
     def met(do: Callable[[], Any]) -> Callable[[], Any]:
         def both() -> Any:
+            AcceleratorState._reset_state(reset_partial_state=True)  # of tests that trained alone before the fork
             meeting.TO_MEET = LIMIT / 60 / meeting.minutes()
             meeting.join("cpu")
             with meeting.all_there():
