@@ -33,7 +33,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "fourteen texts": {"source": "cl-benchmark", "train_limit": 1000, "test_limit": 200},
 }
 DEFAULT = {"features": 2048, "map": "kernel_normalised", "gamma": 0.3}  # of the recipe `default`, without adapters
-HEADS: dict[str, tuple[str, dict[str, Any]]] = {  # `read`: how many last layers
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "ncm": ("ncm", {}),
     "ridge, raw": ("ridge", {"features": 0}),
     "ridge, normalised": ("ridge", {"features": 0, "map": "normalised"}),
@@ -47,10 +47,12 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {  # `read`: how many last layers
     "closed_form, at most 1,024": ("closed_form", {"features": 1024}),
     "closed_form, at most 2,048 (`frozen_best`)": ("closed_form", {}),
     "lda_ridge, 2,048 Fourier": ("lda_ridge", DEFAULT),
-    "lda, normalised, three layers": ("lda", {"map": "normalised", "read": 3}),
-    "anacp, 1,024, three layers": ("anacp", {"read": 3}),
-    "lda_ridge, 2,048 Fourier, three layers (`default` without adapters)": ("lda_ridge", {**DEFAULT, "read": 3}),
+    "lda, normalised, three layers": ("lda", {"map": "normalised"}),
+    "anacp, 1,024, three layers": ("anacp", {}),
+    "lda_ridge, 2,048 Fourier, three layers (`default` without adapters)": ("lda_ridge", DEFAULT),
 }
+
+LAYERS = {head: 3 for head in HEADS if ", three layers" in head}  # read side by side; of all others the last one
 
 
 @functools.lru_cache(maxsize=2)
@@ -61,7 +63,7 @@ def features(
     settings = {**STREAMS[stream], "source": str(root / STREAMS[stream]["source"])}
     loaded = pt.load_stream(seed=seed, **settings)
     ids = [i for task in loaded for i in task.train["id"]]
-    read = f".{layers}-layers" if layers > 1 else ""
+    read = (f".{layers}-layers" if layers > 1 else "") + (f".{pooling}" if pooling else "")
     file = cache / f"{stream.replace(' ', '-')}.{seed}{read}.safetensors"
     if not file.exists():
         backbone = load_backbone(model, "text", max_length=32, pooling=pooling)
@@ -78,7 +80,7 @@ def features(
 
 def accuracy(name: str, settings: Mapping[str, Any], data: Mapping[str, Any], seed: int) -> tuple[float, str]:
     """In percent, and what was chosen, for a head that chooses."""
-    head = make_head(name, **{key: value for key, value in settings.items() if key != "read"})
+    head = make_head(name, **settings)
     head.open(data["train.f"].shape[1], data["labels"], seed=seed)
     head.observe(data["train.f"], data["train.y"], data["ids"])
     right = torch.cat([head.scores(part).argmax(1) for part in data["test.f"].split(1000)]) == data["test.y"]
@@ -116,11 +118,10 @@ def main() -> None:
         for seed in args.seeds:
             for head in args.heads:
                 name, settings = HEADS[head]
-                layers = settings.get("read", 1)
                 values, choices = (found.setdefault(stream, {}).setdefault(k, {}) for k in (head, f"{head}: chosen"))
                 if str(seed) in values:
                     continue
-                data = features(model, args.pooling, args.streams, stream, seed, args.cache, layers)
+                data = features(model, args.pooling, args.streams, stream, seed, args.cache, LAYERS.get(head, 1))
                 values[str(seed)], choices[str(seed)] = accuracy(name, settings, data, seed)
                 print(f"{stream}, seed {seed}, {head}: {values[str(seed)]:.2f} {choices[str(seed)]}", flush=True)
                 if args.json:

@@ -59,15 +59,15 @@ def moved(path: Path, prompts: Sequence[Any], model: str | None = None) -> dict[
     learner = pt.Learner.open(path, general=prompts, **({"model": model} if model else {}))
     if not learner.state.general:
         return "it must be told the task of a prompt"
-    general, states = learner.state.general[0], learner.state.consolidation.states
+    general, size = learner.state.general[0], learner.setup.batch_size
     assert isinstance(general, General)
-    read = (learner.backbone, learner.setup.batch_size, states)
-    answers = general.answers(*read)
+    routed = general.routed(learner.backbone, size, learner.state.consolidation.states)
+    answers = general.answers(learner.backbone, size, routed)
     return {
         "recipe": run.config["recipe"]["name"],
         "seed": run.config["seed"],
         "tasks": len(learned),
-        "kl": general.kl(*read),
+        "kl": general.kl(learner.backbone, size, routed),
         "first": sum(old[:1] == new[:1] for old, new in answers) / len(answers),
         "same": sum(old == new for old, new in answers) / len(answers),
         "prompts": len(answers),

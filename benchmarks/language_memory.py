@@ -75,6 +75,7 @@ def training(settings: dict[str, Any]) -> dict[str, Any]:
 def perpetune(settings: dict[str, Any]) -> dict[str, Any]:
     import perpetune as pt
     from perpetune.core.environment import peak_memory
+    from perpetune.learning.loss_log import FILE
 
     recipe = {"name": "lora", "rank": RANK, "alpha": ALPHA}
     with tempfile.TemporaryDirectory() as out:
@@ -82,7 +83,7 @@ def perpetune(settings: dict[str, Any]) -> dict[str, Any]:
         options = {"training": training(settings), "max_length": settings["length"], "device": "cpu", "heads": heads}
         learner = pt.Learner(settings["folder"], recipe, out, **options, **PRECISIONS[settings["precision"]])
         learner.learn(pt.load_stream(settings["stream"], metric="exact_match"))
-        lines = (Path(out) / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (Path(out) / FILE).read_text(encoding="utf-8").splitlines()
         return {"peak": peak_memory(learner.device), "losses": [json.loads(line)["loss"] for line in lines]}
 
 

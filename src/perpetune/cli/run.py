@@ -129,10 +129,11 @@ def run(
         if first():
             typer.echo(f"recipe: {name}, since {why} (--recipe takes another)")
     learner = Learner.from_config(settings, progress=RichProgress())
-    if loaded is None or learned_tasks(learner.path):
-        loaded = settings.stream.load(learned_tasks(learner.path))
+    learned = learned_tasks(learner.path)
+    if loaded is None or learned:
+        loaded = settings.stream.load(learned)
     if settings.stream.metric is None and (metrics := usual_metrics(learner.path, loaded)):
-        loaded = settings.stream.model_copy(update={"metric": metrics}).load(learned_tasks(learner.path))
+        loaded = settings.stream.model_copy(update={"metric": metrics}).load(learned)
         if first():
             chosen = ", ".join(sorted(set(metrics.values())))
             typer.echo(f"metric: {chosen}, by which this run scores its tasks (--metric takes another)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +35,7 @@ POSITIONS = (
     512  # whose distributions are compared, evenly spread: each takes a number for every token of the vocabulary
 )
 LONGEST = 50  # tokens of a greedy answer at most
+Routed = Callable[[Callable[[list[int]], list[Any]]], list[Any]]  # what is read of some examples, of all of them
 KL, SAME = "KL from the untouched model on general prompts", "general prompts answered otherwise"
 
 
@@ -91,7 +93,7 @@ class General:
         return cls(examples, chosen, _log_p(backbone, examples, chosen, batch_size), len(every))
 
     @torch.inference_mode()
-    def kl(self, backbone: LanguageBackbone, batch_size: int, states: PerTaskStates | None = None) -> float:
+    def kl(self, backbone: LanguageBackbone, batch_size: int, routed: Routed | None = None) -> float:
         """KL(p_0 || p_t) of the model as it is now, nats, mean over the chosen positions."""
 
         def read(rows: list[int]) -> list[Tensor]:
@@ -103,32 +105,30 @@ class General:
             now = _log_p(backbone, [self.examples[i] for i in rows], chosen, batch_size)
             return list((then.exp() * (then - now)).sum(1).split([len(of[i]) for i in rows]))
 
-        return max(0.0, float(torch.cat(self._read(backbone, batch_size, states, read)).double().mean()))
+        return max(0.0, float(torch.cat(self._each(read, routed)).double().mean()))
 
     @torch.inference_mode()
     def answers(
-        self, backbone: LanguageBackbone, batch_size: int, states: PerTaskStates | None = None
+        self, backbone: LanguageBackbone, batch_size: int, routed: Routed | None = None
     ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """For every prompt the greedy answers of the untouched model and of this one, in tokens."""
 
         def read(rows: list[int]) -> list[list[int]]:
             return _greedy(backbone, [self.examples[i] for i in rows], batch_size)
 
-        answers = self._read(backbone, batch_size, states, read)
+        answers = self._each(read, routed)
         return [(e["answer"], tuple(a)) for e, a in zip(self.examples, answers, strict=True)]
 
-    def _read(
-        self,
-        backbone: LanguageBackbone,
-        batch_size: int,
-        states: PerTaskStates | None,
-        read: Callable[[list[int]], list[Any]],
-    ) -> list[Any]:
-        """Of every example, by the model; where every task has a state of its own, under the likeliest one of each."""
+    @torch.inference_mode()
+    def routed(self, backbone: LanguageBackbone, batch_size: int, states: PerTaskStates | None) -> Routed | None:
+        """Reads every prompt under its likeliest state, where every task has one; None where the model is one."""
         if states is None:
-            return read(list(range(len(self.examples))))
+            return None
         weights = states.weights(read_by_state(backbone, states, self.examples, batch_size))
-        return by_likeliest_state(states, weights, read)
+        return partial(by_likeliest_state, states, weights)
+
+    def _each(self, read: Callable[[list[int]], list[Any]], routed: Routed | None) -> list[Any]:
+        return routed(read) if routed is not None else read(list(range(len(self.examples))))
 
     def measure(
         self, backbone: LanguageBackbone, batch_size: int, states: PerTaskStates | None = None
@@ -138,13 +138,13 @@ class General:
         Args:
             states: of a model that has one for every task, among which each prompt is routed.
         """
-        other = sum(old != new for old, new in self.answers(backbone, batch_size, states))
-        routed = "" if states is None else ", each under the state that it is routed to"
-        of = f"{len(self.examples)} prompts{routed}"
+        routed = self.routed(backbone, batch_size, states)
+        other = sum(old != new for old, new in self.answers(backbone, batch_size, routed))
+        of = f"{len(self.examples)} prompts" + (", each under the state that it is routed to" if routed else "")
         where = f"mean over {len(self.chosen)} of {self.total} positions of {of} and of the greedy answers to them"
         same = f"greedy answers to {of}, of up to {LONGEST} tokens, that are not those of the untouched model"
         return [
-            Measurement(KL, self.kl(backbone, batch_size, states), None, "nats", SOURCE, where),
+            Measurement(KL, self.kl(backbone, batch_size, routed), None, "nats", SOURCE, where),
             Measurement(SAME, other / len(self.examples), None, "share", SOURCE, same),
         ]
 

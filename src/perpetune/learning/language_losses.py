@@ -63,7 +63,7 @@ def language_losses(
     due: Sequence[Any] = state.general if whole else ()
     if states is not None:
         return [m for general in due for m in general.measure(backbone, evaluator.batch_size, states)]
-    if "answers" not in backbone.offers:
+    if not measured_language(state):
         return []
     tasks = [task for task in tasks if len(task.test)]  # the data of others is gone
     classified = [task for task in tasks if task.metric is None]
