@@ -136,6 +136,12 @@ def processor_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def wall_seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def package(name: str) -> Path:
     """The folder of an installed package that holds a model."""
     spec = importlib.util.find_spec(name)

@@ -166,12 +166,12 @@ def _try(generator: Generator, seeds: range, folder: Path, found: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     learn, trained = TaskLoop.learn_all, False
 
-    def stopped(self: TaskLoop, accept: Any = None) -> bool:
+    def stopped(self: TaskLoop, *arguments: Any) -> bool:
         if not trained:
             self.run.close()
             raise SystemExit(OPENED)
         self.step_limit = 1
-        return learn(self, accept)
+        return learn(self, *arguments)
 
     TaskLoop.learn_all = stopped  # type: ignore[method-assign]
     signal.signal(signal.SIGPROF, _late)

@@ -3,8 +3,9 @@
     python -m benchmarks.rotations --threads 1 --json rotations.json
 
 Forward and backward of one linear layer d -> d with its adapter, the gradient of its input included, as in the middle
-of a network. All methods stand in one process and take turns, in random order in each round. Times are of the
-processor (of all threads together), so that what else runs on the machine counts little. Ratio = (median time) /
+of a network. All methods stand in one process and take turns, in random order in each round. With one thread times are
+of the processor, so that what else runs on the machine counts little; with several they are of the clock, for a thread
+that waits for another takes time of its processor, too. Ratio = (median time) /
 (median time of LoRA of rank 8). "frozen layer" has no adapter: what no method can go below. OFT is peft's, with blocks
 of 32, once with the exact Cayley transform and once with its series of 5 terms, which is orthogonal for small angles
 only.
@@ -23,7 +24,18 @@ from torch import nn
 
 from perpetune.tuners import GivensConfig
 
-from .command import Benchmark, Option, WrongOption, figure, in_turns, ratio, table, threads
+from .command import (
+    Benchmark,
+    Option,
+    WrongOption,
+    figure,
+    in_turns,
+    processor_seconds,
+    ratio,
+    table,
+    threads,
+    wall_seconds,
+)
 
 REFERENCE = "LoRA, r = 8"
 TARGETS = {768: 1.3, 4096: 1.1}
@@ -64,7 +76,7 @@ def measure(d: int, tokens: int, steps: int) -> list[dict]:
             layer(x).backward(dy)
 
         runs[name] = step
-    times = in_turns(runs, steps)
+    times = in_turns(runs, steps, processor_seconds if torch.get_num_threads() == 1 else wall_seconds)
     reference = times[REFERENCE]
     return [
         {
