@@ -74,7 +74,7 @@ def sharded_steps(model: str, stream_folder: str, shards: bool) -> dict[str, Any
     from perpetune.learning.trainer import TaskModel
     from perpetune.rules import TaskContext, attach
 
-    stream, setup = load_stream(stream_folder, tasks=["films"]), Learner(model, "nlora", device="cpu").setup
+    stream, setup = load_stream(stream_folder, tasks=["films"]), Learner(model, "nlora", "unused", device="cpu").setup
     state = LearnerState(setup, setup.load_backbone("text"), stream.labels, stream.inputs)
     (session,) = state.consolidation.schedule(stream)
     set_seed(0)

@@ -183,6 +183,12 @@ def test_other_engines_of_accelerate_are_refused(name, value, engine, model, mon
     assert len(str(refused.value).splitlines()) == 1
 
 
+def test_no_run_of_one_process_alone_is_shared(model, monkeypatch):
+    monkeypatch.setattr("perpetune.learning.opening.processes.together", lambda: 2)
+    with pytest.raises(ConfigError, match="give `run`, a directory that all of them reach"):
+        Learner(model, "lora")
+
+
 @pytest.mark.parametrize("setting", ["fsdp", "deepspeed", "parallelism_config", "torch_compile"])
 def test_other_engines_of_the_trainer_are_refused(setting, model):
     with pytest.raises(ConfigError, match=f"`{setting}` has no effect here: "):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from .adopt import adopt
 from .config import RunConfig
 from .general import read_general
 from .generation import Generation, generate
-from .opening import arguments_of, going_on, reopened
+from .opening import arguments_of, folder_of, going_on, reopened
 from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
@@ -44,7 +43,8 @@ class Learner:
         model: hub id or folder of a transformers encoder, or of a language model for streams of prompts; a .gguf file;
             or in memory (model, tokenizer), of which copies are taken. Not needed by recipes without a network.
         recipe: a name, plain data, or a `Recipe`.
-        run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only.
+        run: run directory; started again with the same one, it resumes. None keeps the run for this object's life only,
+            which processes that train together cannot share.
         heads: names, `{type: name, setting: value}` or heads, instead of the recipe's own; the first shapes features.
         training: names of `TrainingArguments` (and TRL's `SFTConfig`), and our own; see `resolve_training`.
         seed: decides everything random; progress: a display; None shows nothing.
@@ -55,7 +55,7 @@ class Learner:
         device: where to train and predict; None takes an accelerator. loading: names of `Loading`: pooling, dtype, …
 
     Raises:
-        ConfigError: an unknown recipe, head or training setting.
+        ConfigError: an unknown recipe, head or training setting; no run for processes that train together.
 
     Example:
         >>> learner = pt.Learner("google/vit-base-patch16-224-in21k", recipe="nlora", run="runs/nlora")
@@ -86,8 +86,7 @@ class Learner:
         if heads:
             made = made.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
         device = meeting.join(device)
-        self._temporary = tempfile.TemporaryDirectory() if run is None else None
-        path = processes.from_first(Path(self._temporary.name if self._temporary else str(run)))
+        path, self._temporary = folder_of(run)
         self.setup = Setup(
             model=InMemory.of(model, processor) or (str(model) if model is not None else None),
             recipe=made,

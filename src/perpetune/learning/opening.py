@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..core import processes
 from ..core.environment import versions
 from ..core.errors import ConfigError, RunError, StreamError
 from ..core.files import plain
-from ..core.processes import agree, divided, launched
 from ..models.backbone import Backbone
 from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
@@ -48,6 +49,20 @@ class Opened(NamedTuple):
     stream: Stream
     state: LearnerState
     joined: dict[str, Tensor]
+
+
+def folder_of(run: str | Path | None) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+    """The run directory, the same in all processes; without one a temporary, which is there as long as its object.
+
+    Raises:
+        ConfigError: several processes, which a folder of the first one's alone would leave without their run.
+    """
+    if run is not None:
+        return processes.from_first(Path(run)), None
+    if processes.together() > 1:
+        raise ConfigError("several processes train together: give `run`, a directory that all of them reach")
+    temporary = tempfile.TemporaryDirectory()
+    return Path(temporary.name), temporary
 
 
 def going_on(config: RunConfig) -> dict[str, Any]:
@@ -93,9 +108,9 @@ def _share(path: Path, config: dict[str, Any]) -> int:
         RunError: that of the run cannot be divided so.
     """
     whole: int = together(config)["training"].get(BATCH, DEFAULTS[BATCH])
-    if whole % launched():
-        raise RunError(f"{path} has batches of {whole} examples, which {launched()} processes cannot divide")
-    return whole // launched()
+    if whole % processes.launched():
+        raise RunError(f"{path} has batches of {whole} examples, which {processes.launched()} processes cannot divide")
+    return whole // processes.launched()
 
 
 def _check_loss(setup: Setup, settings: dict[str, Any], backbone: Backbone) -> None:
@@ -109,10 +124,10 @@ def _check_loss(setup: Setup, settings: dict[str, Any], backbone: Backbone) -> N
         "a head that tells the pairs of a batch apart": setup.recipe.heads[0].reads == "pairs",
     }
     found = [what for what, there in sides.items() if there]
-    if launched() > 1 and found and setup.recipe.tuner.trains:
+    if processes.launched() > 1 and found and setup.recipe.tuner.trains:
         raise ConfigError(
-            f"{found[0]} makes a loss that is no mean over examples, and {launched()} processes would each take their "
-            "own: start one process, or use `trainer: trl` on a language model"
+            f"{found[0]} makes a loss that is no mean over examples, and {processes.launched()} processes would each "
+            "take their own: start one process, or use `trainer: trl` on a language model"
         )
 
 
@@ -138,7 +153,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
         )
     checked: list[dict[str, Any]] = []  # most tasks have the settings of the run, and a check builds an optimizer
     for each in stream:  # before anything is written
-        if launched() > 1 and BATCH in each.training:
+        if processes.launched() > 1 and BATCH in each.training:
             raise ConfigError(f"task `{each.name}` has a {BATCH} of its own, which is for one process: leave it out")
         settings = task_settings(setup.training, each)
         if settings not in checked:
@@ -149,7 +164,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
             checked.append(settings)
     stream = with_known_scenario(stream, setup.path)
     config = setup.config(stream, backbone)
-    agree(
+    processes.agree(
         {
             **{name: plain(config[name]) for name in ("model", "recipe", "training", "seed")},
             "stream": [config["stream"][name] for name in ("scenario", "inputs", "tasks", "labels")],
@@ -233,7 +248,7 @@ def _predict_joined(setup: Setup, untouched: Callable[[], LearnerState], run: Ru
     if not joined:
         return {}
     state = untouched()
-    with setup.progress, divided():
+    with setup.progress, processes.divided():
         found = state.evaluator.predictions(stream, None, state.heads, state.consolidation, joined)
     return filed(JOINED, found)
 
