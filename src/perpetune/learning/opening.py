@@ -15,6 +15,7 @@ from ..core import processes
 from ..core.environment import versions
 from ..core.errors import ConfigError, RunError, StreamError
 from ..core.files import plain
+from ..core.processes import launched
 from ..models.backbone import Backbone
 from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
@@ -108,9 +109,9 @@ def _share(path: Path, config: dict[str, Any]) -> int:
         RunError: that of the run cannot be divided so.
     """
     whole: int = together(config)["training"].get(BATCH, DEFAULTS[BATCH])
-    if whole % processes.launched():
-        raise RunError(f"{path} has batches of {whole} examples, which {processes.launched()} processes cannot divide")
-    return whole // processes.launched()
+    if whole % launched():
+        raise RunError(f"{path} has batches of {whole} examples, which {launched()} processes cannot divide")
+    return whole // launched()
 
 
 def _check_loss(setup: Setup, settings: dict[str, Any], backbone: Backbone) -> None:
@@ -124,9 +125,9 @@ def _check_loss(setup: Setup, settings: dict[str, Any], backbone: Backbone) -> N
         "a head that tells the pairs of a batch apart": setup.recipe.heads[0].reads == "pairs",
     }
     found = [what for what, there in sides.items() if there]
-    if processes.launched() > 1 and found and setup.recipe.tuner.trains:
+    if launched() > 1 and found and setup.recipe.tuner.trains:
         raise ConfigError(
-            f"{found[0]} makes a loss that is no mean over examples, and {processes.launched()} processes would each "
+            f"{found[0]} makes a loss that is no mean over examples, and {launched()} processes would each "
             "take their own: start one process, or use `trainer: trl` on a language model"
         )
 
@@ -153,7 +154,7 @@ def open_run(setup: Setup, stream: Stream, without: str | None = None, retry: st
         )
     checked: list[dict[str, Any]] = []  # most tasks have the settings of the run, and a check builds an optimizer
     for each in stream:  # before anything is written
-        if processes.launched() > 1 and BATCH in each.training:
+        if launched() > 1 and BATCH in each.training:
             raise ConfigError(f"task `{each.name}` has a {BATCH} of its own, which is for one process: leave it out")
         settings = task_settings(setup.training, each)
         if settings not in checked:
