@@ -42,11 +42,9 @@ def parsed_once() -> Iterator[None]:
         yield
         return
     theirs = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
-
-    class Reader(theirs["GGUFReader"]):  # type: ignore[misc]
-        data = property(lambda self: self._bytes, lambda self, found: setattr(self, "_bytes", np.asarray(found)))
-
-    for name, made in {**theirs, "GGUFReader": Reader}.items():
+    data = property(lambda self: self._bytes, lambda self, found: setattr(self, "_bytes", np.asarray(found)))
+    reader = type("Reader", (theirs["GGUFReader"],), {"data": data})
+    for name, made in {**theirs, "GGUFReader": reader}.items():
         setattr(package, name, functools.cache(made))
     try:
         yield
