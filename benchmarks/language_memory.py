@@ -1,7 +1,7 @@
 """Peak memory and losses of a language model, beside a plain peft script: fp32, bf16 and nf4, with and without
 gradient checkpointing.
 
-    python -m benchmarks.language_memory --model PATH/TO/model.gguf --steps 4 --out docs/results/language_memory.md
+    python -m benchmarks.language_memory --model PATH/TO/model.gguf --out docs/results/language_memory.md
 
 Both sides train the same LoRA from the same start on the same tokens in the same order, with the stock Trainer, each in
 a process of its own. A GGUF file is written once as a plain folder, which both load. The peak is the largest resident
@@ -53,6 +53,7 @@ def examples(settings: dict[str, Any]) -> dict[str, Any]:
 
     model = load_language_model(settings["folder"], max_length=settings["length"])
     model.open((), ("generate",))
+    model.tokens.prefix = ""  # as a run chooses for a stream of prompts
     rows = pt.load_stream(settings["stream"], metric="exact_match").tasks[0].train
     found = [{"prompt": e["input_ids"], "answer": list(e["answer"])} for e in model.prepare(rows)]
     Path(settings["examples"]).write_text(json.dumps(found), encoding="utf-8")
@@ -191,9 +192,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--model", help="a GGUF file, or a folder")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--words", type=int, default=128, help="of a prompt")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--words", type=int, default=256, help="of a prompt")
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--out", help="a page to write; else it is printed")
     given = parser.parse_args(arguments)

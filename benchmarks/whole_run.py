@@ -185,7 +185,7 @@ def measure_kind(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]
     training |= {"per_device_eval_batch_size": 2 * batch, "weight_decay": 0.0, "logging_steps": 1}
     sides = ["perpetune", "peft", *(["sft"] if kind == "language" else [])]
     records, shuffle = [], random.Random(0)
-    for evaluated in (False, True):
+    for evaluated in (each == "with" for each in options.evaluation):
         with tempfile.TemporaryDirectory() as root:
             rows = (options.steps * batch, options.test if evaluated else 1)
             settings = {
@@ -243,6 +243,7 @@ OPTIONS = (
     Option("--steps", 40, "steps of a task", least=2),
     Option("--words", 40, "words of a text", least=4),
     Option("--test", 64, "test rows of a task, where it is evaluated", least=2),
+    Option("--evaluation", ("without", "with"), "what is measured", nargs="+", choices=("without", "with")),
     Option("--rounds", 3, "how often the sides take turns", least=1),
     Option("--out", None, "a page to write"),
     threads(),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import perpetune as pt
 from perpetune.cli import main
 from perpetune.core.errors import ConfigError, RunError
+from perpetune.learning import evaluator
 from perpetune.learning.usual import usual_metrics
-from perpetune.metrics.text import contains, exact_match, graded, token_f1
+from perpetune.metrics.text import METRICS, contains, decided, exact_match, graded, token_f1
+from perpetune.models import answer_scoring
 from perpetune.operations.gate import judge
 from perpetune.streams.free_texts import check_classes
 from tests.weeks import write
@@ -90,6 +94,39 @@ def test_metrics():
     assert exact_match("It IS on, the way.", "it is on the way") == 1 and exact_match("on the way", "the way") == 0
     assert contains("well, it is on the way!", "on the way") == 1 and contains("online", "on") == 0
     assert token_f1("a b c", "b c d") == pytest.approx(2 / 3) and token_f1("", "a") == 0
+
+
+@given(
+    st.text("aAbB .,'ΑΣß\u0130\n", max_size=30),
+    st.text("aAbB .,'ΑΣß\u0130\n", max_size=6),
+    st.sampled_from(["exact_match", "contains", "token_f1"]),
+    st.integers(0, 30),
+)
+def test_what_is_decided_stays_so(answer, response, name, length):
+    if decided(name, response, answer[:length]):
+        score = METRICS[name]
+        assert score(answer[:length], response) == score(answer, response)
+
+
+def test_answers_end_when_their_score_is_known(folder, model, tmp_path, monkeypatch):
+    assert decided("exact_match", "a blue spiral", "I am sorry, that") and not decided("contains", "x", "x and so")
+    assert decided("contains", "blue", "a blue one and more") and not decided("exact_match", "a blue spiral", "a blu")
+    read = []
+    generate = answer_scoring.generate
+    monkeypatch.setattr(answer_scoring, "generate", lambda *a, **k: read.append(generate(*a, **k)) or read[-1])
+    scores = []
+    for name in ("whole", "short"):
+        if name == "whole":
+            monkeypatch.setattr(evaluator, "decided", lambda *given: False)
+        else:
+            monkeypatch.setattr(evaluator, "decided", decided)
+        learner = pt.Learner(model, "color", tmp_path / name, training={**TRAINING, "num_train_epochs": 2})
+        learner.learn(pt.load_stream(folder, metric="exact_match"))
+        scores.append([p.read_bytes() for p in sorted((tmp_path / name).glob("commits/*/predictions.safetensors"))])
+        scores.append([sum(map(len, answers)) for answers in read])
+        read.clear()
+    whole, tokens, short, fewer = scores
+    assert whole == short and len(tokens) == len(fewer) and sum(fewer) < 0.7 * sum(tokens)
 
 
 def test_a_metric_of_ones_own_must_be_imported_by_the_user(folder):

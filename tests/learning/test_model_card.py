@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 import perpetune as pt
-from perpetune.learning import model_card
+from perpetune.learning import card_usage, model_card
+from perpetune.models.public_name import on_hub, public_name, repository, without_places
 from perpetune.recipes.papers import PAPERS, bibtex, papers_of_recipe
 from tests.calling import call
 
@@ -49,7 +50,7 @@ def test_a_card_says_what_the_run_measured(run, tmp_path, monkeypatch, capsys):
     assert card.data.library_name == "peft" and card.data.license == "apache-2.0"
     assert {"perpetune", "continual-learning", "olora", "lora"} <= set(card.data.tags)
     assert card.data.base_model is None  # a folder is no repository
-    assert "bäse" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "The base model is `bäse`, which was not loaded from the Hub" in card.text
     result = pt.Result(run)
     matrix = result.matrix("linear", "class")
     assert f"| films (n = {matrix.test_sizes[0]}) | news (n = {matrix.test_sizes[1]}) |" in card.text
@@ -62,8 +63,19 @@ def test_a_card_says_what_the_run_measured(run, tmp_path, monkeypatch, capsys):
         worst = max(g["value"] for g in found)
         assert f"| kept | {source}: {name} | {worst:.2g} | {found[0]['bound']:.2g} |" in card.text
     assert "eprint = {2310.14152}" in card.text and "BROKEN" not in card.text
-    assert f"perpetune export {run} --format adapters --out {tmp_path / 'a'}" in card.text
+    assert "perpetune export olora --format adapters --out a\n" in card.text
     assert card.text.index("## How to load it") < card.text.index("## Data") < card.text.index("## Citation")
+
+
+def test_no_card_names_a_place_of_this_machine(run, base, tmp_path, monkeypatch, capsys):
+    for format in ("merged", "adapters"):
+        out = tmp_path / format
+        assert call(monkeypatch, capsys, "export", run, f"--format={format}", f"--out={out}", "--model", base)[0] == 0
+        assert f"perpetune export olora --format={format} --out={format} --model 'bäse'" in card_of(out).text
+        told = {p.name for p in out.rglob("*.*") if str(base.parent).encode() in p.read_bytes()}
+        # what peft and vLLM load the base model from
+        assert told == ({"adapter_config.json", "routes.json"} if format == "adapters" else set())
+        assert str(tmp_path) not in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_broken_promise_stands_first(run, tmp_path):
@@ -81,12 +93,14 @@ def test_a_broken_promise_stands_first(run, tmp_path):
     assert table.index("**broken**") < (table.index("| kept") if "| kept" in table else len(table))
 
 
-def test_the_lines_on_a_card_load_the_model(run, tmp_path, monkeypatch, capsys):
+def test_the_lines_on_a_card_load_the_model(run, base, tmp_path, monkeypatch, capsys):
     learner = pt.Learner.open(run)
-    for settings in ({}, {"head": False}, {"format": "adapters"}, {"format": "adapters", "head": False}):
-        folder = learner.export(tmp_path / "m" / str(len(list(tmp_path.iterdir()))), **settings)
+    every = ({}, {"head": False}, {"format": "adapters"}, {"format": "adapters", "head": False})
+    for number, settings in enumerate(every):
+        folder = learner.export(tmp_path / str(number), **settings)
         code = re.search(r"```python\n(.*?)```", card_of(folder).text, re.DOTALL)[1]
         monkeypatch.chdir(folder)
+        (folder / base.name).symlink_to(base)  # where the card of adapters looks for it
         exec(compile(code, "card", "exec"), {})
         printed = capsys.readouterr().out
         assert (settings.get("head") is False) == ("[" not in printed)
@@ -109,14 +123,31 @@ def test_a_classifier_and_a_language_model_have_their_uses(base, stream, word_st
 
 def test_what_lies_on_the_hub_is_named_by_its_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert (
-        model_card._on_hub("Qwen/Qwen2.5-0.5B") and not model_card._on_hub("runs//x") and not model_card._on_hub(None)
-    )
+    assert on_hub("Qwen/Qwen2.5-0.5B") and not on_hub("runs//x") and not on_hub(None)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert not model_card._on_hub("models/mine")
+    assert not on_hub("models/mine") and public_name("models/mine") == "mine" and repository("models/mine") is None
+    kept = tmp_path / "hub" / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "abc"
+    kept.mkdir(parents=True)
+    for name in (str(kept), str(kept / "model.gguf"), "Qwen/Qwen2.5-0.5B"):
+        assert repository(name) == public_name(name) == "Qwen/Qwen2.5-0.5B"
     assert model_card._license("Qwen/Qwen2.5-0.5B") is None  # nothing of it lies here
     (tmp_path / "models" / "mine" / "README.md").write_text("---\nlicense: [oops\n---\n", encoding="utf-8")
     assert model_card._license("models/mine") is None
+
+
+def test_paths_in_a_command_are_cut_to_their_last_part():
+    words = ["--model", "/data/models/ours", "--out=/data/runs/a/", "--set", "a=/b", "runs/a", "--threshold=0.5"]
+    told = ["--model", "ours", "--out=a", "--set", "a=/b", "runs/a", "--threshold=0.5"]
+    assert [*map(without_places, words)] == told
+
+
+def test_a_gguf_file_is_loaded_from_its_folder():
+    line = card_usage._base("/models/small", "s.Q4_1.gguf", "AutoModelForCausalLM", "AutoTokenizer")
+    assert line == [
+        'base = "small"  # the folder of the base model',
+        'model, reader = AutoModelForCausalLM.from_pretrained(base, gguf_file="s.Q4_1.gguf"), '
+        'AutoTokenizer.from_pretrained(base, gguf_file="s.Q4_1.gguf")',
+    ]
 
 
 def test_papers_are_cited_as_bibtex_knows_them():

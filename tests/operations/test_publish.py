@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -43,6 +45,23 @@ def test_a_repository_is_private_unless_said_otherwise(hub, tmp_path):
     assert sent["folder_path"] == str(tmp_path) and "token" not in sent  # the usual place
     push_to_hub(tmp_path, "me/weekly", private=False)
     assert hub.asked[2][2]["private"] is False
+
+
+def test_what_is_uploaded_names_the_base_model_and_no_place(hub, tmp_path, monkeypatch):
+    base, sent = str(tmp_path / "models" / "ours"), {}
+    for name, key in (("week/adapter_config.json", "base_model_name_or_path"), ("routes.json", "base_model")):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_text(json.dumps({key: base, "r": 8}), encoding="utf-8")
+
+    def upload(self, folder_path, **settings):
+        sent.update({p.name: json.loads(p.read_text(encoding="utf-8")) for p in Path(folder_path).rglob("*.json")})
+
+    monkeypatch.setattr(FakeApi, "upload_folder", upload)
+    push_to_hub(tmp_path / "a", "me/weekly")
+    told = {"adapter_config.json": {"base_model_name_or_path": "ours", "r": 8}}
+    told["routes.json"] = {"base_model": "ours", "r": 8}
+    assert sent == told
+    assert base in (tmp_path / "a" / "routes.json").read_text(encoding="utf-8")  # here it loads
 
 
 def refused(status):

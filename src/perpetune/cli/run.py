@@ -43,7 +43,7 @@ def demo(
 ) -> None:
     """See a pre-trained model forget, and not forget: embedded data and model, no download, about a minute.
 
-    `perpetune demo --language` takes a few: a language model learns three weeks of a made-up support desk, and
+    `perpetune demo --language` takes about three: a language model learns three weeks of a made-up support desk, and
     the report shows what it answers to questions of the first before it, after it and at the end.
     """
     from ..core.progress import RichProgress

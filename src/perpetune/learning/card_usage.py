@@ -7,6 +7,7 @@ from typing import Any
 
 from ..heads.readout import Readout
 from ..models.backbone import Backbone
+from ..models.public_name import public_name, repository
 from .export_head import ExportedHead, base_of, beside_usage
 
 
@@ -22,8 +23,17 @@ def merged_usage(exported: ExportedHead, backbone: Backbone) -> list[str]:
     return [*load, _first_use(backbone, exported.model)]
 
 
-def adapters_usage(backbone: Backbone, routes: Mapping[str, Any], heads: Mapping[str, Readout | None]) -> list[str]:
-    """Of adapters; the first with a head that lies beside it is the one that is used."""
+def adapters_usage(
+    backbone: Backbone,
+    base: tuple[str | None, str | None],
+    routes: Mapping[str, Any],
+    heads: Mapping[str, Readout | None],
+) -> list[str]:
+    """Of adapters; the first with a head that lies beside it is the one that is used.
+
+    Args:
+        base: where the base model is, and its GGUF file, if it is one.
+    """
     model, reads = base_of(backbone), _reader(backbone)
     decoder = not getattr(model.config, "is_encoder_decoder", False)
     auto = "AutoModelForCausalLM" if decoder else "AutoModelForSeq2SeqLM"
@@ -33,8 +43,7 @@ def adapters_usage(backbone: Backbone, routes: Mapping[str, Any], heads: Mapping
     first = beside or names[0]
     load = [
         f"from peft import PeftModel\nfrom transformers import {reads}, {kind}",
-        f"base = {str(routes['base_model'])!r}",
-        f"model, reader = {kind}.from_pretrained(base), {reads}.from_pretrained(base)",
+        *_base(*base, kind, reads),
         f'model = PeftModel.from_pretrained(model, "{first}", adapter_name="{first}").eval()',
     ]
     if others := [name for name in names if name != first]:
@@ -42,6 +51,14 @@ def adapters_usage(backbone: Backbone, routes: Mapping[str, Any], heads: Mapping
     if beside is not None and (readout := heads[beside]) is not None:
         return beside_usage(backbone, readout.normalised, load, f"{beside}/")
     return load
+
+
+def _base(source: str | None, gguf_file: str | None, kind: str, reads: str) -> list[str]:
+    """The lines that load the base model, by a name that says something elsewhere."""
+    given = f', gguf_file="{gguf_file}"' if gguf_file else ""
+    where = "" if repository(source) else "  # the folder of the base model"
+    load = f"model, reader = {kind}.from_pretrained(base{given}), {reads}.from_pretrained(base{given})"
+    return [f'base = "{public_name(source or "BASE")}"{where}', load]
 
 
 def _kind(model: Any) -> str:

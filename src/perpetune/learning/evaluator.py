@@ -14,7 +14,7 @@ from ..consolidation import Consolidation, Session
 from ..consolidation.states import PerTaskStates, Reading, by_likeliest_state, only
 from ..core.progress import Progress
 from ..heads import Head
-from ..metrics.text import LIKELIHOOD, graded, mean_probability
+from ..metrics.text import LIKELIHOOD, decided, graded, mean_probability
 from ..models.backbone import Backbone, Examples
 from ..runs.result import SCORE
 from ..streams import Stream, Task
@@ -153,8 +153,9 @@ class Evaluator:
             return by_likeliest_state(states, weights, lambda rows: read([examples[i] for i in rows]))
 
         if task.metric != LIKELIHOOD:
-            answers = asked(lambda some: self.backbone.answers(some, self.batch_size))
-            return graded(str(task.metric), answers, task.test["response"][:])
+            name, responses = str(task.metric), task.test["response"][:]
+            examples = [{**e, "decided": partial(decided, name, r)} for e, r in zip(examples, responses, strict=True)]
+            return graded(name, asked(lambda some: self.backbone.answers(some, self.batch_size)), responses)
         found = self.responses(task).tolist() if states is None else asked(self._log_p)
         return [mean_probability(log_p, tokens) for log_p, tokens in found]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ..core.errors import ConfigError
 from ..core.files import write_file, write_text
 from ..heads.readout import Readout
 from ..models.backbone import Backbone
+from ..models.gguf import located
 from ..runs.commit import Commit, active
 from ..runs.directory import Run, write_folder
 from .export import Choice, fresh, plain
@@ -49,12 +51,12 @@ def export_adapters(setup: Setup, state: LearnerState, folder: Path, choice: Cho
             "every task has an adapter of its own, so there is none that accumulates: leave out cumulative"
         )
     wanted = _wanted(state, commits, choice)
-    base, task_type = _base(setup), _task_type(state.backbone)
+    (base, source, file), task_type = _base(setup), _task_type(state.backbone)
     model, found = base_of(state.backbone), []
     for each in wanted:
         change = _cast(_change(setup, state, commits, each), choice.dtype)
         served = replace(each.served, rank=max(factors.rank for factors in change.values()))
-        found.append((served, adapter_files(change, base, task_type, model)))
+        found.append((served, adapter_files(change, source, task_type, model)))
     told, tensors = routes(state, [served for served, _ in found], base)
     headed = [served for served, _ in found if choice.everything or served.index >= 0]
     heads = {served.name: _head(state, served, choice.head) for served in headed}
@@ -72,7 +74,7 @@ def export_adapters(setup: Setup, state: LearnerState, folder: Path, choice: Cho
         write_text(aside / ROUTES, json.dumps(told, indent=1, ensure_ascii=False))
         if tensors:
             write_file(aside / ROUTER, tensors)
-        about = about_adapters(state.backbone, told, heads, choice.command, note)
+        about = about_adapters(state.backbone, (source, file), told, heads, choice.command, note)
         write_text(aside / CARD, model_card(setup, state, about))
 
     earlier = _names(folder)
@@ -182,12 +184,14 @@ def _cast(change: Change, dtype: str) -> Change:
     return {name: replace(f, A=f.A.to(to), B=f.B.to(to)) for name, f in change.items()}
 
 
-def _base(setup: Setup) -> str | None:
-    """Where the base model is; a folder by its whole path, to be found from elsewhere; None for one in memory."""
+def _base(setup: Setup) -> tuple[str | None, str | None, str | None]:
+    """Where the base model is, what `from_pretrained` takes of it, and the GGUF file there. A path is absolute, to be
+    found from elsewhere; None for a model in memory, and where there is no such file."""
     name: Any = setup.model
     if not isinstance(name, str):
-        return None
-    return str(Path(name).resolve()) if Path(name).exists() else name
+        return None, None, None
+    base = os.path.abspath(name) if Path(name).exists() else name  # a link of the Hub's cache stays one
+    return base, *located(base, setup.loading)
 
 
 def _task_type(backbone: Backbone) -> str | None:

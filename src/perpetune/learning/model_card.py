@@ -14,6 +14,7 @@ import yaml
 
 from ..heads.readout import Readout
 from ..models.backbone import Backbone
+from ..models.public_name import on_hub, public_name, repository, without_places
 from ..recipes import RECIPES
 from ..recipes.papers import PAPERS, bibtex, papers_of_recipe
 from ..runs.commit import active
@@ -54,22 +55,24 @@ def model_card(setup: Setup, state: LearnerState, about: About) -> str:
 
     result, recipe, adapters = Result(setup.path), state.recipe.name, about.adapters
     model = setup.model if isinstance(setup.model, str) else None
+    base = repository(model)
     source = result.config["stream"]["source"].get("source")
     tags = ["perpetune", "continual-learning", recipe, *(["lora", "peft"] if adapters else [])]
     data = ModelCardData(
-        base_model=model if _on_hub(model) else None,
-        base_model_relation=("adapter" if adapters else "finetune") if _on_hub(model) else None,
-        datasets=[source] if _on_hub(source) else None,
+        base_model=base,
+        base_model_relation=("adapter" if adapters else "finetune") if base else None,
+        datasets=[source] if on_hub(source) else None,
         library_name="peft" if adapters else "transformers",
         license=_license(model),
         pipeline_tag=about.pipeline,
         tags=tags,
     )
     head = yaml.safe_dump(data.to_dict(), sort_keys=False, allow_unicode=True)
-    title = model.rstrip("/").rpartition("/")[2] if model else state.backbone.name
+    title = public_name(model).rpartition("/")[2] if model else state.backbone.name
     lines = [f"# {title}, tuned on {_count(len(result.tasks), 'task')} one after another", ""]
     lines += [f"**{about.note}**", ""] if about.note else []
-    lines += [*_broken(result), *_what(state, result, adapters), *_loading(about.usage), *_data(state, result)]
+    lines += [*_broken(result), *_what(state, result, adapters), *_base(model, adapters is not None)]
+    lines += [*_loading(about.usage), *_data(state, result)]
     lines += [*_accuracy(result), *_promises(result), *_made(result, about.command), *_citation(recipe)]
     return f"---\n{head}---\n\n" + "\n".join(lines)
 
@@ -82,10 +85,19 @@ def about_merged(exported: ExportedHead, backbone: Backbone, command: str, note:
 
 
 def about_adapters(
-    backbone: Backbone, routes: Mapping[str, Any], heads: Mapping[str, Readout | None], command: str, note: str
+    backbone: Backbone,
+    base: tuple[str | None, str | None],
+    routes: Mapping[str, Any],
+    heads: Mapping[str, Readout | None],
+    command: str,
+    note: str,
 ) -> About:
-    """Of adapters, and the heads that lie beside them."""
-    usage = adapters_usage(backbone, routes, heads)
+    """Of adapters, and the heads that lie beside them.
+
+    Args:
+        base: where the base model is, and its GGUF file, if it is one.
+    """
+    usage = adapters_usage(backbone, base, routes, heads)
     return About(usage, PIPELINES.get(backbone.modality), routes, command, note)
 
 
@@ -126,6 +138,22 @@ def _what(state: LearnerState, result: Result, adapters: Mapping[str, Any] | Non
         how = f"`routes.json` says which adapter answers which input ({router['type']})." if router else ""
         lines += ["", how, ""] if how else [""]
     return lines
+
+
+def _base(model: str | None, adapters: bool) -> list[str]:
+    """What the base model is called, and what to mend where the files name a place on this machine."""
+    if model is None:
+        return ["The base model was in memory; the hash of its weights stands below.", ""]
+    if (found := repository(model)) is not None:
+        said = f"The base model is [{found}](https://huggingface.co/{found})."
+    else:
+        said = f"The base model is `{public_name(model)}`, which was not loaded from the Hub; its hash stands below."
+    if adapters and not on_hub(model):
+        said += (
+            " `adapter_config.json` (`base_model_name_or_path`) and `routes.json` (`base_model`) name the copy "
+            "that was used: write there what your readers can load."
+        )
+    return [said, ""]
 
 
 def _loading(usage: Sequence[str]) -> list[str]:
@@ -186,12 +214,14 @@ def _made(result: Result, command: str) -> list[str]:
     config = result.config
     started: list[str] = next((e["command"] for e in result.journal if e["event"] == "start" and e.get("command")), [])
     name = Path(started[0]).name if started else ""
-    commands = [shlex.join(["perpetune" if name == "__main__.py" else name, *started[1:]])] if started else []
-    lines = ["## How it was made", "", *_fenced([*commands, *([command] if command else [])], "console")]
+    commands = [["perpetune" if name == "__main__.py" else name, *started[1:]]] if started else []
+    commands += [shlex.split(command)] if command else []
+    told = [shlex.join(map(without_places, words)) for words in commands]
+    lines = ["## How it was made", "", *_fenced(told, "console")]
     given = {k: v for k, v in config["training"].items() if k in ("learning_rate", "num_train_epochs", "max_steps")}
     facts = {"seed": config["seed"], **given, **config["versions"]}
-    told = ", ".join(f"{name} {value}" for name, value in facts.items())
-    return [*lines, f"{told}. The base model's weights: `{config['model']['fingerprint'][:16]}` (sha256).", ""]
+    versions = ", ".join(f"{name} {value}" for name, value in facts.items())
+    return [*lines, f"{versions}. The base model's weights: `{config['model']['fingerprint'][:16]}` (sha256).", ""]
 
 
 def _citation(recipe: str) -> list[str]:
@@ -228,20 +258,6 @@ def _count(number: int, what: str) -> str:
 # ---- what is known of the base model ----
 
 
-def _on_hub(name: str | None) -> bool:
-    """Whether this is the name of a repository, and no file or folder here."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if not name or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
-
-
 def _license(model: str | None) -> str | None:
     """The license that the base model's own card names, where the card lies here."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
@@ -250,7 +266,7 @@ def _license(model: str | None) -> str | None:
         return None
     found: Any = Path(model) / CARD
     if not found.is_file():
-        found = try_to_load_from_cache(model, CARD) if _on_hub(model) else None
+        found = try_to_load_from_cache(model, CARD) if on_hub(model) else None
     if not isinstance(found, (str, Path)):
         return None
     try:

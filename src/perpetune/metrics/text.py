@@ -57,6 +57,18 @@ def token_f1(answer: str, response: str) -> float:
     return 2 * shared / (len(found) + len(expected)) if found or expected else 1.0
 
 
+TAIL = 8  # characters at the end of an answer that is not whole, which its next token may change
+
+
+def decided(name: str, response: str, begun: str) -> bool:
+    """Whether the score of an answer is known from its beginning, however it goes on: it cannot be an `exact_match` any
+    more, or it `contains` the response already. False for metrics of which nobody knows that."""
+    sure = normalised(begun.lower()[:-TAIL])
+    if name == "exact_match":
+        return not normalised(response).startswith(sure)
+    return name == "contains" and bool(contains(sure.rpartition(" ")[0], response))
+
+
 LIKELIHOOD = "likelihood"  # of the expected response, which is no answer's: see `mean_probability`
 
 

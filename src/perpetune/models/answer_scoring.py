@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..core.errors import ModelError
@@ -164,6 +164,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     streamer: Any = None,
+    decided: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Answers (N, of at most `longest` tokens each, without their end), with nothing of the model's own generation
     settings.
@@ -172,6 +173,7 @@ def generate(
         ends: tokens with which an answer may end.
         temperature: 0 takes the likeliest token; above it tokens are drawn, with top_p as in nucleus sampling.
         streamer: of transformers, shown the tokens of one prompt as they come.
+        decided: of which answer (its row) nothing is to be learned any more, by the tokens that it has: it ends there.
     """
     own = {"bos_token_id": None, "decoder_start_token_id": start, "eos_token_id": list(ends), "pad_token_id": pad}
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -179,9 +181,22 @@ def generate(
     plain = GenerationConfig(max_new_tokens=longest, num_beams=1, **how, **own)
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept, holder.generation_config = holder.generation_config, plain  # what is not set is taken from there
+    first = 1 if start is not None else inputs["input_ids"].shape[1]
+    stops = StoppingCriteriaList([_Decided(first, decided)] if decided is not None else [])
     try:
-        tokens = model.generate(**inputs, generation_config=plain, streamer=streamer)
+        tokens = model.generate(**inputs, generation_config=plain, streamer=streamer, stopping_criteria=stops)
     finally:
         holder.generation_config = kept
-    answers = tokens[:, 1 if start is not None else inputs["input_ids"].shape[1] :].tolist()
+    answers = tokens[:, first:].tolist()
     return [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
+
+
+class _Decided(StoppingCriteria):
+    """Ends answers, which begin at token `first`, one by one."""
+
+    def __init__(self, first: int, decided: Callable[[int, list[int]], bool]) -> None:
+        self.first, self.decided = first, decided
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        found = [self.decided(row, answer) for row, answer in enumerate(input_ids[:, self.first :].tolist())]
+        return input_ids.new_tensor(found, dtype=torch.bool)

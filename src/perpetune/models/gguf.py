@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.errors import ModelError
@@ -33,14 +34,17 @@ def located(name: str | Path, loading: Loading) -> tuple[str, str | None]:
 @contextlib.contextmanager
 def parsed_once() -> Iterator[None]:
     """Within it, a GGUF file is parsed once: transformers does so for the configuration, the weights and the tokenizer,
-    and takes seconds for a vocabulary each time; and makes the table of tensor names anew for every module."""
+    and takes seconds for a vocabulary each time; and makes the table of tensor names anew for every module. What is
+    parsed are plain bytes: every slice of a `memmap` makes another one, and of those there are millions."""
     try:
         package = importlib.import_module("gguf")
     except ImportError:  # transformers says what to install
         yield
         return
     theirs = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, made in theirs.items():
+    data = property(lambda self: self._bytes, lambda self, found: setattr(self, "_bytes", np.asarray(found)))
+    reader = type("Reader", (theirs["GGUFReader"],), {"data": data})
+    for name, made in {**theirs, "GGUFReader": reader}.items():
         setattr(package, name, functools.cache(made))
     try:
         yield

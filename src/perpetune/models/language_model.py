@@ -237,7 +237,8 @@ class LanguageBackbone(Backbone):
 
     @torch.inference_mode()
     def answers(self, examples: Examples, batch_size: int, longest: int | None = None, **how: Any) -> list[str]:
-        """Generated answers, of at most so many tokens; `how` as in `answer_scoring.generate`, by default greedily."""
+        """Generated answers, of at most so many tokens; `how` as in `answer_scoring.generate`, by default greedily. An
+        answer ends where `decided` of its example, if there is one, is true of its text so far."""
         mine = [(k, i) for k, i in enumerate(range(0, len(examples), batch_size)) if dealt(k)]
         with self.asked():
             found = {i: self._answers(examples[i : i + batch_size], longest, **how) for _, i in mine}
@@ -246,6 +247,9 @@ class LanguageBackbone(Backbone):
 
     def _answers(self, examples: Examples, longest: int | None = None, **how: Any) -> list[str]:
         ends = (self.start, self.ends, self.tokens.pad, longest or self.longest)
+        if any("decided" in e for e in examples):
+            text = partial(self.processor.decode, skip_special_tokens=True)
+            how["decided"] = lambda row, tokens: examples[row]["decided"](text(tokens))
         tokens = scoring.generate(self.model, self.inputs(examples), *ends, **how)
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 

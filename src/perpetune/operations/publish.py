@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, RunError, first_line
+from ..core.files import write_text
+from ..learning.lora_factors import CONFIG
+from ..learning.routes import ROUTES
+from ..models.public_name import public_name
 
 
 def push_to_hub(folder: str | Path, repository: str, private: bool = True) -> str:
@@ -29,9 +39,10 @@ def push_to_hub(folder: str | Path, repository: str, private: bool = True) -> st
     api = HfApi()
     try:
         made = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
-        api.upload_folder(
-            repo_id=made.repo_id, folder_path=str(folder), repo_type="model", commit_message="Export from perpetune"
-        )
+        with _without_places(Path(folder)) as sent:
+            api.upload_folder(
+                repo_id=made.repo_id, folder_path=str(sent), repo_type="model", commit_message="Export from perpetune"
+            )
     except errors.HFValidationError as error:
         raise ConfigError(f"`{repository}` is no name of a repository (OWNER/NAME): {first_line(error)}") from error
     except (lost, errors.LocalTokenNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
@@ -46,3 +57,26 @@ def push_to_hub(folder: str | Path, repository: str, private: bool = True) -> st
         told = first_line(error).rstrip(".: ")
         raise RunError(f"{folder} is written, and not on the Hub as `{repository}` ({told}): {advice}") from error
     return str(made)
+
+
+@contextmanager
+def _without_places(folder: Path) -> Iterator[Path]:
+    """The folder, or a copy in which the base model is called by its name instead of a path here."""
+    named = {path: text for path in folder.rglob("*.json") if (text := _named(path)) is not None}
+    if not named:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as root:
+        aside = shutil.copytree(folder, Path(root) / "folder")
+        for path, text in named.items():
+            write_text(aside / path.relative_to(folder), text)
+        yield aside
+
+
+def _named(path: Path) -> str | None:
+    """The text of a file that names the base model by an absolute path, with its name instead; else None."""
+    key = {CONFIG: "base_model_name_or_path", ROUTES: "base_model"}.get(path.name)
+    told = json.loads(path.read_text(encoding="utf-8")) if key else {}
+    if key is None or not os.path.isabs(told.get(key) or ""):
+        return None
+    return json.dumps({**told, key: public_name(told[key])}, indent=1, ensure_ascii=False)
