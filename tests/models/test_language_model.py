@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from perpetune import ConfigError, Learner, ModelError, load_stream
@@ -317,24 +317,18 @@ def test_options_of_a_model_that_keeps_no_state(tiny_lm, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_fourteen_options_are_scored_three_times_faster_than_naively(tiny_lm, kind):
+def test_fourteen_options_are_scored_with_a_third_of_the_naive_work(tiny_lm, kind):
     model = loaded(tiny_lm(kind, [*"the a of in was built by near".split(), *DBPEDIA], width=64), labels=DBPEDIA)
     text = "the Company was built near a Village by a Athlete of the Plant in Film " * 4
     prompts = [f"Options: {', '.join(DBPEDIA)}\n{text[i:]}\nAnswer:" for i in range(16)]
     examples = model.prepare(rows(prompts))
 
-    def seconds(run, times):
-        seconds = []
-        for _ in range(times):
-            started = time.perf_counter()
-            result = run()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds), result
-
-    fast, found = seconds(lambda: model.outputs(examples, batch_size=16, classes=range(14)), 6)
-    slow, expected = seconds(lambda: naive(model, examples, range(14)), 2)
+    with FlopCounterMode(display=False) as ours:
+        found = model.outputs(examples, batch_size=16, classes=range(14))
+    with FlopCounterMode(display=False) as naively:
+        expected = naive(model, examples, range(14))
     assert torch.equal(found.argmax(1), expected.argmax(1))
-    assert slow > 3 * fast, (slow, fast)
+    assert naively.get_total_flops() > 3 * ours.get_total_flops() > 0
 
 
 # ---- answers ----
