@@ -57,6 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
     import hypothesis
     import torch
 
+    from tests import held_models
+
+    held_models.hold()
     hypothesis.settings.register_profile("perpetune", deadline=None, derandomize=True, database=None)
     hypothesis.settings.load_profile("perpetune")
     os.fsync = lambda descriptor: None  # what a test writes need not outlive the machine

@@ -465,13 +465,13 @@ def test_a_result_outlives_a_learner_without_a_directory(stream, model):
 
 @pytest.mark.real
 def test_a_real_encoder_on_real_tasks(streams_dir, minilm, tmp_path):
-    stream = load_stream(streams_dir / "cl-benchmark", tasks=["agnews", "sst2"], train_limit=40, test_limit=20)
+    stream = load_stream(streams_dir / "cl-benchmark", tasks=["agnews", "sst2"], train_limit=32, test_limit=20)
     result = Learner(
-        minilm, "olora", tmp_path / "r", heads=["linear", "ridge"], max_length=32, training={"num_train_epochs": 1}
+        minilm, "olora", tmp_path / "r", heads=["linear", "ridge"], max_length=24, training={"num_train_epochs": 1}
     ).learn(stream)
     assert result.config["model"]["pooling"] == "mean"
     assert result.matrix("ridge", "class").values[-1].mean() > 0.4  # six classes
-    zero_shot = Learner(minilm, "frozen_label_text", tmp_path / "z", max_length=32).learn(stream)
+    zero_shot = Learner(minilm, "frozen_label_text", tmp_path / "z", max_length=24).learn(stream)
     assert zero_shot.matrix("label_text", "task").baseline[0] > 0.4  # four topics, by their names alone
 
 

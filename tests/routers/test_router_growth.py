@@ -50,7 +50,7 @@ def test_the_sums_of_earlier_tasks_are_not_read_again_to_add_a_task(kind, monkey
         return call
 
     router, x, work = opened(kind()), samples(0, 40, seed=9)[0][:1], []
-    for task in range(24):
+    for task in range(18):
         router.observe(task, *samples(task))
         with monkeypatch.context() as patched:
             patched.setattr(SumsRouter, "_count", counted(SumsRouter._count))

@@ -130,7 +130,7 @@ def test_identity_at_the_start(d):
             assert torch.equal(rotate(x, blocks, radix), x) and torch.equal(rotate_back(x, blocks, radix), x)
 
 
-def test_orthogonal_after_a_thousand_steps():
+def test_orthogonal_after_hundreds_of_steps():
     """Angles cannot leave the rotations, however long they are trained; free blocks do."""
     generator = torch.Generator().manual_seed(0)
     d, x, W = 32, torch.randn(16, 32, generator=generator), torch.randn(8, 32, generator=generator)
@@ -138,8 +138,8 @@ def test_orthogonal_after_a_thousand_steps():
     off = {}
     for form in ("strict", "quasi"):
         p = torch.zeros(d - 1) if form == "strict" else from_identity(torch.zeros(d - 1, 2, 2))
-        optimizer = torch.optim.Adam([p.requires_grad_()], lr=1e-2)
-        for _ in range(1000):
+        optimizer = torch.optim.Adam([p.requires_grad_()], lr=3e-2)
+        for _ in range(400):
             optimizer.zero_grad()
             (rotate(x, _blocks(p)) @ W.T - y).square().mean().backward()
             optimizer.step()
