@@ -264,7 +264,7 @@ def test_a_recipe_with_a_router_is_plain_data_and_back():
     data = make_recipe("routed").to_dict()
     assert data["consolidation"]["router"]["type"] == "PooledRouter"
     again = Recipe.from_dict(data)
-    assert again.to_dict() == data and again.consolidation.router == PooledRouter(many_tasks=True)
+    assert again.to_dict() == data and again.consolidation.router == PooledRouter(many_tasks=True, together=True)
     assert "frozen" not in data["consolidation"]  # which came later
     product = make_recipe("routed_product")
     assert Recipe.from_dict(product.to_dict()).consolidation == product.consolidation

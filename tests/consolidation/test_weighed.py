@@ -221,3 +221,15 @@ def test_a_task_that_is_taken_out_takes_its_vote_along(stream, model, tmp_path, 
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ConfigError):
         WeighedPerTask(**settings)
+
+
+def test_the_router_is_asked_once_for_routes_and_scores(monkeypatch):
+    consolidation, asked, joint = made(BEST[0.5]), [], Frozen.log_joint
+    monkeypatch.setattr(Frozen, "log_joint", lambda self, f: asked.append(len(f)) or joint(self, f))
+    consolidation.router.known = {0: {}, 1: {}}
+    reading = Reading(4, lambda t, rows: rows[:, None])
+    weights = consolidation.weights(reading)
+    found = consolidation.scores(Head(), 3, reading, weights)
+    assert asked == [4]
+    again = consolidation.scores(Head(), 3, Reading(4, reading.read), weights)
+    assert asked == [4, 4] and torch.equal(again, found)

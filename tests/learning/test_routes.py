@@ -86,6 +86,9 @@ def synthetic(tasks, draw, n=60, width=8):
         RidgeRouter(reading="sum"),
         ClassRouter(16),
         PooledRouter(16),
+        RidgeRouter(together=True),
+        ClassRouter(16, together=True),
+        PooledRouter(16, together=True),
     ],
     ids=repr,
 )

@@ -84,7 +84,7 @@ def test_of_many_tasks_the_nearest_have_covariances_of_their_own(monkeypatch):
             cov = torch.linalg.inv(density.P[t]) if t in near else density.widened[t] * S
             expected[i, t] = multivariate_t.logpdf(row.numpy(), density.m[t].numpy(), cov.numpy() * 0.8, df=10)
     order = torch.tensor(router.fit().order)
-    monkeypatch.setattr("perpetune.routers.ridge.CLOSE", 2)
+    monkeypatch.setattr("perpetune.routers.density.CLOSE", 2)
     found = router.log_posterior(x)
     assert torch.allclose(found[:, order], expected.log_softmax(1), rtol=1e-8, atol=1e-8)
     assert not torch.allclose(found, full, atol=1e-3)
@@ -96,7 +96,7 @@ def test_the_nearest_sixteen_route_as_all_do(monkeypatch):
     router = router_of(list(enumerate(tasks)), width=24)
     x = torch.cat([samples(t, n=20, seed=7, width=24, spread=0.9)[0] for t in range(24)])
     found = router.route(x)
-    monkeypatch.setattr("perpetune.routers.ridge.CLOSE", 24)
+    monkeypatch.setattr("perpetune.routers.density.CLOSE", 24)
     assert 0.99 <= (router.route(x) == found).double().mean() and len(set(found.tolist())) == 24
 
 
@@ -152,7 +152,7 @@ def test_a_sample_alone_has_the_bits_that_it_has_in_a_batch(batch):
 def test_distances_in_chunks(monkeypatch):
     router, x = router_of([(t, samples(t)) for t in range(3)]), samples(0, seed=7)[0]
     whole = router.log_posterior(x)
-    monkeypatch.setattr("perpetune.routers.ridge.ENTRIES", 60)
+    monkeypatch.setattr("perpetune.routers.density.ENTRIES", 60)
     assert torch.equal(router.log_posterior(x), whole)
 
 

@@ -147,11 +147,14 @@ class PerTask(AdapterPerTask):
         features = reading.all(None)
         if self.candidates == 1 or not self.router.calibrated:
             return weights.scatter_(1, self.router.route(features).cpu()[:, None], 0.0)
-        log_p = self.router.log_posterior(features).cpu().to(weights)
+        log_p = self._log_posterior(reading).cpu().to(weights)
         ordered, tasks = log_p.sort(dim=1, descending=True, stable=True)
         before = ordered.exp().cumsum(1) - ordered.exp()  # held by those ahead of a candidate
         tried = (before < self.mass) & (torch.arange(log_p.shape[1]) < self.candidates)
         return weights.scatter_(1, tasks, ordered.masked_fill(~tried, -torch.inf))
+
+    def _log_posterior(self, reading: Reading) -> Tensor:
+        return self.router.log_posterior(reading.all(None))
 
     def scores(self, head: Head, classes: int, reading: Reading, weights: Tensor) -> Tensor:
         """log p(c | x) = log sum_t p(t | x) p(c | x, t), (N x C), fp64: over the tasks that each input is shown to.

@@ -25,6 +25,13 @@ class Reading:
 
     def __init__(self, count: int, read: Callable[[int | None, Tensor], Tensor]) -> None:
         self.count, self.read = count, read
+        self._made: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is made of all inputs, made when it is first asked for."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def all(self, task: int | None) -> Tensor:
         """Every input under one state."""

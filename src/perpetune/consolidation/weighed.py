@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import datasets
@@ -141,12 +142,18 @@ class WeighedPerTask(PerTask):
     def _opinions(self) -> tuple[float, float]:
         return (0.0 if self._weighs else self.prior), 0.0
 
+    def _log_joint(self, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+        assert isinstance(self.router, LDARouter)
+        return reading.once("joint", partial(self.router.log_joint, reading.all(None)))
+
+    def _log_posterior(self, reading: Reading) -> Tensor:
+        return over_classes(*self._log_joint(reading)[:2])
+
     def scores(self, head: Head, classes: int, reading: Reading, weights: Tensor) -> Tensor:
         """log p(c | x), (N x C), fp64; tasks that `weights` leaves out share what probability it leaves."""
         if not self._mixes():
             return super().scores(head, classes, reading, weights)
-        assert isinstance(self.router, LDARouter)
-        (joint, task_of, class_of), w = self.router.log_joint(reading.all(None)), self.weight
+        (joint, task_of, class_of), w = self._log_joint(reading), self.weight
         log_t = over_classes(joint, task_of)
         weights = F.pad(weights.double().cpu(), (0, log_t.shape[1] - weights.shape[1]), value=-torch.inf)
         shown = weights > -torch.inf

@@ -11,6 +11,7 @@ from torch import Tensor
 DRAWS = 2**14  # of all classes together: a standard error of about 0.25 points at an accuracy of 90 %
 FEWEST_DRAWS = 32  # of a class
 ENTRIES = 2**21  # numbers held at a time
+FEW_ENTRIES = 2**19  # numbers drawn where the first classes tell enough
 TEMPERATURES = torch.logspace(-1, 2, 61, dtype=torch.float64)  # 20 a decade
 STRIDE = 8  # of the values that are tried first
 
@@ -62,24 +63,44 @@ class HoldoutMoments:
         return found
 
     def temperature(self, linear: Linear) -> float:
-        """tau of the grid with the least expected log-loss of softmax_c ((h Theta + b)_c / tau).
+        """tau of the grid with the least expected log-loss of softmax_c ((h Theta + b)_c / tau)."""
+        return self.calibrated(linear)[0]
 
-        It is convex in 1 / tau: a few values of the grid tell between which of them the least one lies.
+    def calibrated(self, linear: Linear, groups: Tensor | None = None, shown: int | None = None) -> tuple[float, float]:
+        """tau of the grid with the least expected log-loss of softmax_c ((h Theta + b)_c / tau), and this loss in nats.
+
+        It is convex in 1 / tau of a class, and nearly so of a group: a few values of the grid tell between which of
+        them the least one lies.
+
+        Args:
+            groups: of each class, what it belongs to (C,): the loss of the group, whose classes are added up.
+            shown: so many classes, the first, tell how it does on all.
         """
-        least = int(self.log_losses(linear, TEMPERATURES[::STRIDE]).argmin()) * STRIDE
+        least = int(self.log_losses(linear, TEMPERATURES[::STRIDE], groups, shown).argmin()) * STRIDE
         near = TEMPERATURES[max(0, least - STRIDE + 1) : least + STRIDE]
-        return float(near[self.log_losses(linear, near).argmin()])
+        losses = self.log_losses(linear, near, groups, shown)
+        return float(near[losses.argmin()]), float(losses.min())
 
-    def log_losses(self, linear: Linear, temperatures: Tensor = TEMPERATURES) -> Tensor:
+    def log_losses(
+        self,
+        linear: Linear,
+        temperatures: Tensor = TEMPERATURES,
+        groups: Tensor | None = None,
+        shown: int | None = None,
+    ) -> Tensor:
         """That log-loss, in nats a sample, for each tau, (61,)."""
         losses = torch.zeros(len(temperatures), dtype=torch.float64)
-        for s, own, weight in self._drawn(linear):
+        for s, own, weight in self._drawn(linear, shown):
             of_own = s.gather(2, own[:, None, None].expand(-1, s.shape[1], 1))[..., 0]
+            others = None if groups is None else (groups[own][:, None] != groups)[:, None]  # (k x 1 x C)
             for k, tau in enumerate(temperatures):
-                losses[k] += (((s / tau).logsumexp(2) - of_own / tau).mean(1) * weight).sum()
-        return losses / float(self.n.sum())
+                right = of_own / tau
+                if others is not None:
+                    right = (s / tau).masked_fill(others, -torch.inf).logsumexp(2)
+                losses[k] += (((s / tau).logsumexp(2) - right).mean(1) * weight).sum()
+        return losses / float(self.n[:shown].sum())
 
-    def _drawn(self, linear: Linear) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _drawn(self, linear: Linear, shown: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Scores of some classes at a time (k x draws x C), their indices (k,) and weights (k,)."""
         Theta, offset = linear
         centres = self.means.T @ Theta  # (present x C)
@@ -87,10 +108,13 @@ class HoldoutMoments:
             centres = centres + offset
         d, U = torch.linalg.eigh(Theta.T @ self.S @ Theta)
         root = U * d.clamp(min=0).sqrt()  # root root^T = Theta^T S Theta
-        C, draws = len(root), max(FEWEST_DRAWS, DRAWS // len(self.present))
+        count = len(self.present[:shown])
+        C, draws = len(root), max(FEWEST_DRAWS, DRAWS // count)
+        if shown is not None:
+            draws = max(1, min(draws, FEW_ENTRIES // (count * C)))
         D = None if self.D is None else self.D @ Theta  # (present x B x C)
         shards = 0 if D is None else D.shape[1]
-        parts = torch.arange(len(self.present)).split(max(1, ENTRIES // (draws * C)))
+        parts = torch.arange(count).split(max(1, ENTRIES // (draws * C)))
         g = torch.Generator().manual_seed(0)
         for rows in parts:
             size = (len(rows), draws, C, shards)

@@ -75,7 +75,7 @@ def routed(
     return Recipe(
         lora_config(rank, alpha, target, dropout),
         [],
-        PerTask(PooledRouter(many_tasks=True), candidates, mass, prior),
+        PerTask(PooledRouter(many_tasks=True, together=True), candidates, mass, prior),
         training=LORA_TRAINING,
     )
 
@@ -95,7 +95,7 @@ def routed_product(
     random features and discriminant analysis, with temperatures from hold-out moments, and both route as well. Where
     all tasks ask the same (new domains) p_frozen does not count; language models are read as under `routed`.
     """
-    router = PooledRouter(many_tasks=True, discriminants=True)
+    router = PooledRouter(many_tasks=True, together=True, discriminants=True)
     return Recipe(
         lora_config(rank, alpha, target, dropout),
         [],
@@ -120,7 +120,7 @@ def routed_layers(
     the frozen expert at its full weight, as the better one that it is. Where all tasks have the same classes the routed
     adapters decide alone; language models, which are read at their last layer, are read as under `routed`.
     """
-    router = PooledRouter(many_tasks=True, discriminants=True)
+    router = PooledRouter(many_tasks=True, together=True, discriminants=True)
     return Recipe(
         lora_config(rank, alpha, target, dropout),
         [],
@@ -148,7 +148,7 @@ def default(
     not help, the frozen model predicts alone. Where all tasks have the same classes the routed adapters decide;
     language models are read as under `routed`.
     """
-    router = LDARouter(features, many_tasks=True, map="kernel_normalised", gamma=GAMMA, ridge=True)
+    router = LDARouter(features, many_tasks=True, together=True, map="kernel_normalised", gamma=GAMMA, ridge=True)
     return Recipe(
         lora_config(rank, alpha, target, dropout),
         [],

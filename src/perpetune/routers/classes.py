@@ -14,7 +14,7 @@ from ..heads.holdout import FEWEST_DRAWS
 from ..heads.moments import MomentsHead
 from ..heads.ridge import FEWEST, solve
 from .base import RouterError, State
-from .sums import SumsRouter, holds_for_most
+from .sums import SumsRouter
 
 SAMPLED = 64  # tasks of which the moments of a softmax's temperature are taken, where there may be many
 DRAWS = 4096  # of which the expected log-loss is made; 20 temperatures a decade, 1e-4 to 10
@@ -45,12 +45,16 @@ class ClassRouter(SumsRouter):
     are taken over the first 64 in the order of their own, and of more than 256 columns there are fewer draws: a fit
     then costs no more with a thousand tasks, but for the K columns of Theta.
 
+    With `together` ten samples of all tasks in either fold are enough. Where tasks have too few of their own, tau has
+    the least expected log-loss of the *task* on the hold-outs of all of them (`SumsRouter.tempered`): independent
+    scores, of which none is near the right one, would be too sure of many classes.
+
     Stored for a task: 8 M^2 bytes (8 MB at M = 1,024).
 
     Args:
         features: M, random features; 0 for ridge on the features as they are.
         holdout, bits: see `RidgeHead`.
-        many_tasks: see above.
+        many_tasks, together: see above.
 
     Raises:
         ConfigError: an argument out of range.
@@ -60,6 +64,7 @@ class ClassRouter(SumsRouter):
     holdout: float = 0.2
     bits: int = 17
     many_tasks: bool = field(default=False, metadata={"unwritten": False})
+    together: bool = field(default=False, metadata={"unwritten": False})
 
     def kinds(self, labels: Sequence[str]) -> Sequence[str]:
         return labels
@@ -79,7 +84,10 @@ class ClassRouter(SumsRouter):
             )
             task_of = torch.tensor([task for _, task, _ in pairs])
             class_of = torch.tensor([self.labels.index(name) for _, _, name in pairs])
-            tau = self._temperature(head, order, task_of) if self.calibrated else None
+            tau = None
+            if self.calibrated:
+                alone = self.enough
+                tau = self._temperature(head, order, task_of) if alone else self._tempered(head, task_of)[0]
             self._fitted = head, task_of, class_of, tau
         return self._fitted
 
@@ -120,10 +128,11 @@ class ClassRouter(SumsRouter):
 
     @property
     def calibrated(self) -> bool:
-        if len(self.known) < 2:
-            return False
-        folds = torch.stack([state["counts"].sum(1) for state in self.known.values()])  # (T x 2)
-        return holds_for_most(folds.min(1).values >= FEWEST, self.many_tasks)
+        return len(self.known) > 1 and (self.enough or self.enough_together)
+
+    def tempered(self) -> tuple[float, float]:
+        head, task_of, _, _ = self.fit()
+        return self._tempered(head, task_of)
 
     def _scores(self, features: Tensor) -> Tensor:
         return self.fit()[0].scores(self.checked_queries(features))  # (N x K)

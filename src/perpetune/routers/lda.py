@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..heads.exact_sums import exact_matmul
 from ..heads.feature_maps import Kind
+from ..heads.holdout import Linear
 from ..heads.lda import LDAHead
 from ..heads.lda_ridge import LDARidgeHead
 from ..heads.moments import MomentsHead
@@ -51,6 +52,9 @@ class LDARouter(ClassRouter):
     def _temperature(self, head: MomentsHead, order: Sequence[int], task_of: Tensor) -> float:
         return _tempered(head, range(len(head.labels)))[2]
 
+    def _train_fold(self, head: MomentsHead) -> tuple[Linear, float]:
+        return _of_train_fold(head, range(len(head.labels))), 1.0
+
     def alone(self, features: Tensor, task: int) -> Tensor:
         """log p(c | x, t) of the train fold of this task alone, (N x C), -inf for all other classes: for samples of its
         hold-out fold, which this prediction has not seen. Other tasks do not change a bit of it."""
@@ -67,8 +71,12 @@ class LDARouter(ClassRouter):
 def _tempered(head: MomentsHead, classes: Sequence[int]) -> tuple[Tensor, Tensor, float]:
     """Theta (M x k) and offsets (k,) of the train fold, and the temperature with the least expected log-loss on the
     hold-out."""
-    assert isinstance(head, LDAHead)
-    a, (G, Q, n) = head.fit()[2], head.moments(classes)
-    Theta, offset = head.linear(G[0], Q[0], n[0], a)
+    Theta, offset = _of_train_fold(head, classes)
     assert offset is not None
     return Theta, offset, head.holdout_moments(classes).temperature((Theta, offset))
+
+
+def _of_train_fold(head: MomentsHead, classes: Sequence[int]) -> Linear:
+    assert isinstance(head, LDAHead)
+    a, (G, Q, n) = head.fit()[2], head.moments(classes)
+    return head.linear(G[0], Q[0], n[0], a)

@@ -14,6 +14,9 @@ from .base import Router, State
 from .classes import ClassRouter
 from .lda import LDARouter
 from .ridge import RidgeRouter
+from .sums import SumsRouter
+
+LEAST = 1e-3  # nats, of an expected log-loss
 
 
 @dataclass
@@ -26,9 +29,13 @@ class PooledRouter(Router):
     With `discriminants` a third takes part, p_L of `LDARouter` on features of length 1, and the exponent is 1/3. Among
     the classes of all tasks the pool then predicts p(c | x) ~ (p_C(c | x) p_L(c | x))^(1/2), and p_C(c | x) without.
 
+    With `together` there is a pool where tasks have too few samples for moments of their own, too, and experts count by
+    what hold-outs of all tasks together expect of them (`SumsRouter.tempered`): exponents in proportion to e^-2, e the
+    log-loss of the task. Ridge on two hundred tasks of thirty samples knows little that their classes do not.
+
     Args:
         features: random features of the `ClassRouter`; 0 for none.
-        many_tasks: see `RidgeRouter` and `ClassRouter`.
+        many_tasks: see `RidgeRouter` and `ClassRouter`; together: see above.
         discriminants: see above.
 
     Raises:
@@ -38,15 +45,16 @@ class PooledRouter(Router):
     features: int = 1024
     many_tasks: bool = field(default=False, metadata={"unwritten": False})
     discriminants: bool = field(default=False, metadata={"unwritten": False})
-    _experts: dict[str, Router] = field(default_factory=dict, init=False, repr=False, compare=False)
+    together: bool = field(default=False, metadata={"unwritten": False})
+    _experts: dict[str, SumsRouter] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._experts = {
-            "tasks": RidgeRouter(many_tasks=self.many_tasks),
-            "classes": ClassRouter(self.features, many_tasks=self.many_tasks),
+            "tasks": RidgeRouter(many_tasks=self.many_tasks, together=self.together),
+            "classes": ClassRouter(self.features, many_tasks=self.many_tasks, together=self.together),
         }
         if self.discriminants:
-            self._experts["discriminants"] = LDARouter(many_tasks=self.many_tasks)
+            self._experts["discriminants"] = LDARouter(many_tasks=self.many_tasks, together=self.together)
 
     def open(self, width: int, labels: Sequence[str], *, seed: int) -> None:
         for expert in self._experts.values():
@@ -104,19 +112,29 @@ class PooledRouter(Router):
 
     def log_posterior(self, features: Tensor) -> Tensor:
         self.check_observed()
-        pooled = sum(expert.log_posterior(features) / len(self._experts) for expert in self._experts.values())
+        parts = self._parts()
+        pooled = sum(expert.log_posterior(features) / parts[name] for name, expert in self._experts.items())
         assert isinstance(pooled, Tensor)
         return torch.log_softmax(pooled, 1)
 
+    def _parts(self) -> dict[str, float]:
+        """One over the exponent of each expert."""
+        if all(expert.enough for expert in self._experts.values()) or not self.calibrated:
+            return dict.fromkeys(self._experts, float(len(self._experts)))
+        losses = {name: max(expert.tempered()[1], LEAST) for name, expert in self._experts.items()}
+        total = sum(loss**-2 for loss in losses.values())
+        return {name: total * loss**2 for name, loss in losses.items()}
+
     def plain(self) -> tuple[dict[str, Any], State] | None:
-        """See `Router.plain`: both experts; names of tensors are preceded by `tasks.` and `classes.`. None
-        with discriminants."""
+        """See `Router.plain`: both experts; names of tensors are preceded by `tasks.` and `classes.`; and the exponent
+        of the first, where there is a posterior. None with discriminants."""
         if self.discriminants:
             return None
         parts = {name: expert.plain() for name, expert in self._experts.items()}
         settings = {name: part[0] for name, part in parts.items() if part}
         tensors = {f"{name}.{k}": v for name, part in parts.items() if part for k, v in part[1].items()}
-        return {"type": self._name, "experts": settings}, tensors
+        share = 1 / self._parts()["tasks"] if self.calibrated else None
+        return {"type": self._name, "experts": settings, "share": share}, tensors
 
     def log_within(self, features: Tensor, task: int) -> Tensor | None:
         return self._experts["classes"].log_within(features, task)

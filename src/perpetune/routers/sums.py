@@ -2,6 +2,9 @@
 
 The sum over all tasks is held: a new task is added to it, and one that is forgotten or observed again is taken out.
 Since sums are exact, the bits are those of a sum made anew.
+
+Tasks with too few samples for moments of their own share what the hold-outs of all tasks say together. These are sums,
+too: neither the order of tasks matters nor a task that was taken out.
 """
 
 from __future__ import annotations
@@ -15,10 +18,14 @@ import torch
 from torch import Tensor
 
 from ..heads.exact_sums import FEATURES, GAUSSIAN
+from ..heads.holdout import Linear
+from ..heads.lda_ridge import SCALE
 from ..heads.moments import MomentsHead
-from ..heads.ridge import RidgeHead
+from ..heads.ridge import FEWEST, RidgeHead, solve
 from ..heads.statistics import symmetric
 from .base import Router, RouterError, State
+
+SHOWN = 128  # classes of which the expected log-loss is taken, where there are many
 
 
 @dataclass
@@ -26,13 +33,16 @@ class SumsRouter(Router):
     """Stores of each task the state of a `RidgeHead`, or of another head on moments, that has seen this task alone.
 
     A subclass has the settings `features`, `holdout` and `bits` of that head, names the `kinds` that it counts apart
-    within a task, and fits itself in `fit`.
+    within a task, and fits itself in `fit`. A router with `together` has a posterior as soon as all tasks together have
+    10 samples in either fold: one temperature for all of them, see `tempered`.
     """
 
+    many_tasks, together = False, False
     features: Any = field(init=False, repr=False, compare=False)
     holdout: Any = field(init=False, repr=False, compare=False)
     bits: Any = field(init=False, repr=False, compare=False)
     _fitted: Any = field(default=None, init=False, repr=False, compare=False)
+    _shared: tuple[float, float] | None = field(default=None, init=False, repr=False, compare=False)
     _one: MomentsHead = field(init=False, repr=False, compare=False)  # for one task at a time
     _total: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _added: dict[int, tuple[State, bytes]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -74,7 +84,44 @@ class SumsRouter(Router):
         self._one.check_state(state)
 
     def changed(self) -> None:
-        self._fitted = None
+        self._fitted = self._shared = None
+
+    # ---- how sure it may be ----
+
+    @property
+    def enough(self) -> bool:
+        """Whether tasks have samples enough in either fold for moments of their own: 10 and, of a router whose tasks
+        can share theirs, half as many as there are tasks. With `many_tasks`, half of the tasks need them."""
+        least = max(FEWEST, len(self.known) / 2) if self.together else FEWEST
+        enough = self._folds().min(1).values >= least
+        return bool(enough.all()) if not self.many_tasks else 2 * int(enough.sum()) >= len(enough)
+
+    @property
+    def enough_together(self) -> bool:
+        """Whether all tasks together have samples enough to share a temperature, and do."""
+        return self.together and len(self.known) > 1 and int(self._folds().sum(0).min()) >= FEWEST
+
+    def _folds(self) -> Tensor:
+        """Samples of each task in either fold, (T x 2)."""
+        return torch.stack([state["counts"].sum(1) for state in self.known.values()])
+
+    def tempered(self) -> tuple[float, float]:
+        """tau with which softmax (s / tau) has the least expected log-loss of the task on the hold-outs of all tasks
+        together, and this loss in nats a sample."""
+        raise NotImplementedError
+
+    def _tempered(self, head: MomentsHead, groups: Tensor | None = None) -> tuple[float, float]:
+        """See `tempered`; groups: of each column of the head, its task (K,), where a task has several."""
+        if self._shared is None:
+            linear, unit = self._train_fold(head)
+            tau, loss = head.holdout_moments(head.seen()).calibrated(linear, groups, SHOWN)
+            self._shared = tau * unit, loss
+        return self._shared
+
+    def _train_fold(self, head: MomentsHead) -> tuple[Linear, float]:
+        """What the train fold alone would predict with, and the unit of its scores in those of the head."""
+        G, Q, _ = head.moments(head.seen())
+        return (solve(G[0], Q[0], head.fit()[2]) * SCALE, None), 1 / SCALE
 
     def _plain(self, head: MomentsHead, task_of: Sequence[int]) -> tuple[dict[str, Any], State]:
         """See `Router.plain`: scores s = round(h / grid[1]) theta, h = relu(f `projection`), or f where there is none,
@@ -127,8 +174,3 @@ class SumsRouter(Router):
 
 def _digest(state: State) -> bytes:
     return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in ("cross", "gram"))).digest()
-
-
-def holds_for_most(enough: Tensor, many_tasks: bool) -> bool:
-    """Whether tasks (T,) have samples enough for a posterior: all of them, or at least half where there are many."""
-    return bool(enough.all()) if not many_tasks else 2 * int(enough.sum()) >= len(enough)
