@@ -26,7 +26,7 @@ from .adopt import adopt
 from .config import RunConfig
 from .general import read_general
 from .generation import Generation, generate
-from .opening import arguments_of, folder_of, going_on, reopened
+from .opening import arguments_of, as_begun, folder_of, going_on, reopened
 from .retry import Accept, with_settings
 from .revert import revert
 from .setup import Setup
@@ -87,6 +87,7 @@ class Learner:
             made = made.with_heads([h if isinstance(h, Head) else make_head(h) for h in heads])
         device = meeting.join(device)
         path, self._temporary = folder_of(run)
+        made = as_begun(made, recipe, path)
         self.setup = Setup(
             model=InMemory.of(model, processor) or (str(model) if model is not None else None),
             recipe=made,

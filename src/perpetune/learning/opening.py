@@ -19,6 +19,8 @@ from ..core.processes import launched
 from ..models.backbone import Backbone
 from ..models.in_memory import DECIDED, InMemory
 from ..models.precision import Loading
+from ..recipes import make_recipe
+from ..recipes.recipe import Recipe
 from ..runs.commit import active, reverted
 from ..runs.config_check import BATCH, together
 from ..runs.config_file import CONFIG, read_config
@@ -73,6 +75,25 @@ def going_on(config: RunConfig) -> dict[str, Any]:
     written = read_config(Path(config.out))
     recipe = {} if "recipe" in config.model_fields_set else {"recipe": written["recipe"]}
     return {**recipe, "model": config.model or written.get("model_name")}
+
+
+def as_begun(made: Recipe, given: str | dict[str, Any] | Recipe, path: Path) -> Recipe:
+    """The recipe of the run that goes on there, if an earlier version began it: where the recipe now has settings that
+    the run does not know, and that are not `given`, the run keeps what it began with."""
+    if isinstance(given, Recipe) or not (path / CONFIG).is_file():
+        return made
+    written = read_config(path)["recipe"]
+    return make_recipe(written) if _same_but_new(written, plain(made.to_dict()), str(given)) else made
+
+
+def _same_but_new(old: Any, new: Any, given: str) -> bool:
+    """Whether all that `old` says is said by `new`, and what else `new` says is not given."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        known = all(name in new and _same_but_new(value, new[name], given) for name, value in old.items())
+        return known and not any(name in given for name in new.keys() - old.keys())
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return all(_same_but_new(a, b, given) for a, b in zip(old, new, strict=True))
+    return bool(old == new)
 
 
 def arguments_of(path: Path, given: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
