@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 HELD: dict[Any, Any] = {}
+PADDED: dict[Any, bool] = {}
 TINY = 2_000_000  # bytes of a folder; others are read anew
 
 
@@ -29,6 +30,25 @@ def hold() -> None:
         return copy.deepcopy(HELD[found])
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    _hold_padding()
+
+
+def _hold_padding() -> None:
+    """How an encoder of these files reads its padding is tried once."""
+    from perpetune.models import loading
+
+    settle = loading.settle_padding
+
+    def settled(backbone: Any) -> None:
+        how = {"pooling": backbone.pooling, "max_length": backbone.max_length}
+        found = key(type(backbone.model), backbone.name, how)
+        if found not in PADDED:
+            settle(backbone)
+            if found is not None:
+                PADDED[found] = backbone.pads_all
+        backbone.pads_all = PADDED.get(found, backbone.pads_all)
+
+    loading.settle_padding = settled
 
 
 def key(cls: Any, name: Any, options: dict[str, Any]) -> Any:

@@ -21,8 +21,7 @@ PROJECTION = [name for name in RECIPES if name.startswith(("pegp", "gpm")) and n
 ROTATIONS = ["oft", "goft", "qgoft"]
 OTHERS = ["sequential", "sotu", "task_arithmetic", "child_tuning_f", "child_tuning_d", "sam", "replay", *ROTATIONS]
 # architectures differ in the layers that are tuned, and are tried with recipes that differ in what they tune or see
-ON_T5 = ["lora", "olora", "inflora", "sequential", "sotu", "goft", "gpm", "pegp_lora_fresh"]
-ON_T5 += ["pegp_adapter", "pegp_prompt", "pegp_prefix", "pegp_ia3"]
+ON_T5 = ["lora", "inflora", "sotu", "goft", "gpm", "pegp_lora_fresh", "pegp_adapter", "pegp_prompt", "pegp_prefix"]
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
 
 

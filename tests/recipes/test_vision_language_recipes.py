@@ -19,8 +19,7 @@ from perpetune.rules.linear_sites import linear_sites
 from perpetune.tuners import as_tuner
 
 # recipes that differ in what they tune or see: a tower changes nothing else
-CASES = ["lora", "olora", "inflora", "sequential", "sotu", "oft", "gpm", "pegp_lora_fresh"]
-CASES += ["pegp_adapter", "pegp_prompt", "pegp_prefix", "pegp_ia3"]
+CASES = ["lora", "inflora", "sotu", "oft", "gpm", "pegp_lora_fresh", "pegp_adapter", "pegp_prompt", "pegp_prefix"]
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
 TASKS = {
     "films": [("a great film?", "good"), ("the <image> movie", "bad")],

@@ -11,7 +11,7 @@ from torch import Tensor
 DRAWS = 2**14  # of all classes together: a standard error of about 0.25 points at an accuracy of 90 %
 FEWEST_DRAWS = 32  # of a class
 ENTRIES = 2**21  # numbers held at a time
-FEW_ENTRIES = 2**19  # numbers drawn where the first classes tell enough
+FEW_DRAWS, FEW_ENTRIES = 2**11, 2**19  # of all classes, and numbers in them, where the first classes tell enough
 TEMPERATURES = torch.logspace(-1, 2, 61, dtype=torch.float64)  # 20 a decade
 STRIDE = 8  # of the values that are tried first
 
@@ -111,7 +111,7 @@ class HoldoutMoments:
         count = len(self.present[:shown])
         C, draws = len(root), max(FEWEST_DRAWS, DRAWS // count)
         if shown is not None:
-            draws = max(1, min(draws, FEW_ENTRIES // (count * C)))
+            draws = max(1, min(FEW_DRAWS // count, FEW_ENTRIES // (count * C)))
         D = None if self.D is None else self.D @ Theta  # (present x B x C)
         shards = 0 if D is None else D.shape[1]
         parts = torch.arange(count).split(max(1, ENTRIES // (draws * C)))
