@@ -247,3 +247,8 @@ def test_an_error_of_one_is_told_by_it(tmp_path):
     end.unlink()
     said = together(tmp_path, ends(RunError("it is wrong there"), end), ends(error, listens=SHORT))
     assert said == ["perpetune: it is wrong there\n", "perpetune: it is wrong here\n"]
+
+
+def test_a_device_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="there is no device `1`: give cpu, cuda or cuda:1"):
+        meeting.join("1")

@@ -104,6 +104,7 @@ def test_a_schedule_is_made_beforehand(texts, value):
         ({"optim": "adam"}, "adam is not a valid OptimizerNames"),
         ({"dataloader_persistent_workers": True}, "persistent_workers"),
         ({"adam_beta1": 2}, "Invalid beta"),
+        ({"report_to": [1]}, "report_to: there is no `1`: known are: "),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "leave it out"),
     ],
 )

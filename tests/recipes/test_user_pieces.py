@@ -295,3 +295,9 @@ def test_numbers_that_yaml_reads_as_text_are_one_recipe():
     assert recipes[0].to_dict() == recipes[1].to_dict()
     assert recipes[0].training == {"learning_rate": 0.002, "warmup_steps": 10, "lr_scheduler_type": "linear"}
     assert isinstance(recipes[0].training["warmup_steps"], int)
+
+
+def test_settings_that_peft_refuses_are_one_line():
+    recipe = {**pt.make_recipe("lora").to_dict(), "tuner": {"type": "LoraConfig", "target_modules": [[]]}}
+    with pytest.raises(pt.ConfigError, match=r"peft refuses the settings of LoraConfig \(unhashable type: 'list'\)"):
+        pt.make_recipe(recipe)

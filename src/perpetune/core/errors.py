@@ -55,7 +55,7 @@ def first_line(error: BaseException) -> str:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names nearest to `name`, as a phrase to end an error message with."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
+    close = difflib.get_close_matches(str(name), known, n=count, cutoff=0.4)
     if close:
         return "did you mean " + " or ".join(f"`{c}`" for c in close) + "?"
     return "known are: " + ", ".join(known)

@@ -59,8 +59,8 @@ def join(device: str | torch.device | None) -> torch.device:
         The device of this process: of several accelerators the one that is its own.
 
     Raises:
-        ConfigError: they were started for an engine that keeps weights where rules do not find them, or compiled; or
-            the place where they meet is taken.
+        ConfigError: no such device; they were started for an engine that keeps weights where rules do not find them, or
+            compiled; or the place where they meet is taken.
         LostProcess: the others do not come.
     """
     for name, engine in OTHER_ENGINES.items():
@@ -78,7 +78,10 @@ def join(device: str | torch.device | None) -> torch.device:
 
     from .environment import default_device
 
-    device = default_device() if device is None else torch.device(device)
+    try:
+        device = default_device() if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"there is no device `{device}`: give cpu, cuda or cuda:1, or leave it out") from error
     if launched() == 1:
         return device
     from accelerate import PartialState

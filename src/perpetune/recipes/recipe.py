@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..consolidation import CONSOLIDATIONS, Consolidation, Continue
-from ..core.errors import ConfigError, nearest
+from ..core.errors import ConfigError, first_line, nearest
 from ..core.plugins import with_installed
 from ..core.validation import call_checked, number
 from ..deltas.combination import Combination
@@ -180,7 +180,10 @@ def _make_tuner(data: Any) -> Any:
     for key in settings:
         if key not in names:
             raise ConfigError(f"{kind} has no setting `{key}`: {nearest(key, names)}")
-    return config(**settings)
+    try:
+        return config(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"peft refuses the settings of {kind} ({first_line(error)}): mend them") from error
 
 
 def _kind(data: Any, slot: str) -> str:
