@@ -145,6 +145,7 @@ def test_options_win_over_the_file_key_by_key(tmp_path):
     [
         (["--columns", "a"], "--columns takes name=value, not `a`"),
         (["--drift-length", "1,x"], "--drift-length takes whole numbers"),
+        (["--drift-length", "{1: 2}"], "--drift-length takes whole numbers, 0,1,2, not"),
         (["--drift-length", "1"], "setting `stream.drift.length"),
         (["--set", "x=["], "--set cannot be read"),
         (["--heads", "{"], "--heads cannot be read"),

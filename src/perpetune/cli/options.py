@@ -164,8 +164,8 @@ def whole_numbers(option: str, items: str | list[str]) -> list[int]:
     parts = _items(option, items) if isinstance(items, str) else items
     try:
         return [int(part) for part in parts]
-    except ValueError:
-        raise ConfigError(f"{option} takes whole numbers, 0,1,2, not `{','.join(parts)}`") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"{option} takes whole numbers, 0,1,2, not `{','.join(map(str, parts))}`") from None
 
 
 def imports(modules: list[str] | None) -> None:
