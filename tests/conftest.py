@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-    gc.set_threshold(10_000)  # few of the objects that tests make outlive a test
+    gc.set_threshold(100_000)  # few of the objects that tests make outlive a test
     gc.enable()
 
 

@@ -10,7 +10,7 @@ from benchmarks import certificate
 from benchmarks.certificate import Found, Row
 from benchmarks.certificate_page import capacity
 
-TASKS = 30
+TASKS = 24
 
 
 @pytest.fixture(scope="module")
