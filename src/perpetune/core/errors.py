@@ -52,7 +52,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: object, known: Iterable[str], count: int = 3) -> str:
     """The known names nearest to `name`, as a phrase to end an error message with."""
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=count, cutoff=0.4)

@@ -109,8 +109,10 @@ class HoldoutMoments:
         d, U = torch.linalg.eigh(Theta.T @ self.S @ Theta)
         root = U * d.clamp(min=0).sqrt()  # root root^T = Theta^T S Theta
         count = len(self.present[:shown])
-        C, draws = len(root), max(FEWEST_DRAWS, DRAWS // count)
-        if shown is not None:
+        C = len(root)
+        if shown is None:
+            draws = max(FEWEST_DRAWS, DRAWS // count)
+        else:
             draws = max(1, min(FEW_DRAWS // count, FEW_ENTRIES // (count * C)))
         D = None if self.D is None else self.D @ Theta  # (present x B x C)
         shards = 0 if D is None else D.shape[1]

@@ -107,6 +107,7 @@ def arguments_of(path: Path, given: dict[str, Any]) -> tuple[Any, Any, dict[str,
     """
     config, given = read_config(path), dict(given)
     given = {**settled(config), **given}
+    own = "recipe" not in given
     name, recipe = given.pop("model", None), given.pop("recipe", config["recipe"])
     if name is None and config.get("in_memory"):
         raise RunError(
@@ -120,6 +121,8 @@ def arguments_of(path: Path, given: dict[str, Any]) -> tuple[Any, Any, dict[str,
     # what had no effect was once taken and is refused now: without it the run is what it was
     training = {k: v for k, v in config["training"].items() if k not in REFUSED}
     training[BATCH] = _share(path, config)
+    if own:
+        recipe = make_recipe(recipe)  # made, so that `as_begun` need not compare it with itself
     return name, recipe, {"training": training, "seed": config["seed"], **loading, **given}
 
 
