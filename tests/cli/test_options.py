@@ -140,6 +140,17 @@ def test_options_win_over_the_file_key_by_key(tmp_path):
     assert parsed("run", str(path), "--recipe", "{name: sotu}").recipe == {"name": "sotu"}
 
 
+def test_a_recipe_that_is_given_by_name_keeps_the_settings_of_the_file(tmp_path):
+    low, high = {"name": "nlora", "rank": 4}, {"name": "nlora", "rank": 16}
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"stream": "x", "recipes": ["lora", low, high]}), encoding="utf-8")
+    assert parsed("compare", str(path), "--recipes", "nlora,olora").recipes == [low, high, "olora"]
+    assert parsed("compare", str(path), "--recipes", "{name: nlora}").recipes == [{"name": "nlora"}]
+    path.write_text(yaml.safe_dump({"stream": "x", "recipe": low}), encoding="utf-8")
+    assert parsed("run", str(path), "--recipe", "nlora").recipe == low
+    assert parsed("run", str(path), "--recipe", "lora").recipe == "lora"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -221,7 +221,8 @@ def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, A
 
     Args:
         kind: `RunConfig` or `CompareConfig`.
-        overrides: nested like the file; mappings are joined key by key. None at the top stands for nothing given.
+        overrides: nested like the file; mappings are joined key by key. None at the top stands for nothing given. The
+            name of a recipe that the file has with settings means it with these.
 
     Raises:
         ConfigError: the file cannot be read, or a setting is unknown or of the wrong type.
@@ -238,7 +239,7 @@ def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, A
             raise ConfigError(f"{path} must hold settings (model:, stream:, recipe:, …)")
     if isinstance(data.get("stream"), str):
         data["stream"] = {"source": data["stream"]}
-    merged = _merge(kind, data, {k: v for k, v in overrides.items() if v is not None})
+    merged = _merge(kind, data, {k: v for k, v in overrides.items() if v is not None} | _as_in_file(data, overrides))
     stream = merged.get("stream")
     if stream is None or (isinstance(stream, dict) and "source" not in stream):
         raise ConfigError("no stream is given: --stream FOLDER, a built-in name, or `stream:` in the configuration")
@@ -246,6 +247,19 @@ def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, A
         return kind.model_validate(merged)
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(error, kind)) from error
+
+
+def _as_in_file(data: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """The recipes that are given by name alone, with the settings that the file has for them."""
+    listed = data.get("recipes") if isinstance(data.get("recipes"), list) else []
+    known = [r for r in (data.get("recipe"), *listed) if isinstance(r, dict)]
+
+    def found(given: Any) -> list[Any]:
+        return [r for r in known if isinstance(given, str) and r.get("name") == given] or [given]
+
+    recipes = over.get("recipes")
+    chosen = {"recipes": [r for given in recipes for r in found(given)]} if isinstance(recipes, list) else {}
+    return chosen if over.get("recipe") is None else {**chosen, "recipe": found(over["recipe"])[0]}
 
 
 def _merge(kind: type[pydantic.BaseModel], data: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
