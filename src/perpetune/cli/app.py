@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
@@ -13,8 +12,9 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..core.errors import ConfigError, LostProcess, PerpetuneError, first_line, no_path
+from ..core.errors import ConfigError, LostProcess, PerpetuneError, first_line
 from ..core.meeting import first_tells, tell
+from ..core.paths import OF_THE_PATH, no_path
 from ..core.processes import first, launched
 from . import generate, inspect, manage, predict, run, verify
 
@@ -116,15 +116,11 @@ def _show_warning(message: Warning | str, *_: object) -> None:
         typer.echo(f"perpetune: warning: {' '.join(str(message).split())}", err=True)
 
 
-# what is said of a path alone: whichever command it was given to, another one helps
-_NO_SUCH_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
-
-
 def _line(error: Exception) -> str:
     """One line that tells what is wrong, and of whom an error is that nobody foresaw."""
     if isinstance(error, PerpetuneError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in _NO_SUCH_PATH and error.filename:
+    if isinstance(error, OSError) and error.filename and error.errno in OF_THE_PATH:
         return no_path(error.filename, error)
     usage = getattr(error, "format_message", None)  # typer's, of whichever click it brings
     if usage is not None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
-
-LONGEST = 200  # letters of a path, in a message
 
 
 class PerpetuneError(Exception):
@@ -53,13 +50,6 @@ def first_line(error: BaseException) -> str:
     """What an error of others says, in one line; its kind, if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def no_path(given: str | bytes | os.PathLike[str], error: BaseException) -> str:
-    """What to say of a path where an operating system lets nothing be; of a very long one both ends."""
-    name, why = os.fsdecode(given), getattr(error, "strerror", None) or first_line(error)
-    short = name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}...{name[-LONGEST // 2 :]}"
-    return f"{short!r} cannot be opened ({why}): give another path"
 
 
 def nearest(name: object, known: Iterable[str], count: int = 3) -> str:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import ConfigError, RunError, no_path
+from ..core.errors import RunError
 
 HEADER = TypeAdapter(dict[str, Any])
 ENTRY = 96  # bytes of it, at least
@@ -50,23 +50,6 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise RunError(f"{path} is in the way of a run directory: give another one (--out)") from error
         raise
-
-
-def local_path(given: str | os.PathLike[str]) -> Path:
-    """A path as a user gives it, with `~` for the home folder; whether something is there is not asked.
-
-    Raises:
-        ConfigError: nothing can be there: its name is too long or holds a NUL character, its links go round in a
-            circle, its folder may not be looked into, or nobody has that home.
-    """
-    try:
-        path = Path(given).expanduser()
-        path.stat()
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return path
-        raise ConfigError(no_path(given, error)) from error
-    return path
 
 
 def file_digest(path: Path) -> str:

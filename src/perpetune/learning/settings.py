@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 
-from ..core.files import local_path
+from ..core.paths import local_path
 
 # how settings are grouped in `--help` and on the reference page, in this order
 PANELS = ("Model", "Data", "Data without boundaries", "Recipe", "Training", "Evaluation", "Comparison", "Output")

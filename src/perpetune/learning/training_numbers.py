@@ -14,7 +14,13 @@ from .self_distillation import SDFT
 from .settings import bare
 from .token_masking import STM
 
-_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps", SDFT)
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    SDFT,
+)
 _ABOVE_ZERO = (*_COUNTS, "num_train_epochs", STM)
 _NOT_BELOW_ZERO = "learning_rate head_learning_rate weight_decay max_grad_norm warmup_steps neftune_noise_alpha".split()
 _LEFT_OUT = ((STM, None), (SDFT, None), ("max_steps", -1))  # as if they were not given

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..core.errors import ConfigError, StreamError, nearest
-from ..core.files import local_path
+from ..core.paths import local_path
 from .benchmarks import BENCHMARKS
 from .build import build_task, choose_scenario, same_inputs
 from .builtin import BUILTINS

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datasets import Dataset, Features, concatenate_datasets
 
 from ..core.errors import ConfigError, StreamError
-from ..core.files import local_path
+from ..core.paths import local_path
 from .conversations import Conversation
 from .formats import FORMATS, read_hub, read_split, split_files
 from .origin import Origin
