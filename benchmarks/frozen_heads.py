@@ -1,6 +1,7 @@
 """Which head of sums reads frozen features best: maps, their width, ridge or discriminant analysis, a choice.
 
     python -m benchmarks.frozen_heads --model PATH/TO/all-MiniLM-L6-v2 --streams PATH/TO/streams --json heads.json
+    python -m benchmarks.frozen_heads --model PATH/TO/VIT --streams PATH/TO/streams --only omniglot --json vit.json
 
 Class-incremental accuracy after the last task, over all test examples, in percent: mean over seeds and standard
 deviation. Heads of sums do not depend on the order of tasks, so that they are shown all training samples at once. A
@@ -25,13 +26,17 @@ from benchmarks.routing import bundled_model
 from perpetune.heads import make_head
 from perpetune.models.layers import read_layers
 from perpetune.models.loading import load_backbone
+from perpetune.models.views import read_views
 
 FIVE = ["agnews", "amazon", "dbpedia", "sst2", "yelp"]
 STREAMS: dict[str, dict[str, Any]] = {
     "banking77": {"source": "banking77", "train_limit": 700},
     "five texts": {"source": "cl-benchmark", "tasks": FIVE, "train_limit": 1000, "test_limit": 500},
     "fourteen texts": {"source": "cl-benchmark", "train_limit": 1000, "test_limit": 200},
+    "omniglot": {"source": "omniglot", "tasks": ["balinese", "early_aramaic", "greek", "latin", "tagalog"]},
 }
+PICTURES = ("omniglot",)
+TEXTS = [name for name in STREAMS if name not in PICTURES]
 DEFAULT = {"features": 2048, "map": "kernel_normalised", "gamma": 0.3}  # of the recipe `default`, without adapters
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "ncm": ("ncm", {}),
@@ -51,23 +56,34 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "anacp, 1,024, three layers": ("anacp", {}),
     "lda_ridge, 2,048 Fourier, three layers (`default` without adapters)": ("lda_ridge", DEFAULT),
 }
-
+SEEN = {
+    "ncm, 8 views": ("ncm", {}),
+    "ridge, 1,024 ReLU, 8 views": ("ridge", {}),
+    "lda, normalised, 8 views": ("lda", {"map": "normalised"}),
+    "closed_form, at most 2,048, 8 views": ("closed_form", {}),
+    "lda_ridge, 2,048 Fourier, three layers, 4 views": ("lda_ridge", DEFAULT),
+    "lda_ridge, 2,048 Fourier, three layers, 8 views (`default` without adapters, of pictures)": ("lda_ridge", DEFAULT),
+}
+HEADS |= SEEN
 LAYERS = {head: 3 for head in HEADS if ", three layers" in head}  # read side by side; of all others the last one
+VIEWS = {head: 4 if "4 views" in head else 8 for head in SEEN}  # whose mean is read; of all others the picture alone
 
 
 @functools.lru_cache(maxsize=2)
 def features(
-    model: str, pooling: Any, root: Path, stream: str, seed: int, cache: Path, layers: int = 1
+    model: str, pooling: Any, root: Path, stream: str, seed: int, cache: Path, layers: int = 1, views: int = 0
 ) -> dict[str, Any]:
     """Features, labels and ids of all training and test samples, and the label texts."""
     settings = {**STREAMS[stream], "source": str(root / STREAMS[stream]["source"])}
     loaded = pt.load_stream(seed=seed, **settings)
     ids = [i for task in loaded for i in task.train["id"]]
-    read = (f".{layers}-layers" if layers > 1 else "") + (f".{pooling}" if pooling else "")
+    read = (f".{layers}-layers" if layers > 1 else "") + (f".{views}-views" if views else "")
+    read += f".{pooling}" if pooling else ""
     file = cache / f"{stream.replace(' ', '-')}.{seed}{read}.safetensors"
     if not file.exists():
-        backbone = load_backbone(model, "text", max_length=32, pooling=pooling)
+        backbone = load_backbone(model, loaded.modality, max_length=32, pooling=pooling)
         read_layers(backbone, layers)
+        read_views(backbone, views)
         found = {}
         for split in ("train", "test"):
             parts = [getattr(task, split) for task in loaded]
@@ -105,8 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=None, help="an encoder; default: the bundled MiniLM")
     parser.add_argument("--pooling", choices=("mean", "cls", "last"), help="default: that of the model")
-    parser.add_argument("--streams", type=Path, required=True, help="the folder that holds cl-benchmark and banking77")
-    parser.add_argument("--only", nargs="*", choices=STREAMS, default=list(STREAMS), help="which streams")
+    parser.add_argument("--streams", type=Path, required=True, help="the folder that holds these streams")
+    parser.add_argument("--only", nargs="*", choices=STREAMS, default=TEXTS, help="which streams")
     parser.add_argument("--heads", nargs="*", choices=HEADS, default=list(HEADS), help="which heads")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=Path("frozen-features"), help="where features are kept")
@@ -117,11 +133,15 @@ def main() -> None:
     for stream in args.only:
         for seed in args.seeds:
             for head in args.heads:
+                if head in SEEN and stream not in PICTURES:
+                    continue
                 name, settings = HEADS[head]
                 values, choices = (found.setdefault(stream, {}).setdefault(k, {}) for k in (head, f"{head}: chosen"))
                 if str(seed) in values:
                     continue
-                data = features(model, args.pooling, args.streams, stream, seed, args.cache, LAYERS.get(head, 1))
+                data = features(
+                    model, args.pooling, args.streams, stream, seed, args.cache, LAYERS.get(head, 1), VIEWS.get(head, 0)
+                )
                 values[str(seed)], choices[str(seed)] = accuracy(name, settings, data, seed)
                 print(f"{stream}, seed {seed}, {head}: {values[str(seed)]:.2f} {choices[str(seed)]}", flush=True)
                 if args.json:

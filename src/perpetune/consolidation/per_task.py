@@ -18,6 +18,7 @@ from ..core.measurement import Measurement
 from ..heads import Head
 from ..models.backbone import Backbone
 from ..models.layers import read_layers
+from ..models.views import COUNTS, read_views
 from ..routers import Router, make_router
 from ..tuners import Tuner
 from .adapters import AdapterPerTask
@@ -53,6 +54,8 @@ class PerTask(AdapterPerTask):
         features: what the router reads: the frozen model's features, or those under the adapter of the first task
             ("first_adapted"; then the routes depend on which task came first).
         layers: of how many last layers of an encoder the router reads the features, side by side (`read_layers`).
+        views: how many views of every picture it reads beside the picture itself, 0, 4 or 8 (`read_views`); each costs
+            a pass of the model, in training and in prediction.
 
     Raises:
         ConfigError: an unknown router; several candidates of a router without probabilities; a setting out of range.
@@ -66,6 +69,7 @@ class PerTask(AdapterPerTask):
     features: Features = "frozen"
     frozen: float = field(default=0.0, metadata={"unwritten": 0.0})
     layers: int = field(default=1, metadata={"unwritten": 1})
+    views: int = field(default=0, metadata={"unwritten": 0})
 
     def __post_init__(self) -> None:
         self.router: Router = make_router(self.router)
@@ -76,6 +80,8 @@ class PerTask(AdapterPerTask):
             raise ConfigError(f"PerTask: {kind} makes a hard choice: set candidates to 1, or use RidgeRouter")
         if self.layers < 1:
             raise ConfigError(f"PerTask: layers={self.layers}: the last one (1), or more")
+        if self.views not in COUNTS:
+            raise ConfigError(f"PerTask: views={self.views} must be 0, 4 or 8")
         for name, weight in (("prior", self.prior), ("frozen", self.frozen)):
             if not 0 <= weight < math.inf:
                 raise ConfigError(f"PerTask: {name}={weight}: a weight, 0 or more")
@@ -85,6 +91,7 @@ class PerTask(AdapterPerTask):
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         super().open(backbone, tuner, labels)
         read_layers(backbone, self.layers)
+        read_views(backbone, self.views)
         self.router.open(backbone.pooled_width, (*labels, FREE_TEXT), seed=0)
 
     # ---- learning ----

@@ -251,8 +251,8 @@ def load_config(path: str | Path | None, kind: type[Any], overrides: dict[str, A
 
 def _as_in_file(data: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """The recipes that are given by name alone, with the settings that the file has for them."""
-    listed: list[Any] = data.get("recipes") if isinstance(data.get("recipes"), list) else []
-    known = [r for r in (data.get("recipe"), *listed) if isinstance(r, dict)]
+    listed = data.get("recipes")
+    known = [r for r in (data.get("recipe"), *(listed if isinstance(listed, list) else [])) if isinstance(r, dict)]
 
     def found(given: Any) -> list[Any]:
         return [r for r in known if isinstance(given, str) and r.get("name") == given] or [given]

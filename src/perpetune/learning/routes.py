@@ -63,8 +63,9 @@ def _router(state: LearnerState, served: list[Served]) -> tuple[dict[str, Any] |
     if isinstance(consolidation, Concatenate):
         return {"type": "all", "how": "every adapter reads every input, and heads read all features side by side"}, {}
     router = getattr(consolidation, "router", None)
-    # what it reads of several layers has no form there either
-    plain = router.plain() if isinstance(router, Router) and state.backbone.layers == 1 else None
+    # what it reads of several layers or views has no form there either
+    once = state.backbone.layers == 1 and not state.backbone.views
+    plain = router.plain() if isinstance(router, Router) and once else None
     if plain is None:
         kind = type(router or consolidation).__name__
         return {"type": kind, "how": "it has no form outside of perpetune: name the adapter"}, {}

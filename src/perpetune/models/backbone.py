@@ -20,9 +20,9 @@ from ..streams.pictures import eight_bits
 from ..streams.task import Modality
 from .classifier import Classifier
 from .fingerprint import fingerprint
-from .layers import layered
 from .pooling import Pooling, in_full, pool
 from .tokenizer_check import check_ids, embedding_rows, spare_token
+from .views import mean_of_views
 
 Reads = Literal["features", "answers", "pairs"]
 Examples = list[dict[str, Any]]
@@ -41,6 +41,7 @@ class Backbone(nn.Module):
         left_out: what the classes of the model's own head are called, which is not read; nothing where it has none.
         classifier: reads that head, see `load_classifier`.
         layers: how many of its last layers `pooled` reads side by side, see `read_layers`.
+        views: how many views of every picture it reads beside the picture itself, see `read_views`.
     """
 
     offers: tuple[Reads, ...] = ("features",)
@@ -49,6 +50,7 @@ class Backbone(nn.Module):
     left_out: tuple[str, ...] = ()
     classifier: Callable[[], Classifier] | None = None
     layers: int = 1
+    views: int = 0
 
     def __init__(
         self,
@@ -189,10 +191,8 @@ class Backbone(nn.Module):
         read: Callable[[Examples], Tensor],
         width: int | None = None,
     ) -> Tensor:
-        """See `features`; `read` makes features (n x width) of a batch. width: None for that of the backbone.
-
-        Batches are those of one process, however many share them (`divided`).
-        """
+        """See `features`; `read` makes those of a batch (n x width, by default that of the backbone). Batches are those
+        of one process, however many share them (`divided`)."""
         out = torch.zeros(len(examples), self.width if width is None else width)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].get("input_ids", ())))
         with self.asked():
@@ -236,10 +236,10 @@ class Backbone(nn.Module):
     @torch.inference_mode()
     def pooled(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """What routes and boundaries are found by: one vector for each input (N x pooled_width); here its features, or
-        those of several layers, see `layered`."""
-        if self.layers == 1:
+        those of several layers (`layered`), of pictures the mean over several views (`mean_of_views`)."""
+        if self.layers == 1 and not self.views:
             return self.features(examples, batch_size, advance)
-        return self._read_all(examples, batch_size, advance, partial(layered, self), self.pooled_width)
+        return self._read_all(examples, batch_size, advance, partial(mean_of_views, self), self.pooled_width)
 
     def outputs(
         self,

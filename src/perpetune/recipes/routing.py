@@ -139,6 +139,7 @@ def default(
     layers: int = 3,
     features: int = 2048,
     holdout: float = 0.1,
+    views: int = 8,
 ) -> Recipe:
     """The frozen model, and one LoRA a task that counts beside it as much as held-out examples show it helps. Ours.
 
@@ -152,6 +153,6 @@ def default(
     return Recipe(
         lora_config(rank, alpha, target, dropout),
         [],
-        WeighedPerTask(router, candidates, mass, prior=0.5, layers=layers, holdout=holdout),
+        WeighedPerTask(router, candidates, mass, prior=0.5, layers=layers, holdout=holdout, views=views),
         training=LORA_TRAINING,
     )

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import perpetune as pt
+from perpetune.models.layers import read_layers
+from perpetune.models.loading import load_backbone
+from perpetune.models.views import read_views, views
+from perpetune.recipes import make_recipe
+
+
+def picture(centre=(0.0, 0.0), size=33):
+    """A blob, (1 x 3 x size x size); its centre in pixels from that of the picture: right, down."""
+    at = torch.arange(size) - size // 2
+    blob = torch.exp(-((at[None] - centre[0]) ** 2 + (at[:, None] - centre[1]) ** 2) / 18)
+    return blob.expand(1, 3, size, size).contiguous()
+
+
+def centre_of(seen):
+    at = torch.arange(seen.shape[-1]) - seen.shape[-1] // 2
+    weights = seen[0, 0].clamp(min=0) / seen[0, 0].clamp(min=0).sum()
+    return (weights.sum(0) * at).sum(), (weights.sum(1) * at).sum()
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_views_are_turned_zoomed_and_moved_by_what_is_said(count):
+    """What a view shows at (x, y) lies at zoom R(turn) (x, y) + shift of the picture: where a blob goes says the map.
+    Every change comes as often either way; with 8 views every pair of changes comes in all four ways."""
+    corners, size = [], 33
+    for at in ((0.0, 0.0), (6.0, 0.0)):
+        corners.append([centre_of(seen) for seen in views(picture(at, size), count)])
+    signs = []
+    for (x, y), (x_6, y_6) in zip(*corners, strict=True):
+        zoom, turn = math.hypot(x_6 - x, y_6 - y) / 6, math.degrees(math.atan2(y_6 - y, x_6 - x))
+        assert abs(turn) == pytest.approx(12, abs=0.5)
+        assert min(abs(zoom - 1 / 1.12), abs(zoom - 1 / 0.88)) < 0.03
+        # the centre moves by 6 % of the side, turned and zoomed as all else
+        assert math.hypot(x, y) == pytest.approx(math.sqrt(2) * 0.06 * size * zoom, rel=0.02)
+        back = torch.tensor(math.radians(-turn))
+        right = (back.cos() * x - back.sin() * y) < 0
+        down = (back.sin() * x + back.cos() * y) < 0
+        signs.append((turn < 0, zoom < 1, bool(right), bool(down)))
+    assert len(set(signs)) == count and all(sum(change) == count / 2 for change in zip(*signs, strict=True))
+    pairs = [{(s[one], s[other]) for s in signs} for one in range(4) for other in range(one)]
+    assert all(len(ways) == 4 for ways in pairs) == (count == 8)
+
+
+def test_what_comes_into_sight_continues_the_border():
+    for seen in views(torch.ones(2, 3, 9, 9), 8):
+        torch.testing.assert_close(seen, torch.ones(2, 3, 9, 9))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_is_pooled_is_the_mean_over_the_picture_and_its_views(tiny_vit, layers):
+    backbone = load_backbone(tiny_vit(layers=2), "image")
+    read_layers(backbone, layers)
+    examples = backbone.samples()
+    once = backbone.pooled(examples, 8)
+    pictures = torch.stack([e["pixel_values"] for e in examples])
+    seen = [[{**e, "pixel_values": x} for e, x in zip(examples, batch, strict=True)] for batch in views(pictures, 4)]
+    expected = torch.stack([once, *(backbone.pooled(batch, 8) for batch in seen)]).mean(0)
+    features = backbone.features(examples, 8)
+    read_views(backbone, 4)
+    torch.testing.assert_close(backbone.pooled(examples, 8), expected)
+    assert torch.equal(backbone.features(examples, 8), features)  # what heads read stays one picture
+    read_views(backbone, 0)
+    assert torch.equal(backbone.pooled(examples, 8), once)
+
+
+def test_texts_are_read_once(tiny_bert):
+    backbone = load_backbone(tiny_bert(), "text", max_length=16)
+    before = backbone.pooled(backbone.samples(), 8)
+    read_views(backbone, 8)
+    assert not backbone.views and torch.equal(backbone.pooled(backbone.samples(), 8), before)
+
+
+def test_models_that_take_patches_are_read_once(tiny_vit, monkeypatch):
+    backbone = load_backbone(tiny_vit(), "image")
+    patches = [{"pixel_values": torch.zeros(16, 48), "label": 0, "id": ""}] * 2
+    monkeypatch.setattr(backbone, "samples", lambda: patches)
+    read_views(backbone, 8)
+    assert not backbone.views
+
+
+def test_pictures_of_a_pair_of_encoders_are_seen_several_times(tiny_clip):
+    backbone = load_backbone(tiny_clip(), "image")
+    read_views(backbone, 4)
+    backbone.open(["a", "b"], paired=False)
+    found = backbone.pooled([{**e, "among": ()} for e in backbone.samples()], 8)
+    assert found.shape == (2, backbone.width) and bool((F.normalize(found, dim=1).norm(dim=1) > 0).all())
+    assert float(found.norm(dim=1).max()) < 1  # a mean of vectors of length 1 that are not the same
+
+
+def test_other_numbers_of_views_are_refused():
+    with pytest.raises(pt.ConfigError, match="views=5 must be 0, 4 or 8"):
+        make_recipe({"name": "default", "views": 5})
