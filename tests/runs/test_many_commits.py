@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import perpetune as pt
-from perpetune.core.files import read_arrays
+from perpetune.core.files import json_text, read_arrays
 from perpetune.report import render
 from perpetune.report.collect import report_data
 from perpetune.runs.commit import Commit
@@ -112,3 +113,13 @@ def test_a_kind_of_number_that_is_not_known_is_refused(tmp_path):
     save_file({"x": torch.zeros(2, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
     with pytest.raises(pt.RunError, match="newer perpetune"):
         read_arrays((tmp_path / "x.safetensors").read_bytes())
+
+
+def test_a_commit_names_a_thousand_tasks_on_one_line_and_without_work_for_each():
+    content = {"learned": [f"t\n{i}" for i in range(1000)], "classes": [], "heads": [{"a": [1, None]}], "size": 0.5}
+    text = json_text(content)
+    assert json.loads(text) == content and len(text.splitlines()) < 20
+    few = {**content, "learned": content["learned"][:2]}
+    assert work(lambda: json_text(content)) == work(lambda: json_text(few))
+    short = {"b": [1, 2], "a": {"d": "x", "c": [{"e": "\u2028"}]}}
+    assert json_text(short) == json.dumps(short, indent=1, sort_keys=True).replace("[\n  1,\n  2\n ]", "[1, 2]")

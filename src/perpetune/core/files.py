@@ -22,6 +22,7 @@ from ..core.errors import RunError
 HEADER = TypeAdapter(dict[str, Any])
 ENTRY = 96  # bytes of it, at least
 LAST_ENTRY = re.compile(rb',(\n? )"[^"\n]{1,8}": "[^"\n]{64}"\n?\}\s*\Z')
+SCALARS = {str, int, float, bool, type(None)}
 ARRAYS = {
     name: np.dtype(kind)
     for name, kind in {
@@ -105,6 +106,18 @@ def write_text(path: Path, text: str) -> None:
 def aside_of(path: Path) -> Path:
     """Where `write_text` writes a file before it is put in place."""
     return path.with_name(f".{path.name}.tmp")
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """As `json.dumps(content, indent=1, sort_keys=True)`, but names and numbers of a list on one line: with an indent
+    Python writes item by item, and the lists of a commit have one for every task so far."""
+
+    def text(value: Any) -> str:
+        flat = isinstance(value, list) and SCALARS.issuperset(map(type, value))
+        return json.dumps(value, indent=None if flat else 1, sort_keys=True, allow_nan=False)
+
+    entries = [f"{json.dumps(name)}: {text(content[name])}" for name in sorted(content)]
+    return "{\n " + ",\n".join(entries).replace("\n", "\n ") + "\n}"
 
 
 def sealed(text: str) -> str:

@@ -212,7 +212,7 @@ class TaskLoop:
         }
 
     def _tried_before(self, session: Session) -> bool:
-        return any(commit.manifest.get("undoes") == session.name for commit in self.run.history)
+        return session.name in {c.manifest["undoes"] for c in self.run.history if "undoes" in c.manifest}
 
     def _note(self, commit: Commit, session: Session, done: str = "learned") -> None:
         evaluating = sum(self.phases.get(name, 0.0) for name in EVALUATING)
@@ -269,5 +269,5 @@ def all_due(index: int, of: int, every: int) -> bool:
 def begun(run: Run) -> int:
     """How many sessions rules have seen, those that were taken out again too: they remember them, and draw by
     number. Not an adopted one whose inputs they do not know."""
-    seen = (c.manifest for c in run.commits[1:] if "reverts" not in c.manifest)
-    return sum(not manifest.get("adopted", {}).get("unknown") for manifest in seen)
+    seen = [c.manifest for c in run.commits[1:] if "reverts" not in c.manifest]
+    return len(seen) - len([m for m in seen if "adopted" in m and m["adopted"].get("unknown")])

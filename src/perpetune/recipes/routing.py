@@ -146,7 +146,8 @@ def default(
     The frozen model routes and predicts by the mean of discriminant analysis and ridge (`LDARidgeHead`), on random
     features of its last layers side by side, as held-out data of two streams chose (docs/results/default.md). A share
     of each task's rows is held out of the adapters' training and chooses their weight (`WeighedPerTask`); where they do
-    not help, the frozen model predicts alone. Where all tasks have the same classes the routed adapters decide;
+    not help, the frozen model predicts alone. Of pictures it reads the mean over the picture itself and `views` more,
+    turned, zoomed and moved a little (`read_views`). Where all tasks have the same classes the routed adapters decide;
     language models are read as under `routed`.
     """
     router = LDARouter(features, many_tasks=True, together=True, map="kernel_normalised", gamma=GAMMA, ridge=True)

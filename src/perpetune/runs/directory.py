@@ -17,7 +17,18 @@ from filelock import FileLock
 
 from ..core import processes
 from ..core.errors import RunError
-from ..core.files import as_sealed, aside_of, file_digest, plain, sealed, sync, write_file, write_text, writing
+from ..core.files import (
+    as_sealed,
+    aside_of,
+    file_digest,
+    json_text,
+    plain,
+    sealed,
+    sync,
+    write_file,
+    write_text,
+    writing,
+)
 from .commit import MANIFEST, Commit, mend, standing
 from .config_check import check_same
 from .config_file import CONFIG, TWIN, read_config, write_config
@@ -176,8 +187,7 @@ class Run:
                     **facts,
                     "files": {file: file_digest(aside / file) for file in sorted(files)},
                 }
-                text = json.dumps(plain(manifest), indent=1, sort_keys=True, allow_nan=False)
-                write_text(aside / MANIFEST, sealed(text))
+                write_text(aside / MANIFEST, sealed(json_text(plain(manifest))))
                 sync(aside)
                 os.rename(aside, final)
                 sync(final.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import datasets
@@ -53,7 +54,7 @@ class Task:
     gone: tuple[str, ...] = ()
     metric: str | None = None
 
-    @property
+    @cached_property
     def candidates(self) -> tuple[int, ...]:
         """The classes among which its test examples are placed: its own; of captions those of the test data."""
         return tuple(sorted(set(self.test["label"][:]))) if self.captions else self.classes
