@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import perpetune as pt
+from perpetune.learning.export_head import with_head
 from perpetune.models.layers import read_layers
 from perpetune.models.loading import load_backbone
 from perpetune.models.views import read_views, views
@@ -95,6 +96,24 @@ def test_pictures_of_a_pair_of_encoders_are_seen_several_times(tiny_clip):
     assert float(found.norm(dim=1).max()) < 1  # a mean of vectors of length 1 that are not the same
 
 
-def test_other_numbers_of_views_are_refused():
+@pytest.mark.parametrize("name", ["default", "frozen_best"])
+def test_other_numbers_of_views_are_refused(name):
     with pytest.raises(pt.ConfigError, match="views=5 must be 0, 4 or 8"):
-        make_recipe({"name": "default", "views": 5})
+        make_recipe({"name": name, "views": 5})
+
+
+def test_heads_of_a_model_that_is_not_trained_read_the_mean_as_well(tiny_vit, tmp_path):
+    stream = pt.load_stream("digits", train_limit=40, test_limit=20, tasks=["0-1", "2-3"])
+    recipe = {"name": "frozen_ncm", "tuner": {"type": "Frozen", "views": 4}}
+    learner = pt.Learner(tiny_vit(), recipe, tmp_path / "run")
+    learner.learn(stream)
+    once = load_backbone(tiny_vit(), "image")
+    read_views(once, 4)
+    examples = once.prepare(stream.tasks[0].test)
+    opened = pt.Learner.open(tmp_path / "run")
+    found = opened.state.backbone.features(examples, 8)
+    torch.testing.assert_close(found, once.pooled(examples, 8))
+    assert not torch.equal(found, once.features(examples, 8))
+    assert opened.predict(stream.tasks[0].test["image"][:4]) == learner.predict(stream.tasks[0].test["image"][:4])
+    told = with_head(opened.state, opened.state.backbone.model)  # a plain classifier would read one picture
+    assert "reads several views of a picture" in told.told and told.readout is None and not told.beside

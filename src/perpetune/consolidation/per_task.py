@@ -18,7 +18,7 @@ from ..core.measurement import Measurement
 from ..heads import Head
 from ..models.backbone import Backbone
 from ..models.layers import read_layers
-from ..models.views import COUNTS, read_views
+from ..models.views import check_views, read_views
 from ..routers import Router, make_router
 from ..tuners import Tuner
 from .adapters import AdapterPerTask
@@ -80,8 +80,7 @@ class PerTask(AdapterPerTask):
             raise ConfigError(f"PerTask: {kind} makes a hard choice: set candidates to 1, or use RidgeRouter")
         if self.layers < 1:
             raise ConfigError(f"PerTask: layers={self.layers}: the last one (1), or more")
-        if self.views not in COUNTS:
-            raise ConfigError(f"PerTask: views={self.views} must be 0, 4 or 8")
+        check_views(self.views)
         for name, weight in (("prior", self.prior), ("frozen", self.frozen)):
             if not 0 <= weight < math.inf:
                 raise ConfigError(f"PerTask: {name}={weight}: a weight, 0 or more")

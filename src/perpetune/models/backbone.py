@@ -41,7 +41,7 @@ class Backbone(nn.Module):
         left_out: what the classes of the model's own head are called, which is not read; nothing where it has none.
         classifier: reads that head, see `load_classifier`.
         layers: how many of its last layers `pooled` reads side by side, see `read_layers`.
-        views: how many views of every picture it reads beside the picture itself, see `read_views`.
+        views, all_views: of every picture, beside the picture itself, see `read_views`.
     """
 
     offers: tuple[Reads, ...] = ("features",)
@@ -51,6 +51,7 @@ class Backbone(nn.Module):
     classifier: Callable[[], Classifier] | None = None
     layers: int = 1
     views: int = 0
+    all_views: bool = False
 
     def __init__(
         self,
@@ -64,11 +65,9 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.model: Any = model  # a transformers model, or a peft model around it
-        self.processor = processor
+        self.processor, self.name, self.max_length = processor, name, max_length
         self.modality: Modality = modality
         self.pooling: Pooling | None = pooling
-        self.max_length = max_length
-        self.name = name
         self.width: int = model.config.hidden_size
         self._embedded = embedding_rows(model)
         self._reads = inspect.signature(model.forward).parameters
@@ -181,7 +180,8 @@ class Backbone(nn.Module):
     @torch.inference_mode()
     def features(self, examples: Examples, batch_size: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """Features of all examples in their order (N x width, fp32, CPU), in eval mode, batched by length."""
-        return self._read_all(examples, batch_size, advance, self.read)
+        read = partial(mean_of_views, self) if self.all_views else self.read
+        return self._read_all(examples, batch_size, advance, read)
 
     def _read_all(
         self,

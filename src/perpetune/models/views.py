@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.errors import ConfigError
 from .layers import layered
 
 if TYPE_CHECKING:
@@ -21,13 +22,27 @@ TURN, ZOOM, SHIFT = math.radians(12), 0.12, 0.06  # a shift is a share of the si
 COUNTS = (0, 4, 8)
 
 
-def read_views(backbone: Backbone, views: int) -> None:
-    """Let `Backbone.pooled` read so many views of every picture beside the picture itself, and give their mean.
+def read_views(backbone: Backbone, views: int, features: bool = False) -> None:
+    """Let `Backbone.pooled` read so many views (0, 4 or 8) of every picture beside it, and give their mean.
 
     Texts, raw pixels and models that take patches in place of pictures are read once.
+
+    Args:
+        features: also `Backbone.features`, which heads read: for models that are not trained.
+
     """
     pictures = backbone.network and backbone.modality == "image"
     backbone.views = views if pictures and backbone.samples()[0]["pixel_values"].ndim == 3 else 0
+    backbone.all_views = features and backbone.views > 0
+
+
+def check_views(views: int) -> None:
+    """
+    Raises:
+        ConfigError: another number than 0, 4 or 8.
+    """
+    if views not in COUNTS:
+        raise ConfigError(f"views={views} must be 0, 4 or 8")
 
 
 def mean_of_views(backbone: Backbone, examples: Examples) -> Tensor:

@@ -43,12 +43,13 @@ def frozen_lda(map: Kind = "normalised") -> Recipe:
     return Recipe(Frozen(), head=LDAHead(map))
 
 
-def frozen_best(features: int | None = None, memory: float = 256.0) -> Recipe:
+def frozen_best(features: int | None = None, memory: float = 256.0, views: int = 8) -> Recipe:
     """The best head of sums on frozen features, chosen on hold-out moments: what needs no training, at its best.
 
-    `frozen_ridge` is one of the heads that it chooses among, with its features at length 1.
+    `frozen_ridge` is one of the heads that it chooses among, with its features at length 1. Pictures are seen nine
+    times, turned, zoomed and moved a little, and the mean of their features is read (`read_views`).
     """
-    return Recipe(Frozen(), head=ClosedFormHead(features=features, memory=memory))
+    return Recipe(Frozen(views), head=ClosedFormHead(features=features, memory=memory))
 
 
 def anacp(features: int = 1024, layers: int = 3, regularisation: float = 100.0) -> Recipe:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from ..core.measurement import Measurement
+from ..models.views import check_views, read_views
 from ..streams.task import Modality
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Tuner:
     def own_backbone(self, modality: Modality) -> Backbone | None:
         """What takes the place of a pre-trained model; None where there is one to tune."""
         return None
+
+    def reads(self, backbone: Backbone) -> None:
+        """Tell a model that was loaded how this tuner wants inputs to be read."""
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The model with exactly this tuner's parameters trainable (the same object, or a wrapper around it)."""
@@ -102,9 +106,23 @@ class Tuner:
 
 @dataclass
 class Frozen(Tuner):
-    """Nothing is trained: the pre-trained features as they are."""
+    """Nothing is trained: the pre-trained features as they are.
 
+    Args:
+        views: of pictures, the mean of their features and those of so many views (0, 4 or 8; see `read_views`).
+
+    Raises:
+        ConfigError: another number of views.
+    """
+
+    views: int = field(default=0, metadata={"unwritten": 0})
     trains = False
+
+    def __post_init__(self) -> None:
+        check_views(self.views)
+
+    def reads(self, backbone: Backbone) -> None:
+        read_views(backbone, self.views, features=True)
 
     def attach(self, model: nn.Module) -> nn.Module:
         return model.requires_grad_(False)
