@@ -105,6 +105,8 @@ def test_a_schedule_is_made_beforehand(texts, value):
         ({"dataloader_persistent_workers": True}, "persistent_workers"),
         ({"adam_beta1": 2}, "Invalid beta"),
         ({"report_to": [1]}, "report_to: there is no `1`: known are: "),
+        ({"report_to": {}}, "report_to: there is no `{}`: known are: "),
+        ({"report_to": [["wandb"]]}, "report_to: there is no `['wandb']`: "),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "leave it out"),
     ],
 )
@@ -132,6 +134,32 @@ def test_what_a_constructor_would_refuse_is_refused_before(texts, settings, expe
 def test_a_value_of_another_kind_is_named(settings, expected):
     with pytest.raises(ConfigError, match=expected):
         resolve_training(settings)
+
+
+NO_NUMBERS = [float("nan"), float("inf"), -float("inf")]
+COUNTED = [
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "sdft",
+]
+WHOLE = ["dataloader_num_workers", "dataloader_prefetch_factor", "save_total_limit", "torch_empty_cache_steps"]
+FRACTIONS = ["num_train_epochs", "stm", "learning_rate", "adam_epsilon", "logging_steps", "save_steps", "warmup_steps"]
+
+
+@pytest.mark.parametrize("name", [*COUNTED, *WHOLE, *FRACTIONS])
+def test_what_is_no_number_is_refused(name):
+    for wrong in [*NO_NUMBERS, *([] if name in FRACTIONS else [1.5])]:
+        with pytest.raises(ConfigError, match=rf"`{name}`.*{wrong}"):
+            resolve_training({name: wrong})
+
+
+@pytest.mark.parametrize("name", [*COUNTED, *WHOLE])
+def test_a_whole_number_in_any_form_is_one(name):
+    for given in (2, 2.0, "2", "2e0"):
+        found = resolve_training({name: given})[name]
+        assert found == 2 and type(found) is int
 
 
 def test_a_batch_that_is_dropped_is_refused(tiny_bert, stream, tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import peft
 import pytest
 
-from perpetune.tuners import KEY_VALUE_FFN, PeftTuner
+from perpetune import ConfigError, ModelError
+from perpetune.tuners import KEY_VALUE_FFN, FusedLoraConfig, PeftTuner
+from perpetune.tuners.targets import resolve_targets
 
 EXPECTED = {
     "bert": ({"key", "value"}, {"output.dense"}),
@@ -28,3 +30,16 @@ def test_keys_values_and_feed_forward_outputs(name, families):
         assert all(m.is_feedforward is scaled_input for m in found.values())
     assert len(layers) == 2 * (len(attention) + 1)
     assert not any("attention.output" in n for n in layers)
+
+
+def test_targets_that_are_no_names_are_refused(families):
+    model = families["bert"].model()
+    for wrong in ([1], [None], ["query", 1], {"query", 1}, {"query": 1}, {1: 2}, True, 7, None):
+        with pytest.raises(ModelError, match="`target_modules` holds names of modules"):
+            resolve_targets(model, wrong)
+
+
+@pytest.mark.parametrize("wrong", [0.5, 0, -1, True, "two", []])
+def test_a_number_of_blocks_is_a_number(wrong):
+    with pytest.raises(ConfigError, match="blocks=.* must be a whole number above 0"):
+        FusedLoraConfig(target_modules=["query"], blocks=wrong)

@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from ..core.errors import ConfigError, LostProcess, PerpetuneError, first_line
 from ..core.meeting import first_tells, tell
+from ..core.paths import OF_THE_PATH, no_path
 from ..core.processes import first, launched
 from . import generate, inspect, manage, predict, run, verify
 
@@ -119,6 +120,8 @@ def _line(error: Exception) -> str:
     """One line that tells what is wrong, and of whom an error is that nobody foresaw."""
     if isinstance(error, PerpetuneError):
         return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.errno in OF_THE_PATH:
+        return no_path(error.filename, error)
     usage = getattr(error, "format_message", None)  # typer's, of whichever click it brings
     if usage is not None:
         context = getattr(error, "ctx", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, nearest
 from ..core.measurement import Measurement
-from ..core.validation import call_checked
+from ..core.validation import as_written, call_checked
 from ..deltas.combination import COMBINATIONS, Combination
 from ..deltas.combine import merge
 from ..deltas.delta import Delta
@@ -218,8 +218,7 @@ def _made(hook: Any, known: Mapping[str, type], base: type, slot: str) -> Any:
     """A hook from its name, from `{type: NAME, setting: value, ...}`, or as it is."""
     if isinstance(hook, base):
         return hook
-    settings = {"type": hook} if isinstance(hook, str) else dict(hook)
-    name = str(settings.pop("type", None))
+    name, settings = as_written(f"`{slot}` of DeltaMerge", hook)
     if name not in known:
         raise ConfigError(f"DeltaMerge: {slot} is no `{name}`: {nearest(name, known)}")
     accepted = [f.name for f in fields(known[name])]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import reprlib
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
@@ -17,7 +20,9 @@ def call_checked(kind: str, target: Any, settings: dict[str, Any]) -> Any:
     Raises:
         ConfigError: a value of the wrong type.
     """
-    owner = target.__init__ if inspect.isclass(target) else target
+    # of a dataclass the class: a field that it inherits is annotated in the words of another module
+    bare = dataclasses.is_dataclass(target) or not inspect.isclass(target)
+    owner = target if bare else target.__init__
     try:
         hints = typing.get_type_hints(owner)
     except NameError:
@@ -29,6 +34,20 @@ def call_checked(kind: str, target: Any, settings: dict[str, Any]) -> Any:
         except pydantic.ValidationError as error:
             raise ConfigError(f"{kind}: `{key}` = {value!r}: {error.errors()[0]['msg']}") from error
     return target(**checked)
+
+
+def as_written(slot: str, data: Any) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a piece, which is written as its name, or as `{type: NAME, setting: value, ...}`.
+
+    Raises:
+        ConfigError: it is written as something else.
+    """
+    given = {"type": data} if isinstance(data, str) else data
+    if not isinstance(given, Mapping) or not isinstance(given.get("type"), str):
+        raise ConfigError(
+            f"a {slot} is written as its name, or as {{type: NAME, setting: value, ...}}, not {reprlib.repr(data)}"
+        )
+    return given["type"], {key: value for key, value in given.items() if key != "type"}
 
 
 def number(value: Any) -> Any:

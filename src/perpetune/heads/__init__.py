@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import ConfigError, nearest
 from ..core.plugins import with_installed
-from ..core.validation import call_checked
+from ..core.validation import as_written, call_checked
 from .anacp import AnaCPHead
 from .base import Head
 from .carried import Carried, lda_carried, ncm_carried, ridge_carried
@@ -86,11 +86,11 @@ def make_head(head: str | Mapping[str, Any], **settings: Any) -> OpenedHead:
         head: a name in `HEADS`, a class name, or a mapping that holds either as `type`, beside the settings.
 
     Raises:
-        ConfigError: an unknown name or setting, or a setting of the wrong type or out of range.
+        ConfigError: neither a name nor a mapping; an unknown name or setting, or a setting of the wrong type or out
+            of range.
     """
-    if not isinstance(head, str):
-        settings = {**{k: v for k, v in head.items() if k != "type"}, **settings}
-    name = head if isinstance(head, str) else str(head.get("type"))
+    name, written = as_written("head", head)
+    settings = {**written, **settings}
     ours = {**{type(make()).__name__: make for make in reversed(HEADS.values())}, **HEADS}
     makers = with_installed(ours, name, Head)
     if name not in makers:

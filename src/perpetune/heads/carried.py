@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, HeadError
 from ..core.measurement import Measurement
-from ..core.validation import call_checked
+from ..core.validation import as_written, call_checked
 from .base import Head
 from .lda import KLDAHead, LDAHead
 from .moments import MomentsHead
@@ -195,8 +195,7 @@ def _inner(of: Any) -> StatisticsHead:
     """The head itself, or the one of this name, or of `{type: NAME, setting: value}`."""
     head, name = of, str(getattr(of, "name", of))
     if isinstance(of, (str, Mapping)):
-        settings = {"type": of} if isinstance(of, str) else dict(of)
-        name = str(settings.pop("type", None))
+        name, settings = as_written("head", of)
         kind = {**CARRIED, **{kind.__name__: kind for kind in CARRIED.values()}}.get(name)
         head = None if kind is None else call_checked(f"head `{name}`", kind, settings)
     if type(head) not in CARRIED.values():

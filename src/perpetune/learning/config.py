@@ -14,7 +14,7 @@ import pydantic
 import yaml
 
 from ..core.errors import ConfigError, nearest
-from .settings import Setting, Shortcut, bare, model_in, setting, settings_of
+from .settings import PathText, Setting, Shortcut, bare, model_in, setting, settings_of
 from .stream_config import DriftConfig, StreamConfig
 
 __all__ = ["CompareConfig", "DriftConfig", "RunConfig", "StreamConfig", "load_config", "settings_reference"]
@@ -25,7 +25,7 @@ class RunConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    model: str | None = setting(
+    model: PathText = setting(
         None,
         "Hub id or folder of an encoder (texts, images), of a pair of encoders like CLIP, or of a language model for "
         "prompts; of the latter also a .gguf file.",
@@ -48,7 +48,7 @@ class RunConfig(pydantic.BaseModel):
         panel="Recipe",
         example="linear,ridge",
     )
-    out: str | None = setting(
+    out: PathText = setting(
         None,
         "Run directory; started again with the same one, the run resumes after the last whole task. By default under "
         "runs/.",
@@ -98,7 +98,7 @@ class RunConfig(pydantic.BaseModel):
         example="5",
         ge=0,
     )
-    general: str | None = setting(
+    general: PathText = setting(
         None,
         "File of prompts that belong to no task (.txt, or .jsonl with prompt or messages): how far a language model's "
         "answers to them move from the untouched model's, whenever all tasks are evaluated.",
@@ -131,7 +131,7 @@ class RunConfig(pydantic.BaseModel):
         panel="Model",
         example="nf4",
     )
-    gguf_file: str | None = setting(
+    gguf_file: PathText = setting(
         None, "The GGUF file of the model, in its folder or repository.", panel="Model", example="model.Q4_1.gguf"
     )
     attn_implementation: str | None = setting(

@@ -7,12 +7,23 @@ import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 
+from ..core.paths import local_path
+
 # how settings are grouped in `--help` and on the reference page, in this order
 PANELS = ("Model", "Data", "Data without boundaries", "Recipe", "Training", "Evaluation", "Comparison", "Output")
+
+
+def _possible(path: str | None) -> str | None:
+    if path is not None:
+        local_path(path)
+    return path
+
+
+PathText = Annotated[str | None, pydantic.AfterValidator(_possible)]  # of a file or folder, or of something on the Hub
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from .earlier_names import CALLED
 from .self_distillation import SDFT, sdft_arguments, sdft_config
 from .token_masking import STM
 from .training_defaults import DEFAULTS
+from .training_numbers import in_range
 
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_steps": 50}
 
@@ -106,7 +106,6 @@ _PACKAGES = {  # parts of the names of optimizers, and of integrations: what has
 }  # fmt: skip
 
 
-_NOT_BELOW_ZERO = "learning_rate head_learning_rate weight_decay max_grad_norm warmup_steps neftune_noise_alpha".split()
 _OWN = ("head_learning_rate", SETTING, STM, SDFT)  # settings that are no one else's
 
 
@@ -115,7 +114,7 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ConfigError: a name that `transformers.TrainingArguments` does not have, one that has no effect here, or one
-            that the run sets itself.
+            that the run sets itself; or a number out of its range.
     """
     known = {*(f.name for f in fields(TrainingArguments) if f.init), *_OWN, *trl.HONOURED}
     ours, refused = {**OURS, **trl.OURS}, {**REFUSED, **trl.REFUSED}
@@ -134,32 +133,9 @@ def resolve_training(*layers: dict[str, Any]) -> dict[str, Any]:
             settings[key] = number(value)
     if SETTING in settings and (weights := checked(settings.pop(SETTING))) is not None:
         settings[SETTING] = weights
-    if settings.get(STM) is None:
-        settings.pop(STM, None)
-    else:
-        settings[STM] = float(_above_zero(STM, settings[STM]))
-    if settings.get(SDFT) is None:
-        settings.pop(SDFT, None)
-    else:
-        settings[SDFT] = _above_zero(SDFT, settings[SDFT], whole=True)
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if key in settings:
-            settings[key] = _above_zero(key, settings[key], whole=True)
-    _above_zero("num_train_epochs", settings["num_train_epochs"])
-    if settings.get("max_steps", -1) != -1:
-        settings["max_steps"] = _above_zero("max_steps", settings["max_steps"], whole=True)
+    settings = in_range(settings)
     saving(settings)
-    for key in _NOT_BELOW_ZERO:
-        value = settings.get(key) or 0.0
-        if not isinstance(value, (int, float)) or value is True or not 0 <= value < math.inf:
-            raise ConfigError(f"`{key}` must be a number, 0 or above, not {value!r}")
     return settings
-
-
-def _above_zero(key: str, value: Any, whole: bool = False) -> Any:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0 or (whole and value != int(value)):
-        raise ConfigError(f"`{key}` must be a {'whole ' if whole else ''}number above 0, not {value!r}")
-    return int(value) if whole else value
 
 
 def training_arguments(
@@ -240,7 +216,7 @@ def _check_integrations(arguments: TrainingArguments) -> None:
     from transformers.integrations import integration_utils as known
 
     for name in arguments.report_to or ():
-        if name not in known.INTEGRATION_TO_CALLBACK:
+        if not isinstance(name, str) or name not in known.INTEGRATION_TO_CALLBACK:
             raise ConfigError(f"report_to: there is no `{name}`: {nearest(name, known.INTEGRATION_TO_CALLBACK)}")
         if name not in known.get_available_reporting_integrations() and name != "flyte":
             raise ConfigError(f"report_to `{name}` needs a package: pip install {_PACKAGES.get(name, name)}")

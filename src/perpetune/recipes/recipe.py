@@ -10,7 +10,7 @@ from typing import Any
 from ..consolidation import CONSOLIDATIONS, Consolidation, Continue
 from ..core.errors import ConfigError, first_line, nearest
 from ..core.plugins import with_installed
-from ..core.validation import call_checked, number
+from ..core.validation import as_written, call_checked, number
 from ..deltas.combination import Combination
 from ..deltas.keep import Keep
 from ..heads import Head, LinearHead, make_head
@@ -158,9 +158,7 @@ def _changed(config: Any) -> dict[str, Any]:
 
 
 def _make_tuner(data: Any) -> Any:
-    if isinstance(data, str):
-        data = {"type": data}
-    kind = _kind(data, "tuner")
+    kind, written = as_written("tuner", data)
     if kind in TUNERS and not _own(data):
         return _make(data, TUNERS, Tuner, "tuner")
     import peft
@@ -171,11 +169,11 @@ def _make_tuner(data: Any) -> Any:
     known = {kind: found} if inspect.isclass(found) and issubclass(found, peft.PeftConfig) else {}
     config = None if _own(data) else with_installed(known, kind, Tuner, peft.PeftConfig).get(kind)
     if config is None:
-        config = imported(lambda: [*below(Tuner), *below(peft.PeftConfig)], kind, data.get("module"))
+        config = imported(lambda: [*below(Tuner), *below(peft.PeftConfig)], kind, written.get("module"))
     if config is None:
         configs = [n for n in dir(peft) if n.endswith("Config")]
         raise ConfigError(f"no tuner is called `{kind}`: {nearest(kind, [*TUNERS, *OWN_CONFIGS, *configs])}")
-    settings = _settings(data)
+    settings = _settings(written)
     names = {f.name for f in dataclasses.fields(config)}
     for key in settings:
         if key not in names:
@@ -184,12 +182,6 @@ def _make_tuner(data: Any) -> Any:
         return config(**settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"peft refuses the settings of {kind} ({first_line(error)}): mend them") from error
-
-
-def _kind(data: Any, slot: str) -> str:
-    if not isinstance(data, dict) or "type" not in data:
-        raise ConfigError(f"a {slot} is written as {{type: NAME, setting: value, ...}}, not {data!r}")
-    return str(data["type"])
 
 
 def _own(data: Any) -> bool:
@@ -202,14 +194,12 @@ def _settings(data: dict[str, Any]) -> dict[str, Any]:
 
 def _make(data: Any, known: dict[str, Any], base: type, slot: str) -> Any:
     """One piece from its plain data; types of settings are checked by pydantic."""
-    if isinstance(data, str):
-        data = {"type": data}
-    kind = _kind(data, slot)
+    kind, written = as_written(slot, data)
     own = _own(data)
     target = imported(lambda: below(base), kind, data["module"]) if own else with_installed(known, kind, base).get(kind)
     if target is None:
         raise ConfigError(f"no {slot} is called `{kind}`: {nearest(kind, known)}")
-    settings = {k: _make(v, {}, INNER[k], k) if k in INNER and _own(v) else v for k, v in _settings(data).items()}
+    settings = {k: _make(v, {}, INNER[k], k) if k in INNER and _own(v) else v for k, v in _settings(written).items()}
     accepted = list(inspect.signature(target).parameters)
     for key in settings:
         if key not in accepted:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.errors import ConfigError, nearest
 from ..core.plugins import with_installed
-from ..core.validation import call_checked
+from ..core.validation import as_written, call_checked
 from .base import Router, RouterError
 from .classes import ClassRouter
 from .detector import Detector, Segment
@@ -28,12 +28,11 @@ def make_router(router: str | dict[str, Any] | Router) -> Router:
     """A router from its name, from `{type: NAME, setting: value, ...}`, or as it is.
 
     Raises:
-        ConfigError: an unknown router or setting, or a setting out of range.
+        ConfigError: neither of these; an unknown router or setting, or a setting out of range.
     """
     if isinstance(router, Router):
         return router
-    settings = {"type": router} if isinstance(router, str) else dict(router)
-    name = str(settings.pop("type", None))
+    name, settings = as_written("router", router)
     routers = with_installed(ROUTERS, name, Router)
     if name in GONE and name not in routers:
         raise ConfigError(f"the router `{name}` is gone: {GONE[name]}")

@@ -10,6 +10,7 @@ import yaml
 
 from ..core.errors import RunError
 from ..core.files import plain, write_text
+from ..core.paths import OF_THE_PATH, no_path
 from .earlier import in_todays_words
 
 CONFIG = "run.yaml"
@@ -46,6 +47,8 @@ def read_config(path: Path, name: str = CONFIG) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RunError(f"{path} is no run: it holds no {CONFIG}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_PATH:
+            raise RunError(no_path(file, error)) from error
         raise RunError(f"{file} cannot be read ({type(error).__name__}): {mend}") from error
     if not isinstance(config, dict):
         raise RunError(f"{file} is empty or damaged: {mend}")

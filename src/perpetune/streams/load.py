@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..core.errors import ConfigError, StreamError, nearest
+from ..core.paths import local_path
 from .benchmarks import BENCHMARKS
 from .build import build_task, choose_scenario, same_inputs
 from .builtin import BUILTINS
@@ -116,10 +117,10 @@ def load_stream(
     _check(scenario, tasks, classes_per_task, test_share, train_limit, test_limit, validation_share, trust_remote_code)
     given.pop("learned", None)  # of a run, not of the stream
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = local_path(text)
     benchmark = BENCHMARKS.get(text)
     read_as = as_texts(columns, pose)
-    folder = None if data is None else Path(data).expanduser().resolve()
+    folder = None if data is None else local_path(data).resolve()
     _check_benchmark(text, folder, [o for o in ("split_by", "columns", "test_share") if o in given])
     own = benchmark.options if benchmark is not None else {}
     own = {option: value for option, value in own.items() if option not in given and value != defaults[option]}
@@ -189,7 +190,7 @@ def load_stream(
     if not {"prompt", "messages"}.isdisjoint(inputs):  # streams that do not say it are stripped
         given["responses"] = responses
     if mix is not None:
-        given["mix"] = str(Path(mix).expanduser().resolve()) if Path(mix).expanduser().exists() else str(mix)
+        given["mix"] = str(local_path(mix).resolve()) if local_path(mix).exists() else str(mix)
     for option, mapping in (("columns", columns), ("relabel", relabel), ("training", training)):
         if mapping:
             given[option] = dict(mapping)

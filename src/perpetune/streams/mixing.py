@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from datasets import Dataset, Features, concatenate_datasets
 
 from ..core.errors import ConfigError, StreamError
+from ..core.paths import local_path
 from .conversations import Conversation
 from .formats import FORMATS, read_hub, read_split, split_files
 from .origin import Origin
@@ -63,7 +63,7 @@ def mixed(
 
 
 def _read(source: str | os.PathLike[str], columns: Mapping[str, str] | None) -> Rows:
-    path, place = Path(source).expanduser(), f"the generic examples `{source}`"
+    path, place = local_path(source), f"the generic examples `{source}`"
     if path.exists():
         paths = split_files(path).get("train", []) if path.is_dir() else [path]
         if not paths or path.suffix.lower() not in (*FORMATS, ""):

@@ -9,6 +9,7 @@ import peft
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..core.errors import ConfigError
 from .peft_tuner import PeftTuner
 from .targets import ends_with, resolve_targets
 
@@ -23,6 +24,11 @@ class FusedLoraConfig(peft.LoraConfig):
     """
 
     blocks: int | None = field(default=None, metadata={"help": "The first so many parents alone; None: all."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks is not None and (type(self.blocks) is not int or self.blocks < 1):
+            raise ConfigError(f"FusedLoraConfig: blocks={self.blocks!r} must be a whole number above 0, or left out")
 
     def as_tuner(self) -> FusedLoraTuner:
         return FusedLoraTuner(self)

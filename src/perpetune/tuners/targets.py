@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..core.errors import ModelError, nearest
@@ -69,9 +71,12 @@ def resolve_targets(model: nn.Module, targets: str | set[str] | list[str]) -> st
     """Target names that exist in this model.
 
     Raises:
-        ModelError: one does not; names the nearest that does.
+        ModelError: one does not; names the nearest that does. Or what is given are no names.
     """
     kind = type(model).__name__
+    given: Any = targets  # of a configuration that no one has checked
+    if not isinstance(given, (str, set, list, tuple)) or not all(isinstance(name, str) for name in given):
+        raise ModelError(f"`target_modules` holds names of modules, or is one text that fits them, not {given!r}")
     if targets == "all-linear":
         return "all-linear"
     decoder = decoder_name(model)
