@@ -221,6 +221,7 @@ def test_choices_that_make_no_sense_are_refused(stream, small, tmp_path):
             learner.export(tmp_path / "a", **settings)
     told = json.loads((learner.export(tmp_path / "a", format="adapters", only=["news"]) / "routes.json").read_text())
     assert [each["name"] for each in told["adapters"]] == ["news"] and "name the adapter" in told["router"]["how"]
+    assert told["router"]["how"] in (card := (tmp_path / "a" / "README.md").read_text()) and "says which" not in card
     assert not (tmp_path / "a" / "router.safetensors").exists()
 
 

@@ -12,6 +12,7 @@ import transformers
 from perpetune import HeadError, Learner, ModelError, load_stream
 from perpetune.core.progress import Progress
 from perpetune.heads import LinearHead, OwnClassifierHead
+from perpetune.learning.state import LearnerState
 from perpetune.models.loading import load_backbone
 from tests.models.test_architectures import made, rows
 
@@ -67,6 +68,11 @@ def test_the_rows_of_an_image_classifier_make_its_logits(tiny_vit, tmp_path):
     with torch.no_grad():
         expected = model(pixel_values=torch.stack([e["pixel_values"] for e in examples])).logits
     assert torch.allclose(backbone.features(examples, 2) @ own.weight.T + own.bias, expected, atol=1e-4)
+    # also where several views of a picture are read, of which its logits are none
+    recipe = {"name": "frozen_best", "views": 4}
+    setup = Learner(tmp_path, recipe, tmp_path / "run", heads=["own_classifier"]).setup
+    state = LearnerState(setup, setup.load_backbone("image"), ["praise", "late"])
+    assert state.backbone.all_views and torch.equal(state.heads[0].weight[1], own.weight[0])
 
 
 @pytest.mark.parametrize(("name", "pooling"), [("Bert", "mean"), ("Roberta", "cls"), ("DistilBert", "cls")])

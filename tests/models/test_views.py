@@ -8,23 +8,25 @@ from torch.nn import functional as F
 
 import perpetune as pt
 from perpetune.learning.export_head import with_head
+from perpetune.learning.prediction import frozen_features
+from perpetune.learning.state import LearnerState
 from perpetune.models.layers import read_layers
 from perpetune.models.loading import load_backbone
 from perpetune.models.views import read_views, views
 from perpetune.recipes import make_recipe
 
 
-def picture(centre=(0.0, 0.0), size=33):
-    """A blob, (1 x 3 x size x size); its centre in pixels from that of the picture: right, down."""
-    at = torch.arange(size) - size // 2
-    blob = torch.exp(-((at[None] - centre[0]) ** 2 + (at[:, None] - centre[1]) ** 2) / 18)
-    return blob.expand(1, 3, size, size).contiguous()
+def picture(centre=(0.0, 0.0), size=33, width=33):
+    """A blob, (1 x 3 x size x width); its centre in pixels from that of the picture: right, down."""
+    across, down = torch.arange(width) - width // 2, torch.arange(size) - size // 2
+    blob = torch.exp(-((across[None] - centre[0]) ** 2 + (down[:, None] - centre[1]) ** 2) / 18)
+    return blob.expand(1, 3, size, width).contiguous()
 
 
 def centre_of(seen):
-    at = torch.arange(seen.shape[-1]) - seen.shape[-1] // 2
+    down, across = (torch.arange(side) - side // 2 for side in seen.shape[-2:])
     weights = seen[0, 0].clamp(min=0) / seen[0, 0].clamp(min=0).sum()
-    return (weights.sum(0) * at).sum(), (weights.sum(1) * at).sum()
+    return (weights.sum(0) * across).sum(), (weights.sum(1) * down).sum()
 
 
 @pytest.mark.parametrize("count", [4, 8])
@@ -48,6 +50,14 @@ def test_views_are_turned_zoomed_and_moved_by_what_is_said(count):
     assert len(set(signs)) == count and all(sum(change) == count / 2 for change in zip(*signs, strict=True))
     pairs = [{(s[one], s[other]) for s in signs} for one in range(4) for other in range(one)]
     assert all(len(ways) == 4 for ways in pairs) == (count == 8)
+
+
+@pytest.mark.parametrize("at", [(6.0, 0.0), (0.0, 6.0)])
+def test_a_picture_that_is_not_square_is_turned_and_not_sheared(at):
+    wide = [[centre_of(seen) for seen in views(picture(centre, 65, 129), 8)] for centre in ((0.0, 0.0), at)]
+    for (x, y), (x_6, y_6) in zip(*wide, strict=True):
+        turn = math.degrees(math.atan2(y_6 - y, x_6 - x) - math.atan2(at[1], at[0]))
+        assert abs(turn) == pytest.approx(12, abs=0.5)
 
 
 def test_what_comes_into_sight_continues_the_border():
@@ -94,6 +104,25 @@ def test_pictures_of_a_pair_of_encoders_are_seen_several_times(tiny_clip):
     found = backbone.pooled([{**e, "among": ()} for e in backbone.samples()], 8)
     assert found.shape == (2, backbone.width) and bool((F.normalize(found, dim=1).norm(dim=1) > 0).all())
     assert float(found.norm(dim=1).max()) < 1  # a mean of vectors of length 1 that are not the same
+
+
+def test_no_export_is_said_to_predict_what_several_views_do(tiny_clip, tmp_path):
+    """A pair of encoders needs nothing beside it, but on one picture it is another model."""
+    recipe = {"name": "frozen_label_text", "tuner": {"type": "Frozen", "views": 4}}
+    setup = pt.Learner(tiny_clip(), recipe, tmp_path / "run", heads=["contrastive"]).setup
+    state = LearnerState(setup, setup.load_backbone("image"), ["a", "b"])
+    assert state.backbone.all_views
+    assert "reads several views of a picture" in with_head(state, state.backbone.model).told
+
+
+@pytest.mark.parametrize("views", [0, 4])
+def test_boundaries_are_found_on_pictures_as_they_are(tiny_vit, tmp_path, views):
+    """So that all recipes of a comparison learn the same parts."""
+    task = pt.load_stream("digits", train_limit=2, test_limit=4, tasks=["0-1"]).tasks[0]
+    learner = pt.Learner(tiny_vit(), {"name": "frozen_best", "views": views}, tmp_path / "run")
+    once = load_backbone(tiny_vit(), "image")
+    expected = once.pooled(once.prepare(task.test), 8)
+    assert torch.equal(frozen_features(learner.setup, task.test, "image", ["0", "1"]), expected)
 
 
 @pytest.mark.parametrize("name", ["default", "frozen_best"])

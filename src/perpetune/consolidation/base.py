@@ -80,6 +80,7 @@ class Consolidation:
     def open(self, backbone: Backbone, tuner: Tuner, labels: Sequence[str] = ()) -> None:
         """Take over an untouched backbone. `labels` are the label texts of all classes."""
         self.backbone, self.tuner = backbone, tuner
+        tuner.reads(backbone)
 
     def schedule(self, stream: Stream) -> list[Session]:
         return [Session(i, task.name, (task,), i) for i, task in enumerate(stream)]

@@ -24,7 +24,7 @@ from .export import Choice, fresh, plain
 from .export_head import base_of, chosen_head, linear_head, write_beside
 from .lora_factors import Change, adapter_files, found_factors, joined, stored_factors
 from .model_card import CARD, about_adapters, model_card, note_of
-from .routes import ROUTER, ROUTES, Served, routes
+from .routes import ROUTER, ROUTES, Served, routed, routes
 from .setup import Setup
 from .state import LearnerState
 
@@ -84,7 +84,7 @@ def export_adapters(setup: Setup, state: LearnerState, folder: Path, choice: Cho
     if not tensors:
         (folder / ROUTER).unlink(missing_ok=True)
     names = [f"{served.name} (rank {served.rank})" for served, _ in found]
-    router = f"; {told['router']['type']} in {ROUTES} says which answers" if told["router"] else ""
+    router = f"; {routed(told['router'])}" if told["router"] else ""
     return folder, f"LoRA of {', '.join(names)} for {base}{router}"
 
 

@@ -80,14 +80,14 @@ def with_head(state: LearnerState, model: nn.Module, name: str | bool = True) ->
         name: of the head; True for the first.
     """
     head, classes = chosen_head(state, name), sorted(state.known.classes)
+    if state.backbone.all_views:
+        why = "reads several views of a picture, which no other library does, and stays in the run"
+        return ExportedHead(model, False, f"its head `{head.name}` {why}")
     if head.reads != "features":
         return ExportedHead(model, False, f"its head `{head.name}` needs nothing but the model")
     if not classes or head.readout(classes) is None:
         why = "is no linear map of its features"
         return ExportedHead(model, False, f"its head `{head.name}` {why}, and stays in the run")
-    if state.backbone.all_views:
-        why = "reads several views of a picture, which no other library does: it stays in the run, or set `views: 0`"
-        return ExportedHead(model, False, f"its head `{head.name}` {why}")
     labels = tuple(state.known.labels[c] for c in classes)
     readout = linear_head(state, head, classes)
     if readout is None:

@@ -21,6 +21,7 @@ from ..runs.commit import active
 from ..runs.result import Result
 from .card_usage import adapters_usage, merged_usage
 from .export_head import ExportedHead
+from .routes import routed
 from .setup import Setup
 from .state import LearnerState
 
@@ -135,8 +136,7 @@ def _what(state: LearnerState, result: Result, adapters: Mapping[str, Any] | Non
             cells = (f"`{each['name']}`", str(each["rank"]), ", ".join(each["tasks"]), _labels(each["labels"]))
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
         router = adapters["router"]
-        how = f"`routes.json` says which adapter answers which input ({router['type']})." if router else ""
-        lines += ["", how, ""] if how else [""]
+        lines += ["", f"{routed(router)}.", ""] if router else [""]
     return lines
 
 

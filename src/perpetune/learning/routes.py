@@ -5,6 +5,7 @@ docs/how-to/serve.md describes both, with a router in plain torch that reads the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,13 @@ def routes(state: LearnerState, served: list[Served], base: str | None) -> tuple
         ],
         "router": settings,
     }, tensors
+
+
+def routed(router: Mapping[str, Any]) -> str:
+    """In words which adapter answers, of the router in `routes.json`."""
+    if "how" in router:
+        return f"{router['type']}: {router['how']}"
+    return f"`{ROUTES}` says which adapter answers which input ({router['type']})"
 
 
 def _router(state: LearnerState, served: list[Served]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:

@@ -87,7 +87,6 @@ class Setup:
         with loaded_from(None if isinstance(self.model, InMemory) else self.model):
             backbone = load_model(self.model, modality, loading)
         self.put_prefix(backbone)
-        self.recipe.tuner.reads(backbone)
         found = precision(backbone.model)
         check_base(keeps, quantised(backbone.model), found if found in HALF else None, self.recipe.name)
         return backbone if loading.device_map is not None else backbone.to(self.device)

@@ -65,11 +65,12 @@ def views(pictures: Tensor, count: int) -> Iterator[Tensor]:
     The signs are those of a fractional factorial design: of 8 views every pair of changes comes in all four ways, of 4
     all pairs but turn and shift downwards.
     """
+    shape = pictures.shape[3] / pictures.shape[2]
     for turn, zoom, right, down in _signs(count):
         size = 1 + zoom * ZOOM
         cos, sin = size * math.cos(turn * TURN), size * math.sin(turn * TURN)
-        # coordinates reach from -1 to 1
-        where = torch.tensor([[cos, -sin, 2 * right * SHIFT], [sin, cos, 2 * down * SHIFT]])
+        # coordinates reach from -1 to 1 along either side
+        where = torch.tensor([[cos, -sin / shape, 2 * right * SHIFT], [sin * shape, cos, 2 * down * SHIFT]])
         grid = F.affine_grid(where.to(pictures).expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
         yield F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 

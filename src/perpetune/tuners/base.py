@@ -54,7 +54,7 @@ class Tuner:
         return None
 
     def reads(self, backbone: Backbone) -> None:
-        """Tell a model that was loaded how this tuner wants inputs to be read."""
+        """Tell an untouched model how inputs are to be read under this tuner."""
 
     def attach(self, model: nn.Module) -> nn.Module:
         """The model with exactly this tuner's parameters trainable (the same object, or a wrapper around it)."""
