@@ -109,7 +109,8 @@ class Frozen(Tuner):
     """Nothing is trained: the pre-trained features as they are.
 
     Args:
-        views: of pictures, the mean of their features and those of so many views (0, 4 or 8; see `read_views`).
+        views: of pictures, the mean over their features and those of so many views is read (0, 4 or 8; see
+            `read_views`). A head that is trained by gradients learns from the pictures alone.
 
     Raises:
         ConfigError: another number of views.
