@@ -60,7 +60,7 @@ SEEN = {
     "ncm, 8 views": ("ncm", {}),
     "ridge, 1,024 ReLU, 8 views": ("ridge", {}),
     "lda, normalised, 8 views": ("lda", {"map": "normalised"}),
-    "closed_form, at most 2,048, 8 views": ("closed_form", {}),
+    "closed_form, at most 2,048, 8 views (`frozen_best`, of pictures)": ("closed_form", {}),
     "lda_ridge, 2,048 Fourier, three layers, 4 views": ("lda_ridge", DEFAULT),
     "lda_ridge, 2,048 Fourier, three layers, 8 views (`default` without adapters, of pictures)": ("lda_ridge", DEFAULT),
 }

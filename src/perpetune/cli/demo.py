@@ -23,6 +23,11 @@ RECIPES: list[str | dict[str, Any]] = [
     {"name": "joint", "rank": 4, "target": "all-linear"},
     "sequential",
     {"name": "frozen_ridge", "features": 256},
+    {  # reads pictures as `default` does
+        "name": "frozen_views",
+        "tuner": {"type": "Frozen", "views": 8},
+        "heads": [{"type": "ridge", "features": 256}],
+    },
     {"name": "pixels_ridge", "features": 256},
 ]
 
