@@ -170,7 +170,7 @@ def test_tasks_are_chosen_scaled_and_accumulated(stream, small, tmp_path):
     plain = AutoModel.from_pretrained(learner.export(tmp_path / "m", **choice), add_pooling_layer=False)
     assert close(outputs(chosen, inputs), outputs(plain, inputs))
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
-    assert "films, 0.5 x mood" in card and "of the run with all tasks" in card and "classifier" not in card
+    assert "films, 0.5 x mood" in card and "of the run with all tasks" in card and "classifier.safetensors" not in card
     folder = learner.export(tmp_path / "a", format="adapters", cumulative=True)
     assert {p.name for p in folder.iterdir() if p.is_dir()} == {"after-films", "after-news", "all"}
     for name, tasks in (("after-films", TASKS[:1]), ("after-news", TASKS[:2]), ("all", TASKS)):
