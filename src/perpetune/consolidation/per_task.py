@@ -69,7 +69,7 @@ class PerTask(AdapterPerTask):
     features: Features = "frozen"
     frozen: float = field(default=0.0, metadata={"unwritten": 0.0})
     layers: int = field(default=1, metadata={"unwritten": 1})
-    views: int = field(default=0, metadata={"unwritten": 0})
+    views: int = field(default=0, kw_only=True, metadata={"unwritten": 0})
 
     def __post_init__(self) -> None:
         self.router: Router = make_router(self.router)

@@ -50,7 +50,7 @@ def frozen_best(features: int | None = None, memory: float = 256.0, views: int =
     the mean over the features of the picture itself and of `views` more is read, turned, zoomed and moved a little
     (`read_views`).
     """
-    return Recipe(Frozen(views), head=ClosedFormHead(features=features, memory=memory))
+    return Recipe(Frozen(views=views), head=ClosedFormHead(features=features, memory=memory))
 
 
 def anacp(features: int = 1024, layers: int = 3, regularisation: float = 100.0) -> Recipe:

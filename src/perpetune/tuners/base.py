@@ -116,7 +116,7 @@ class Frozen(Tuner):
         ConfigError: another number of views.
     """
 
-    views: int = field(default=0, metadata={"unwritten": 0})
+    views: int = field(default=0, kw_only=True, metadata={"unwritten": 0})
     trains = False
 
     def __post_init__(self) -> None:
