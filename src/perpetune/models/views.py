@@ -29,7 +29,6 @@ def read_views(backbone: Backbone, views: int, features: bool = False) -> None:
 
     Args:
         features: also `Backbone.features`, which heads read: for models that are not trained.
-
     """
     pictures = backbone.network and backbone.modality == "image"
     backbone.views = views if pictures and backbone.samples()[0]["pixel_values"].ndim == 3 else 0
