@@ -8,7 +8,7 @@ python docs/make_ledger.py --check  exit with 1 where it is not up to date
 from __future__ import annotations
 
 import ast
-import json
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -71,14 +71,14 @@ def row(name: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def tables() -> dict[str, list[tuple[str, str]]]:
-    """Recipe -> (table, command) of every result that is kept in docs/results."""
+    """Recipe -> (page, its first command) of all results with a row for it."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for path in sorted((ROOT / "docs" / "results").glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or "rows" not in data:
-            continue  # a benchmark's records
-        for recipe in {line["recipe"] for line in data["rows"]}:
-            found.setdefault(recipe, []).append((path.stem, data["command"].splitlines()[0]))
+    for path in sorted((ROOT / "docs" / "results").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        command = re.search(r"^```\n(.+?)[ \\]*$", text, re.MULTILINE)
+        named = set(re.findall(r"^\| `?(\w+)`?[ ,]", text, re.MULTILINE))
+        for recipe in named & set(RECIPES) if command else ():
+            found.setdefault(recipe, []).append((path.stem, command[1]))
     return found
 
 
