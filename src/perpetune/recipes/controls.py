@@ -46,8 +46,8 @@ def frozen_lda(map: Kind = "normalised") -> Recipe:
 def frozen_best(features: int | None = None, memory: float = 256.0, views: int = 8) -> Recipe:
     """The best head of sums on frozen features, chosen on hold-out moments: what needs no training, at its best.
 
-    `frozen_ridge` is one of the heads that it chooses among, with its features at length 1. Of pictures it reads the mean
-    over the picture itself and `views` more, turned, zoomed and moved a little (`read_views`).
+    `frozen_ridge` is one of the heads that it chooses among, with its features at length 1. Of pictures it reads the
+    mean over the picture itself and `views` more, turned, zoomed and moved a little (`read_views`).
     """
     return Recipe(Frozen(views=views), head=ClosedFormHead(features=features, memory=memory))
 
