@@ -1,4 +1,4 @@
-"""Turns the results.json of a comparison into a page of docs/results and the small file that the ledger reads.
+"""Turns the results.json of a comparison into a page of docs/results and its figures as JSON, more than the page shows.
 
 python docs/make_results.py runs/text/results.json --name text --title "Five text tasks" --command "perpetune ..."
 """

@@ -30,7 +30,7 @@ def read_views(backbone: Backbone, views: int, features: bool = False) -> None:
     Args:
         features: also `Backbone.features`, which heads read: for models that are not trained.
     """
-    pictures = backbone.network and backbone.modality == "image"
+    pictures = views and backbone.network and backbone.modality == "image"
     backbone.views = views if pictures and backbone.samples()[0]["pixel_values"].ndim == 3 else 0
     backbone.all_views = features and backbone.views > 0
 
@@ -78,4 +78,4 @@ def _signs(count: int) -> list[tuple[int, int, int, int]]:
     """Of turn, zoom, and the shifts to the right and down."""
     if count == 4:
         return [(a, b, a * b, a) for a, b in itertools.product((1, -1), repeat=2)]
-    return [(a, b, c, a * b * c) for a, b, c in itertools.product((1, -1), repeat=3)][:count]
+    return [(a, b, c, a * b * c) for a, b, c in itertools.product((1, -1), repeat=3)]

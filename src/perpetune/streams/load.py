@@ -190,7 +190,8 @@ def load_stream(
     if not {"prompt", "messages"}.isdisjoint(inputs):  # streams that do not say it are stripped
         given["responses"] = responses
     if mix is not None:
-        given["mix"] = str(local_path(mix).resolve()) if local_path(mix).exists() else str(mix)
+        place = local_path(mix)
+        given["mix"] = str(place.resolve()) if place.exists() else str(mix)
     for option, mapping in (("columns", columns), ("relabel", relabel), ("training", training)):
         if mapping:
             given[option] = dict(mapping)
